@@ -1,0 +1,2 @@
+//! The Phi-3 family.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! Phidias.
+#![forbid(unsafe_code)]

@@ -1,0 +1,3 @@
+//! Command line.
+#![forbid(unsafe_code)]
+fn main() {}
