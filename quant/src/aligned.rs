@@ -11,18 +11,15 @@ const _: () = assert!(size_of::<Line>() == ALIGN && align_of::<Line>() == ALIGN)
 
 /// A zeroed, fixed-size byte buffer aligned to [`ALIGN`].
 pub struct AlignedBytes {
-    lines: Vec<Line>,
+    lines: Box<[Line]>,
     len: usize,
 }
 
 impl AlignedBytes {
-    /// `len` zero bytes, or `None` when the allocator refuses.
+    /// `len` zero bytes, or `None` when the allocator refuses. Pages are taken when first written.
     #[must_use]
     pub fn try_zeroed(len: usize) -> Option<Self> {
-        let count = len.div_ceil(ALIGN);
-        let mut lines = Vec::new();
-        lines.try_reserve_exact(count).ok()?;
-        lines.resize(count, Line([0; ALIGN]));
+        let lines = bytemuck::allocation::try_zeroed_slice_box(len.div_ceil(ALIGN)).ok()?;
         Some(Self { lines, len })
     }
 

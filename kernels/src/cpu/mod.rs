@@ -1,0 +1,122 @@
+//! Kernels on the CPU: one table per instruction set, complete, chosen once.
+
+use phidias_quant::activations::RowMut;
+use std::fmt;
+use std::str::FromStr;
+
+mod attention;
+mod gate;
+mod gemm;
+mod norm;
+mod quantize;
+mod rope;
+mod scalar;
+
+pub use attention::{AttentionState, AttentionTask};
+
+/// An instruction set that a table exists for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Isa {
+    /// Plain Rust: the definition of every kernel, for every machine.
+    Scalar,
+}
+
+impl Isa {
+    /// Every instruction set this build has a table for, the plainest first.
+    pub const ALL: [Self; 1] = [Self::Scalar];
+
+    /// The name on the command line and in reports.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Scalar => "scalar",
+        }
+    }
+
+    /// Whether this CPU can run it.
+    #[must_use]
+    pub fn is_available(self) -> bool {
+        Kernels::for_isa(self).is_some()
+    }
+}
+
+impl fmt::Display for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A name that no table has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnknownIsa(String);
+
+impl fmt::Display for UnknownIsa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let known: Vec<_> = Isa::ALL.iter().map(|isa| isa.name()).collect();
+        write!(
+            f,
+            "unknown instruction set '{}'; this build has: {}",
+            self.0,
+            known.join(", ")
+        )
+    }
+}
+
+impl std::error::Error for UnknownIsa {}
+
+impl FromStr for Isa {
+    type Err = UnknownIsa;
+    fn from_str(s: &str) -> Result<Self, UnknownIsa> {
+        Self::ALL
+            .into_iter()
+            .find(|isa| isa.name() == s)
+            .ok_or_else(|| UnknownIsa(s.to_owned()))
+    }
+}
+
+/// The kernels of one instruction set. Holding a reference proves that this CPU can run them.
+///
+/// The functions behind the fields are reached through the safe methods of this type, which check
+/// every shape; the field types carry the contracts.
+#[derive(Debug)]
+pub struct Kernels {
+    isa: Isa,
+    gemm_q4: gemm::GemmPacked,
+    gemm_q8: gemm::GemmPacked,
+    gemm_f32: gemm::GemmDense<f32>,
+    gemm_f16: gemm::GemmDense<phidias_quant::f16>,
+    gemm_bf16: gemm::GemmDense<phidias_quant::bf16>,
+    quantize: unsafe fn(&[f32], RowMut<'_>),
+    rms_norm: norm::RmsNorm,
+    rope: rope::Rope,
+    silu_mul: gate::Gate,
+    attend_f32: attention::Attend<f32>,
+    attend_f16: attention::Attend<phidias_quant::f16>,
+    attend_bf16: attention::Attend<phidias_quant::bf16>,
+}
+
+impl Kernels {
+    /// The table of `isa`, if this CPU has its features.
+    #[must_use]
+    pub fn for_isa(isa: Isa) -> Option<&'static Self> {
+        match isa {
+            Isa::Scalar => Some(&scalar::KERNELS),
+        }
+    }
+
+    /// The fastest table that this CPU can run.
+    #[must_use]
+    pub fn best() -> &'static Self {
+        Isa::ALL
+            .into_iter()
+            .rev()
+            .find_map(Self::for_isa)
+            .unwrap_or(&scalar::KERNELS)
+    }
+
+    /// Its instruction set.
+    #[must_use]
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+}

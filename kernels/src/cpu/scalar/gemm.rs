@@ -1,0 +1,89 @@
+//! The definition of the GEMMs.
+
+use super::{Element, dot};
+use crate::view::ColsMut;
+use phidias_quant::activations::Activations;
+use phidias_quant::packed::{LINE, PANEL_ROWS};
+use phidias_quant::{BLOCK, Format, Packed};
+use std::ops::Range;
+
+/// The inner products of 16 weight rows with four columns of one row of activations, added to `sums`.
+#[inline(always)]
+fn line(sums: &mut [i32; PANEL_ROWS], line: [u8; LINE], a: [i8; 4]) {
+    for r in 0..PANEL_ROWS {
+        for j in 0..4 {
+            sums[r] += i32::from(line[4 * r + j]) * i32::from(a[j]);
+        }
+    }
+}
+
+/// One block of a panel: 16 integer inner products of 32 columns.
+type Block = fn(lines: &[[u8; LINE]], a: &[[i8; 4]]) -> [i32; PANEL_ROWS];
+
+fn block_q4(lines: &[[u8; LINE]], a: &[[i8; 4]]) -> [i32; PANEL_ROWS] {
+    let mut sums = [0; PANEL_ROWS];
+    for (g, &bytes) in lines.iter().enumerate() {
+        line(&mut sums, bytes.map(|b| b & 15), a[g]);
+        line(&mut sums, bytes.map(|b| b >> 4), a[g + 4]);
+    }
+    sums
+}
+
+fn block_q8(lines: &[[u8; LINE]], a: &[[i8; 4]]) -> [i32; PANEL_ROWS] {
+    let mut sums = [0; PANEL_ROWS];
+    for (&bytes, &a) in lines.iter().zip(a) {
+        line(&mut sums, bytes, a);
+    }
+    sums
+}
+
+#[inline(always)]
+fn gemm(
+    block: Block,
+    format: Format,
+    w: Packed<'_>,
+    panels: Range<usize>,
+    x: &Activations,
+    mut y: ColsMut<'_>,
+) {
+    let lines_per_block = format.block_bytes() / LINE;
+    for (p, panel) in panels.map(|p| w.panel(p)).enumerate() {
+        let (lines, _) = panel.quants.as_chunks::<LINE>();
+        for t in 0..x.rows() {
+            let row = x.row(t);
+            let (groups, _) = row.quants.as_chunks::<4>();
+            let mut acc = [0.0f32; PANEL_ROWS];
+            for b in 0..x.blocks() {
+                let sums = block(
+                    &lines[b * lines_per_block..][..lines_per_block],
+                    &groups[b * BLOCK / 4..][..BLOCK / 4],
+                );
+                let zero = format.zero() * row.sums[b];
+                for r in 0..PANEL_ROWS {
+                    let scale = panel.scales[b * PANEL_ROWS + r].widen() * row.scales[b];
+                    acc[r] += (sums[r] - zero) as f32 * scale;
+                }
+            }
+            let y = y.row(t);
+            let cols = (y.len() - p * PANEL_ROWS).min(PANEL_ROWS);
+            y[p * PANEL_ROWS..][..cols].copy_from_slice(&acc[..cols]);
+        }
+    }
+}
+
+pub(super) fn gemm_q4(w: Packed<'_>, panels: Range<usize>, x: &Activations, y: ColsMut<'_>) {
+    gemm(block_q4, Format::Q4, w, panels, x, y);
+}
+
+pub(super) fn gemm_q8(w: Packed<'_>, panels: Range<usize>, x: &Activations, y: ColsMut<'_>) {
+    gemm(block_q8, Format::Q8, w, panels, x, y);
+}
+
+pub(super) fn gemm_dense<T: Element>(w: &[T], cols: usize, x: &[f32], mut y: ColsMut<'_>) {
+    for r in 0..y.cols() {
+        let w = &w[r * cols..][..cols];
+        for t in 0..y.rows() {
+            y.row(t)[r] = dot(w, &x[t * cols..][..cols]);
+        }
+    }
+}
