@@ -1,1 +1,27 @@
-//! The engine.
+//! Memory, files, threads, tokens: everything a language model needs that is not its formula.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`checkpoint`] | safetensors files, mapped and checked; writing prepacked ones |
+//! | [`tensor`] | shape and dtype over shared bytes |
+//! | [`kv_cache`] | keys and values of a sequence, growing on demand |
+//! | [`backend`] | whole operations on whole buffers, on the CPU |
+//! | [`pool`], [`machine`], [`memory`] | threads, what the machine has, what a model will take |
+//!
+//! No intrinsics and no tensor names here.
+#![deny(unsafe_code)]
+
+pub mod backend;
+pub mod bytes;
+pub mod cancel;
+pub mod checkpoint;
+pub mod kv_cache;
+pub mod machine;
+pub mod memory;
+pub mod pool;
+pub mod tensor;
+
+pub use bytes::Bytes;
+pub use cancel::Cancel;
+pub use phidias_kernels::cpu::{Isa, Kernels, UnknownIsa};
+pub use phidias_quant::{AlignedBytes, Format};

@@ -1,0 +1,94 @@
+//! Bytes that are mapped from a file, owned, or built into the program: shared, never copied.
+
+use crate::checkpoint::map::Map;
+use phidias_quant::AlignedBytes;
+use std::ops::{Deref, Range};
+use std::sync::Arc;
+
+/// A cheap handle on a range of bytes. Clones share the storage.
+#[derive(Clone)]
+pub struct Bytes {
+    storage: Arc<Storage>,
+    range: Range<usize>,
+}
+
+enum Storage {
+    Mapped(Map),
+    Owned(AlignedBytes),
+    Static(&'static [u8]),
+}
+
+impl Storage {
+    fn as_slice(&self) -> &[u8] {
+        match self {
+            Self::Mapped(map) => map.as_ref(),
+            Self::Owned(bytes) => bytes.as_ref(),
+            Self::Static(bytes) => bytes,
+        }
+    }
+}
+
+impl Bytes {
+    fn new(storage: Storage) -> Self {
+        let range = 0..storage.as_slice().len();
+        Self {
+            storage: Arc::new(storage),
+            range,
+        }
+    }
+
+    /// The part of these bytes in `range`, sharing the storage.
+    /// # Panics
+    /// When `range` is not inside.
+    #[must_use]
+    pub fn slice(&self, range: Range<usize>) -> Self {
+        assert!(
+            range.start <= range.end && range.end <= self.len(),
+            "{range:?} of {} bytes",
+            self.len()
+        );
+        let start = self.range.start;
+        Self {
+            storage: Arc::clone(&self.storage),
+            range: start + range.start..start + range.end,
+        }
+    }
+
+    /// Whether the bytes are pages of a file (or of the program) and not memory of this process.
+    #[must_use]
+    pub fn is_mapped(&self) -> bool {
+        !matches!(*self.storage, Storage::Owned(_))
+    }
+}
+
+impl From<Map> for Bytes {
+    fn from(map: Map) -> Self {
+        Self::new(Storage::Mapped(map))
+    }
+}
+
+impl From<AlignedBytes> for Bytes {
+    fn from(bytes: AlignedBytes) -> Self {
+        Self::new(Storage::Owned(bytes))
+    }
+}
+
+impl From<&'static [u8]> for Bytes {
+    fn from(bytes: &'static [u8]) -> Self {
+        Self::new(Storage::Static(bytes))
+    }
+}
+
+impl Deref for Bytes {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        &self.storage.as_slice()[self.range.clone()]
+    }
+}
+
+impl std::fmt::Debug for Bytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let kind = if self.is_mapped() { "mapped" } else { "owned" };
+        write!(f, "{} {kind} bytes", self.len())
+    }
+}

@@ -1,0 +1,313 @@
+//! Writing a checkpoint with its matrices in the kernels' order.
+//!
+//! The result is an ordinary safetensors container. Packed tensors have dtype U8; their format and
+//! shape stand in the metadata. The header is padded so that the data begins on a 64-byte boundary,
+//! and tensors whose length is a multiple of 64 come first, so every packed tensor is aligned
+//! although the container allows no holes.
+
+use super::{Checkpoint, CheckpointError, PACKED_KEY, Result, VERSION_KEY};
+use crate::pool::Pool;
+use crate::tensor::{DType, Tensor};
+use crate::{Bytes, Cancel};
+use phidias_quant::packed::{PANEL_ROWS, pack_panel};
+use phidias_quant::{ALIGN, AlignedBytes, Format, PackError, PackedLayout, bf16, f16, packed};
+use rayon::prelude::*;
+use serde_json::json;
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::path::Path;
+
+/// What happens to a tensor on its way into the new checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Treatment {
+    /// The bytes as they are.
+    Keep,
+    /// Another float type: exact when wider, rounded to nearest even when narrower.
+    Cast(DType),
+    /// Blocks in packed order; the tensor must be a matrix.
+    Pack(Format),
+}
+
+/// One tensor of the new checkpoint.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    /// Its name there.
+    pub name: String,
+    /// The tensor it is made from.
+    pub source: String,
+    /// How.
+    pub treatment: Treatment,
+}
+
+/// A checkpoint about to be written: every size is known before the first byte.
+#[derive(Debug)]
+pub struct Prepack<'a> {
+    parts: Vec<Part<'a>>,
+    header: Vec<u8>,
+    data: usize,
+}
+
+#[derive(Debug)]
+struct Part<'a> {
+    name: String,
+    tensor: &'a Tensor,
+    treatment: Treatment,
+    layout: Option<PackedLayout>,
+    bytes: usize,
+}
+
+/// Progress of the writing: bytes done, bytes in all.
+pub type Progress<'a> = &'a mut dyn FnMut(usize, usize);
+
+impl<'a> Prepack<'a> {
+    /// Plans the new checkpoint.
+    /// # Errors
+    /// A missing source tensor, or one that cannot be treated as asked.
+    pub fn plan(source: &'a Checkpoint, entries: Vec<Entry>) -> Result<Self> {
+        let mut parts = Vec::new();
+        for Entry {
+            name,
+            source: from,
+            treatment,
+        } in entries
+        {
+            let tensor = source
+                .get(&from)
+                .ok_or_else(|| CheckpointError::MissingTensor {
+                    path: source.path().to_owned(),
+                    tensor: from.clone(),
+                })?;
+            let dense = tensor.elements().is_some();
+            let wrong = |expected| CheckpointError::DType {
+                path: source.path().to_owned(),
+                tensor: from.clone(),
+                expected,
+                found: tensor.dtype(),
+            };
+            let mut layout = None;
+            let bytes = match treatment {
+                Treatment::Keep => tensor.bytes().len(),
+                Treatment::Cast(dtype) if dense && !matches!(dtype, DType::Packed(_)) => {
+                    tensor.bytes().len() / tensor.dtype().align() * dtype.align()
+                }
+                Treatment::Cast(_) => return Err(wrong("F32, F16 or BF16")),
+                Treatment::Pack(format) => {
+                    let &[rows, cols] = tensor.shape() else {
+                        return Err(CheckpointError::Shape {
+                            path: source.path().to_owned(),
+                            tensor: from.clone(),
+                            expected: vec![0, 0],
+                            found: tensor.shape().to_vec(),
+                        });
+                    };
+                    if !dense {
+                        return Err(wrong("F32, F16 or BF16"));
+                    }
+                    let l = PackedLayout::new(format, rows, cols).map_err(|source| {
+                        CheckpointError::Unpackable {
+                            tensor: from.clone(),
+                            format: format.name(),
+                            source,
+                        }
+                    })?;
+                    layout = Some(l);
+                    l.bytes()
+                }
+            };
+            parts.push(Part {
+                name,
+                tensor,
+                treatment,
+                layout,
+                bytes,
+            });
+        }
+        parts.sort_by(|a, b| (a.bytes % ALIGN != 0, &a.name).cmp(&(b.bytes % ALIGN != 0, &b.name)));
+        let data = parts.iter().map(|p| p.bytes).sum();
+        let header = header(&parts);
+        Ok(Self {
+            parts,
+            header,
+            data,
+        })
+    }
+
+    /// Bytes of the whole file.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.header.len() + self.data
+    }
+
+    /// Writes the file.
+    /// # Errors
+    /// The writer's error (as [`CheckpointError::Io`] on `path`, which is for messages only), a
+    /// weight that has no place in the format, or cancellation.
+    pub fn write(
+        &self,
+        out: &mut dyn Write,
+        path: &Path,
+        pool: &Pool,
+        cancel: &Cancel,
+        progress: Progress<'_>,
+    ) -> Result<()> {
+        let io = |source: io::Error| CheckpointError::Io {
+            path: path.to_owned(),
+            source,
+        };
+        out.write_all(&self.header).map_err(io)?;
+        let mut done = self.header.len();
+        for part in &self.parts {
+            part.write(pool, &mut |bytes| {
+                if cancel.is_cancelled() {
+                    return Err(CheckpointError::Cancelled);
+                }
+                out.write_all(bytes).map_err(io)?;
+                done += bytes.len();
+                progress(done, self.bytes());
+                Ok(())
+            })?;
+        }
+        out.flush().map_err(io)
+    }
+
+    /// The same file in memory.
+    /// # Errors
+    /// As [`Prepack::write`], and [`CheckpointError::OutOfMemory`].
+    pub fn to_memory(&self, pool: &Pool, cancel: &Cancel, progress: Progress<'_>) -> Result<Bytes> {
+        let mut bytes =
+            AlignedBytes::try_zeroed(self.bytes()).ok_or_else(|| CheckpointError::OutOfMemory {
+                what: "quantized weights".into(),
+                bytes: self.bytes(),
+            })?;
+        self.write(
+            &mut bytes.as_mut(),
+            Path::new("memory"),
+            pool,
+            cancel,
+            progress,
+        )?;
+        Ok(Bytes::from(bytes))
+    }
+}
+
+fn header(parts: &[Part<'_>]) -> Vec<u8> {
+    let packed: BTreeMap<_, _> = (parts.iter())
+        .filter_map(|p| {
+            p.layout
+                .map(|l| (&p.name, (l.format().name(), l.rows(), l.cols())))
+        })
+        .collect();
+    let mut header = serde_json::Map::new();
+    let mut notes = json!({ "format": "pt" });
+    if !packed.is_empty() {
+        notes[VERSION_KEY] = packed::VERSION.to_string().into();
+        notes[PACKED_KEY] = json!(packed).to_string().into();
+    }
+    header.insert("__metadata__".into(), notes);
+    let mut offset = 0;
+    for part in parts {
+        let dtype = match part.treatment {
+            Treatment::Keep => part.tensor.dtype(),
+            Treatment::Cast(dtype) => dtype,
+            Treatment::Pack(format) => DType::Packed(format),
+        };
+        let (dtype, shape) = match dtype {
+            DType::F32 => ("F32", part.tensor.shape().to_vec()),
+            DType::F16 => ("F16", part.tensor.shape().to_vec()),
+            DType::Bf16 => ("BF16", part.tensor.shape().to_vec()),
+            DType::Packed(_) => ("U8", vec![part.bytes]),
+        };
+        let range = [offset, offset + part.bytes];
+        header.insert(
+            part.name.clone(),
+            json!({ "dtype": dtype, "shape": shape, "data_offsets": range }),
+        );
+        offset += part.bytes;
+    }
+    let mut json = serde_json::Value::Object(header).to_string().into_bytes();
+    json.resize((8 + json.len()).next_multiple_of(ALIGN) - 8, b' ');
+    let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
+    bytes.append(&mut json);
+    bytes
+}
+
+/// Bytes handed to the writer at a time, so that memory stays bounded and progress is seen.
+const STEP: usize = 4 << 20;
+
+impl Part<'_> {
+    fn write(&self, pool: &Pool, out: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        match (self.treatment, self.layout) {
+            (Treatment::Pack(_), Some(layout)) => self.pack(&layout, pool, out),
+            (Treatment::Cast(dtype), _) if dtype != self.tensor.dtype() => self.cast(dtype, out),
+            _ => self.tensor.bytes().chunks(STEP).try_for_each(out),
+        }
+    }
+
+    fn cast(&self, dtype: DType, out: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        let count = self.bytes / dtype.align();
+        let mut values = vec![0.0; (STEP / 4).min(count)];
+        let mut first = 0;
+        while first < count {
+            let n = values.len().min(count - first);
+            let values = &mut values[..n];
+            assert!(self.tensor.widen(first, values), "planned as dense");
+            let bytes: Vec<u8> = match dtype {
+                DType::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+                DType::F16 => values
+                    .iter()
+                    .flat_map(|v| f16::from_f32(*v).to_le_bytes())
+                    .collect(),
+                DType::Bf16 => values
+                    .iter()
+                    .flat_map(|v| bf16::from_f32(*v).to_le_bytes())
+                    .collect(),
+                DType::Packed(_) => unreachable!("refused by the plan"),
+            };
+            out(&bytes)?;
+            first += n;
+        }
+        Ok(())
+    }
+
+    fn pack(
+        &self,
+        layout: &PackedLayout,
+        pool: &Pool,
+        out: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let (cols, size) = (layout.cols(), layout.panel_bytes());
+        // At least one panel a thread, whatever the panel's size.
+        let batch = (STEP / size).max(pool.threads());
+        let mut bytes = vec![0; size * batch.min(layout.panels())];
+        let mut panel = 0;
+        while panel < layout.panels() {
+            let count = batch.min(layout.panels() - panel);
+            let bytes = &mut bytes[..count * size];
+            pool.install(|| {
+                bytes
+                    .par_chunks_exact_mut(size)
+                    .enumerate()
+                    .try_for_each_init(Vec::new, |rows, (i, out)| {
+                        let first = (panel + i) * PANEL_ROWS;
+                        rows.resize(PANEL_ROWS.min(layout.rows() - first) * cols, 0.0);
+                        assert!(self.tensor.widen(first * cols, rows), "planned as dense");
+                        pack_panel(layout, rows, out).map_err(|e| match e {
+                            PackError::Weight { row, block } => PackError::Weight {
+                                row: first + row,
+                                block,
+                            },
+                            other => other,
+                        })
+                    })
+            })
+            .map_err(|source| CheckpointError::Unpackable {
+                tensor: self.name.clone(),
+                format: layout.format().name(),
+                source,
+            })?;
+            out(bytes)?;
+            panel += count;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,140 @@
+//! The memory plan: what a model will take, compared with what there is, before it is taken.
+
+use crate::machine::Machine;
+use std::fmt;
+
+/// Bytes that running a model takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryPlan {
+    /// Weights: pages of mapped files, or owned memory.
+    pub weights: usize,
+    /// The KV cache when the context is full.
+    pub kv_cache: usize,
+    /// Activations of the largest chunk.
+    pub activations: usize,
+    /// Positions the cache was planned for.
+    pub context: usize,
+}
+
+/// A plan that does not fit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DoesNotFit {
+    /// What was asked for.
+    pub plan: MemoryPlan,
+    /// Bytes this process can still take.
+    pub available: u64,
+}
+
+impl fmt::Display for DoesNotFit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let available = usize::try_from(self.available).unwrap_or(usize::MAX);
+        write!(
+            f,
+            "not enough memory: {}; {} can be had",
+            self.plan,
+            Size(available)
+        )?;
+        let rest =
+            available.saturating_sub(self.plan.weights.saturating_add(self.plan.activations));
+        let per_position = self.plan.kv_cache / self.plan.context.max(1);
+        match rest.checked_div(per_position) {
+            Some(fits) if fits >= 256 => write!(f, "; a context of {} fits", fits / 256 * 256),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl std::error::Error for DoesNotFit {}
+
+impl MemoryPlan {
+    /// All bytes.
+    #[must_use]
+    pub fn total(&self) -> usize {
+        self.weights
+            .saturating_add(self.kv_cache)
+            .saturating_add(self.activations)
+    }
+
+    /// Compares the plan with the machine; a machine that does not tell is taken to be large enough.
+    /// # Errors
+    /// [`DoesNotFit`] with the numbers.
+    pub fn check(&self, machine: &Machine) -> Result<(), DoesNotFit> {
+        match machine.memory_available {
+            Some(available) if self.total() as u64 > available => Err(DoesNotFit {
+                plan: *self,
+                available,
+            }),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for MemoryPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [weights, kv, activations, total] =
+            [self.weights, self.kv_cache, self.activations, self.total()].map(Size);
+        write!(
+            f,
+            "weights {weights} + KV cache {kv} (context {}) + activations {activations} = {total}",
+            self.context
+        )
+    }
+}
+
+/// Bytes as people read them.
+#[derive(Clone, Copy, Debug)]
+pub struct Size(pub usize);
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut value = self.0 as f64;
+        for unit in ["B", "KiB", "MiB"] {
+            if value < 1024.0 {
+                let digits = usize::from(unit != "B" && value < 100.0);
+                return write!(f, "{value:.digits$} {unit}");
+            }
+            value /= 1024.0;
+        }
+        write!(f, "{value:.2} GiB")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refuses_with_the_numbers_and_says_what_fits() {
+        let gib = 1usize << 30;
+        let plan = MemoryPlan {
+            weights: 2 * gib,
+            kv_cache: 48 * gib,
+            activations: 0,
+            context: 131_072,
+        };
+        let machine = Machine {
+            memory_available: Some(8 << 30),
+            ..Machine::default()
+        };
+        let error = plan.check(&machine).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "not enough memory: weights 2.00 GiB + KV cache 48.00 GiB (context 131072) + activations 0 B = 50.00 GiB; \
+             8.00 GiB can be had; a context of 16384 fits"
+        );
+        assert!(plan.check(&Machine::default()).is_ok());
+    }
+
+    #[test]
+    fn sizes_read_well() {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1536, "1.5 KiB"),
+            (300 << 20, "300 MiB"),
+            (3 << 29, "1.50 GiB"),
+        ] {
+            assert_eq!(Size(bytes).to_string(), text);
+        }
+    }
+}
