@@ -24,4 +24,5 @@ pub mod tensor;
 pub use bytes::Bytes;
 pub use cancel::Cancel;
 pub use phidias_kernels::cpu::{Isa, Kernels, UnknownIsa};
+pub use phidias_quant::packed::VERSION as PACKED_VERSION;
 pub use phidias_quant::{AlignedBytes, Format};

@@ -154,6 +154,16 @@ impl Checkpoint {
         })
     }
 
+    /// Maps one safetensors file.
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn open_file(file: &Path) -> Result<Self> {
+        Ok(Self {
+            path: file.to_owned(),
+            tensors: read_file(file)?.into_iter().collect(),
+        })
+    }
+
     /// A checkpoint over bytes in memory that hold one safetensors file; `name` is for messages.
     /// # Errors
     /// As [`Checkpoint::open`].

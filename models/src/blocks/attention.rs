@@ -1,0 +1,66 @@
+//! Causal self-attention with rotary positions, grouped heads and an optional sliding window.
+
+use phidias_engine::backend::{Cpu, Heads, Mask, Rotations};
+use phidias_engine::kv_cache::KvCache;
+use phidias_engine::tensor::{Buffer, Matrix};
+
+/// Attention with a fused input projection.
+#[derive(Clone, Debug)]
+pub struct Attention {
+    /// `[(heads + 2 kv_heads) * head_dim, hidden]`: all query heads, then keys, then values.
+    pub qkv_proj: Matrix,
+    /// `[hidden, heads * head_dim]`
+    pub o_proj: Matrix,
+    /// How the rows of `qkv_proj` divide.
+    pub heads: Heads,
+    /// Which keys a query sees.
+    pub mask: Mask,
+    /// Factor on the scores.
+    pub scale: f32,
+}
+
+/// Where in the sequence a chunk of tokens stands.
+#[derive(Clone, Copy, Debug)]
+pub struct Place<'a> {
+    /// Layer of the cache.
+    pub layer: usize,
+    /// Position of the first token.
+    pub first: usize,
+    /// Rotations of the tokens.
+    pub rotations: &'a Rotations,
+}
+
+/// What attention works with, kept from layer to layer.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    qkv: Buffer,
+    heads: Buffer,
+}
+
+impl Attention {
+    /// `y = attention(x)`, both `[tokens, hidden]`; keys and values go to the cache.
+    pub fn forward(
+        &self,
+        cpu: &mut Cpu,
+        x: &Buffer,
+        cache: &mut KvCache,
+        at: Place<'_>,
+        y: &mut Buffer,
+        s: &mut Scratch,
+    ) {
+        cpu.linear(&self.qkv_proj, x, &mut s.qkv);
+        cpu.rope(&mut s.qkv, self.heads, at.rotations);
+        cpu.store_kv(&s.qkv, self.heads, cache, at.layer, at.first);
+        cpu.attention(
+            &s.qkv,
+            self.heads,
+            cache,
+            at.layer,
+            at.first,
+            self.mask,
+            self.scale,
+            &mut s.heads,
+        );
+        cpu.linear(&self.o_proj, &s.heads, y);
+    }
+}

@@ -1,0 +1,643 @@
+//! `config.json` and `generation_config.json`, checked once.
+//!
+//! Every field that is used is range-checked here, before anything is allocated from it; what
+//! comes out needs no second look. Fields that are not used are ignored.
+
+use serde_json::{Map, Value};
+use std::fs;
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+
+/// `model_type`s that can be run.
+pub const SUPPORTED: &[&str] = &["phi3"];
+
+/// Why a configuration is refused.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the message says what each field is")]
+pub enum ConfigError {
+    #[error("{}: {source}", path.display())]
+    Io {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("{}: not a JSON object: {reason}", path.display())]
+    Json { path: PathBuf, reason: String },
+    #[error("{}: field '{field}' is missing", path.display())]
+    Missing { path: PathBuf, field: String },
+    #[error("{}: field '{field}' is {found}, expected {expected}", path.display())]
+    Field {
+        path: PathBuf,
+        field: String,
+        expected: String,
+        found: String,
+    },
+    #[error("{}: model_type '{found}' is not supported; supported: {}", path.display(), SUPPORTED.join(", "))]
+    ModelType { path: PathBuf, found: String },
+    #[error("{}: rope type '{found}' is not supported; supported: default, longrope, su, yarn", path.display())]
+    RopeType { path: PathBuf, found: String },
+}
+
+type Result<T> = std::result::Result<T, ConfigError>;
+
+/// A checked configuration of a text model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// `model_type`
+    pub model_type: String,
+    /// Rows of the embedding table and of `lm_head`.
+    pub vocab_size: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Width of the MLP.
+    pub intermediate_size: usize,
+    /// Layers.
+    pub num_hidden_layers: usize,
+    /// Query heads.
+    pub num_attention_heads: usize,
+    /// Key and value heads.
+    pub num_key_value_heads: usize,
+    /// `hidden_size / num_attention_heads`, even.
+    pub head_dim: usize,
+    /// Most positions the model was made for.
+    pub max_position_embeddings: usize,
+    /// Keys that a query sees at most, itself included.
+    pub sliding_window: Option<usize>,
+    /// Epsilon of the norms.
+    pub rms_norm_eps: f32,
+    /// Rotary embedding.
+    pub rope: RopeConfig,
+    /// Whether `lm_head` is the embedding table.
+    pub tie_word_embeddings: bool,
+    /// First token of a text.
+    pub bos_token_id: Option<u32>,
+    /// Tokens that end a text.
+    pub eos_token_ids: Vec<u32>,
+}
+
+/// Rotary embedding.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RopeConfig {
+    /// Base of the frequencies.
+    pub theta: f64,
+    /// LongRoPE, where the configuration asks for it.
+    pub long: Option<LongRope>,
+}
+
+/// LongRoPE: two lists of factors on the wavelengths.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LongRope {
+    /// For sequences of at most `original_max_position_embeddings`; `[head_dim / 2]`.
+    pub short_factor: Vec<f32>,
+    /// For longer ones; `[head_dim / 2]`.
+    pub long_factor: Vec<f32>,
+    /// Length the model was first trained for.
+    pub original_max_position_embeddings: usize,
+    /// Multiplier on cosine and sine, in both regimes.
+    pub attention_factor: f32,
+}
+
+/// What `generation_config.json` says; everything is optional there.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct GenerationConfig {
+    /// Tokens that end a text.
+    pub eos_token_ids: Vec<u32>,
+    /// 0 when it asks for greedy decoding.
+    pub temperature: Option<f32>,
+    /// Keep this many of the likeliest tokens.
+    pub top_k: Option<usize>,
+    /// Keep the likeliest tokens up to this mass.
+    pub top_p: Option<f32>,
+    /// Keep tokens of at least this share of the likeliest one's probability.
+    pub min_p: Option<f32>,
+    /// Penalty on repeated tokens.
+    pub repetition_penalty: Option<f32>,
+}
+
+/// The fields of one file.
+struct Fields<'a> {
+    path: &'a Path,
+    /// Where in the file, for messages: "" or "rope_scaling."
+    prefix: &'static str,
+    map: &'a Map<String, Value>,
+}
+
+impl Fields<'_> {
+    fn value(&self, field: &str) -> Option<&Value> {
+        self.map.get(field).filter(|v| !v.is_null())
+    }
+
+    fn wrong<T>(&self, field: &str, expected: impl Into<String>) -> Result<T> {
+        let found = self.map.get(field).map_or("missing".into(), |v| {
+            let text = v.to_string();
+            if text.chars().count() > 80 {
+                format!("{}…", text.chars().take(80).collect::<String>())
+            } else {
+                text
+            }
+        });
+        let field = format!("{}{field}", self.prefix);
+        Err(ConfigError::Field {
+            path: self.path.to_owned(),
+            field,
+            expected: expected.into(),
+            found,
+        })
+    }
+
+    fn count(&self, field: &str, range: RangeInclusive<usize>) -> Result<Option<usize>> {
+        if self.value(field).is_none() {
+            return Ok(None);
+        }
+        let value = self
+            .value(field)
+            .and_then(Value::as_u64)
+            .and_then(|v| usize::try_from(v).ok());
+        match value.filter(|v| range.contains(v)) {
+            Some(value) => Ok(Some(value)),
+            None => self.wrong(
+                field,
+                format!("an integer from {} to {}", range.start(), range.end()),
+            ),
+        }
+    }
+
+    fn required(&self, field: &str, range: RangeInclusive<usize>) -> Result<usize> {
+        let missing = || ConfigError::Missing {
+            path: self.path.to_owned(),
+            field: format!("{}{field}", self.prefix),
+        };
+        self.count(field, range)?.ok_or_else(missing)
+    }
+
+    fn number(&self, field: &str, range: RangeInclusive<f64>) -> Result<Option<f64>> {
+        if self.value(field).is_none() {
+            return Ok(None);
+        }
+        match self
+            .value(field)
+            .and_then(Value::as_f64)
+            .filter(|v| range.contains(v))
+        {
+            Some(value) => Ok(Some(value)),
+            None => self.wrong(
+                field,
+                format!("a number from {} to {}", range.start(), range.end()),
+            ),
+        }
+    }
+
+    fn flag(&self, field: &str) -> Result<Option<bool>> {
+        match self.value(field) {
+            None => Ok(None),
+            Some(Value::Bool(b)) => Ok(Some(*b)),
+            Some(_) => self.wrong(field, "true or false"),
+        }
+    }
+
+    fn text(&self, field: &str) -> Result<Option<&str>> {
+        match self.value(field) {
+            None => Ok(None),
+            Some(Value::String(s)) => Ok(Some(s)),
+            Some(_) => self.wrong(field, "a string"),
+        }
+    }
+
+    /// A token id or a list of them.
+    fn ids(&self, field: &str) -> Result<Vec<u32>> {
+        let id = |v: &Value| v.as_u64().and_then(|v| u32::try_from(v).ok());
+        let ids = match self.value(field) {
+            None => Some(Vec::new()),
+            Some(Value::Array(list)) => list.iter().map(id).collect(),
+            Some(v) => id(v).map(|id| vec![id]),
+        };
+        ids.map_or_else(
+            || self.wrong(field, "a token id or a list of token ids"),
+            Ok,
+        )
+    }
+
+    fn factors(&self, field: &str, len: usize) -> Result<Vec<f32>> {
+        let factors: Option<Vec<f32>> = (self.value(field).and_then(Value::as_array)).map(|list| {
+            list.iter()
+                .map_while(|v| v.as_f64().map(|v| v as f32))
+                .collect()
+        });
+        let whole = self
+            .value(field)
+            .and_then(Value::as_array)
+            .map_or(0, Vec::len);
+        match factors {
+            Some(f)
+                if f.len() == len
+                    && whole == len
+                    && f.iter().all(|v| v.is_finite() && *v > 0.0) =>
+            {
+                Ok(f)
+            }
+            _ if whole != len && self.value(field).is_some_and(Value::is_array) => {
+                self.wrong(field, format!("{len} factors (head_dim / 2), not {whole}"))
+            }
+            _ => self.wrong(field, format!("a list of {len} positive finite factors")),
+        }
+    }
+}
+
+fn parse(path: &Path, text: &[u8]) -> Result<Map<String, Value>> {
+    let bad = |reason: String| ConfigError::Json {
+        path: path.to_owned(),
+        reason,
+    };
+    match serde_json::from_slice(text) {
+        Ok(Value::Object(map)) => Ok(map),
+        Ok(_) => Err(bad("another JSON value".into())),
+        Err(e) => Err(bad(e.to_string())),
+    }
+}
+
+impl Config {
+    /// Reads `config.json` of a folder.
+    /// # Errors
+    /// [`ConfigError`].
+    pub fn open(folder: &Path) -> Result<Self> {
+        let path = folder.join("config.json");
+        let text = fs::read(&path).map_err(|source| ConfigError::Io {
+            path: path.clone(),
+            source,
+        })?;
+        Self::from_json(&path, &text)
+    }
+
+    /// Reads a configuration; `path` is for messages.
+    /// # Errors
+    /// [`ConfigError`].
+    pub fn from_json(path: &Path, text: &[u8]) -> Result<Self> {
+        let map = parse(path, text)?;
+        let f = Fields {
+            path,
+            prefix: "",
+            map: &map,
+        };
+        let model_type = f.text("model_type")?.unwrap_or("").to_owned();
+        if !SUPPORTED.contains(&model_type.as_str()) {
+            return Err(ConfigError::ModelType {
+                path: path.to_owned(),
+                found: model_type,
+            });
+        }
+        let hidden_size = f.required("hidden_size", 2..=1 << 16)?;
+        let heads = f.required("num_attention_heads", 1..=1 << 12)?;
+        let kv_heads = f
+            .count("num_key_value_heads", 1..=1 << 12)?
+            .unwrap_or(heads);
+        if hidden_size % heads != 0 || !(hidden_size / heads).is_multiple_of(2) {
+            return f.wrong(
+                "num_attention_heads",
+                format!("a divisor of hidden_size {hidden_size} that leaves an even head"),
+            );
+        }
+        if heads % kv_heads != 0 {
+            return f.wrong(
+                "num_key_value_heads",
+                format!("a divisor of num_attention_heads {heads}"),
+            );
+        }
+        let head_dim = hidden_size / heads;
+        if f.count("head_dim", 1..=1 << 16)?
+            .is_some_and(|d| d != head_dim)
+        {
+            return f.wrong(
+                "head_dim",
+                format!("{head_dim} (hidden_size / num_attention_heads)"),
+            );
+        }
+        if f.text("hidden_act")?.is_some_and(|act| act != "silu") {
+            return f.wrong("hidden_act", "\"silu\"");
+        }
+        if f.number("partial_rotary_factor", f64::MIN..=f64::MAX)?
+            .is_some_and(|p| p != 1.0)
+        {
+            return f.wrong(
+                "partial_rotary_factor",
+                "1.0 (rotating part of a head is not supported)",
+            );
+        }
+        let max_position_embeddings = f.required("max_position_embeddings", 1..=1 << 24)?;
+        let eos_token_ids = f.ids("eos_token_id")?;
+        Ok(Self {
+            model_type,
+            vocab_size: f.required("vocab_size", 1..=1 << 22)?,
+            hidden_size,
+            intermediate_size: f.required("intermediate_size", 1..=1 << 20)?,
+            num_hidden_layers: f.required("num_hidden_layers", 1..=1 << 10)?,
+            num_attention_heads: heads,
+            num_key_value_heads: kv_heads,
+            head_dim,
+            max_position_embeddings,
+            sliding_window: f.count("sliding_window", 1..=usize::MAX)?,
+            rms_norm_eps: f.number("rms_norm_eps", 0.0..=1.0)?.unwrap_or(1e-5) as f32,
+            rope: rope(&f, head_dim, max_position_embeddings)?,
+            tie_word_embeddings: f.flag("tie_word_embeddings")?.unwrap_or(false),
+            bos_token_id: f.ids("bos_token_id")?.first().copied(),
+            eos_token_ids,
+        })
+    }
+}
+
+fn rope(f: &Fields<'_>, head_dim: usize, max_positions: usize) -> Result<RopeConfig> {
+    // Newer configurations keep theta and the scaling in one object, "rope_parameters".
+    let key = if f.value("rope_parameters").is_some() {
+        "rope_parameters"
+    } else {
+        "rope_scaling"
+    };
+    let empty = Map::new();
+    let scaling = match f.value(key) {
+        None => &empty,
+        Some(Value::Object(map)) => map,
+        Some(_) => return f.wrong(key, "an object or null"),
+    };
+    let prefix = if key == "rope_scaling" {
+        "rope_scaling."
+    } else {
+        "rope_parameters."
+    };
+    let s = Fields {
+        path: f.path,
+        prefix,
+        map: scaling,
+    };
+    let theta = match s.number("rope_theta", 1.0..=1e12)? {
+        Some(theta) => theta,
+        None => f.number("rope_theta", 1.0..=1e12)?.unwrap_or(10_000.0),
+    };
+    let kind = match s.text("rope_type")? {
+        Some(kind) => Some(kind),
+        None => s.text("type")?,
+    };
+    let long = match kind {
+        // The reference reads the older names "su" and "yarn" as longrope.
+        Some("longrope" | "su" | "yarn") => {
+            let name = "original_max_position_embeddings";
+            let original = match f.count(name, 2..=1 << 24)? {
+                Some(original) => original,
+                None => s.count(name, 2..=1 << 24)?.unwrap_or(max_positions.max(2)),
+            };
+            Some(LongRope {
+                short_factor: s.factors("short_factor", head_dim / 2)?,
+                long_factor: s.factors("long_factor", head_dim / 2)?,
+                original_max_position_embeddings: original,
+                attention_factor: match s.number("attention_factor", 1e-3..=1e3)? {
+                    Some(factor) => factor as f32,
+                    None => attention_factor(max_positions, original),
+                },
+            })
+        }
+        Some("default") => None,
+        None if scaling.is_empty() || key == "rope_parameters" => None,
+        other => {
+            let found = other.unwrap_or("(none given)").to_owned();
+            return Err(ConfigError::RopeType {
+                path: f.path.to_owned(),
+                found,
+            });
+        }
+    };
+    Ok(RopeConfig { theta, long })
+}
+
+/// `sqrt(1 + ln(max / original) / ln(original))` when the model was extended, else 1
+/// (Ding et al. 2024, LongRoPE; the multiplier as the reference implementation has it).
+fn attention_factor(max_positions: usize, original: usize) -> f32 {
+    let scale = max_positions as f64 / original as f64;
+    if scale <= 1.0 {
+        1.0
+    } else {
+        (1.0 + scale.ln() / (original as f64).ln()).sqrt() as f32
+    }
+}
+
+impl GenerationConfig {
+    /// Reads `generation_config.json` of a folder; a missing file says nothing.
+    /// # Errors
+    /// [`ConfigError`].
+    pub fn open(folder: &Path) -> Result<Self> {
+        let path = folder.join("generation_config.json");
+        match fs::read(&path) {
+            Ok(text) => Self::from_json(&path, &text),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
+            Err(source) => Err(ConfigError::Io { path, source }),
+        }
+    }
+
+    /// Reads a configuration; `path` is for messages.
+    /// # Errors
+    /// [`ConfigError`].
+    pub fn from_json(path: &Path, text: &[u8]) -> Result<Self> {
+        let map = parse(path, text)?;
+        let f = Fields {
+            path,
+            prefix: "",
+            map: &map,
+        };
+        let sample = f.flag("do_sample")?.unwrap_or(false);
+        let number = |field, range| f.number(field, range).map(|v| v.map(|v| v as f32));
+        let temperature = number("temperature", 0.0..=100.0)?;
+        Ok(Self {
+            eos_token_ids: f.ids("eos_token_id")?,
+            temperature: Some(if sample {
+                temperature.unwrap_or(1.0)
+            } else {
+                0.0
+            }),
+            top_k: f.count("top_k", 0..=1 << 22)?,
+            top_p: number("top_p", 0.0..=1.0)?,
+            min_p: number("min_p", 0.0..=1.0)?,
+            repetition_penalty: number("repetition_penalty", 1e-3..=1e3)?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn mini() -> Value {
+        json!({
+            "model_type": "phi3", "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "max_position_embeddings": 131072, "original_max_position_embeddings": 4096,
+            "rope_scaling": { "type": "su", "short_factor": ([1.0; 8]), "long_factor": ([2.0; 8]) },
+            "eos_token_id": 7, "sliding_window": 2047,
+        })
+    }
+
+    fn read(value: &Value) -> Result<Config> {
+        Config::from_json(Path::new("config.json"), value.to_string().as_bytes())
+    }
+
+    #[test]
+    fn reads_a_good_one() {
+        let config = read(&mini()).unwrap();
+        assert_eq!(
+            (
+                config.head_dim,
+                config.sliding_window,
+                config.eos_token_ids.as_slice()
+            ),
+            (16, Some(2047), &[7][..])
+        );
+        let long = config.rope.long.unwrap();
+        // The published figure for 131072 / 4096.
+        assert!((f64::from(long.attention_factor) - 1.190_238_071_423_808_3).abs() < 1e-7);
+        assert_eq!(attention_factor(4096, 4096), 1.0);
+    }
+
+    #[test]
+    fn every_bad_field_is_named() {
+        let cases = [
+            (
+                "model_type",
+                json!("llama"),
+                "model_type 'llama' is not supported; supported: phi3",
+            ),
+            (
+                "hidden_size",
+                json!(0),
+                "field 'hidden_size' is 0, expected an integer from 2 to 65536",
+            ),
+            ("hidden_size", json!(-64), "'hidden_size' is -64"),
+            ("hidden_size", json!(1e300), "'hidden_size' is 1e+300"),
+            (
+                "hidden_size",
+                json!(66),
+                "'num_attention_heads' is 4, expected a divisor of hidden_size 66",
+            ),
+            (
+                "num_attention_heads",
+                json!(3),
+                "'num_attention_heads' is 3",
+            ),
+            ("num_attention_heads", json!(64), "that leaves an even head"),
+            (
+                "num_key_value_heads",
+                json!(3),
+                "'num_key_value_heads' is 3, expected a divisor of num_attention_heads 4",
+            ),
+            ("head_dim", json!(32), "'head_dim' is 32, expected 16"),
+            ("vocab_size", Value::Null, "'vocab_size' is missing"),
+            ("vocab_size", json!(u64::MAX), "'vocab_size'"),
+            (
+                "num_hidden_layers",
+                json!("2"),
+                "'num_hidden_layers' is \"2\"",
+            ),
+            ("rms_norm_eps", json!(-1.0), "'rms_norm_eps'"),
+            ("sliding_window", json!(0), "'sliding_window' is 0"),
+            (
+                "hidden_act",
+                json!("gelu"),
+                "'hidden_act' is \"gelu\", expected \"silu\"",
+            ),
+            (
+                "partial_rotary_factor",
+                json!(0.75),
+                "'partial_rotary_factor' is 0.75",
+            ),
+            ("eos_token_id", json!("x"), "'eos_token_id'"),
+            ("eos_token_id", json!([1, -1]), "'eos_token_id'"),
+            ("rope_theta", json!(0), "'rope_theta' is 0"),
+            (
+                "rope_scaling",
+                json!(5),
+                "'rope_scaling' is 5, expected an object or null",
+            ),
+            (
+                "rope_scaling",
+                json!({"type": "linear", "factor": 2.0}),
+                "rope type 'linear' is not supported",
+            ),
+            (
+                "rope_scaling",
+                json!({"factor": 2.0}),
+                "rope type '(none given)'",
+            ),
+            (
+                "rope_scaling",
+                json!({"type": "longrope", "short_factor": ([1.0; 8])}),
+                "'rope_scaling.long_factor' is missing",
+            ),
+            (
+                "rope_scaling",
+                json!({"type": "longrope", "short_factor": ([1.0; 7]), "long_factor": ([1.0; 8])}),
+                "8 factors (head_dim / 2), not 7",
+            ),
+            (
+                "rope_scaling",
+                json!({"type": "longrope", "short_factor": ([1.0; 8]), "long_factor": ([0.0; 8])}),
+                "8 positive finite factors",
+            ),
+            (
+                "rope_scaling",
+                json!({"type": "longrope", "short_factor": (["a"; 8]), "long_factor": ([1.0; 8])}),
+                "8 positive finite factors",
+            ),
+            (
+                "max_position_embeddings",
+                json!(0),
+                "'max_position_embeddings' is 0",
+            ),
+            (
+                "tie_word_embeddings",
+                json!(1),
+                "'tie_word_embeddings' is 1",
+            ),
+        ];
+        for (field, value, expected) in cases {
+            let mut config = mini();
+            config[field] = value;
+            let error = read(&config).expect_err(field).to_string();
+            assert!(
+                error.contains(expected) && error.starts_with("config.json"),
+                "{error}\nexpected: {expected}"
+            );
+        }
+        for text in ["", "[]", "{", "nonsense"] {
+            assert!(matches!(
+                Config::from_json(Path::new("c"), text.as_bytes()),
+                Err(ConfigError::Json { .. })
+            ));
+        }
+    }
+
+    #[test]
+    fn both_spellings_of_the_scaling_are_read() {
+        let old = read(&mini()).unwrap();
+        let mut new = mini();
+        let mut parameters = new["rope_scaling"].take();
+        parameters["rope_type"] = json!("longrope");
+        parameters["rope_theta"] = json!(10000.0);
+        new["rope_parameters"] = parameters;
+        assert_eq!(read(&new).unwrap(), old);
+    }
+
+    #[test]
+    fn generation_config_is_optional_and_checked() {
+        let read = |v: Value| GenerationConfig::from_json(Path::new("g"), v.to_string().as_bytes());
+        assert_eq!(
+            read(json!({"eos_token_id": [1, 2]})).unwrap().eos_token_ids,
+            [1, 2]
+        );
+        assert_eq!(
+            read(json!({"temperature": 0.7})).unwrap().temperature,
+            Some(0.0)
+        );
+        assert_eq!(
+            read(json!({"temperature": 0.5, "do_sample": true}))
+                .unwrap()
+                .temperature,
+            Some(0.5)
+        );
+        assert!(read(json!({"top_p": 2})).is_err());
+    }
+}

@@ -1,0 +1,338 @@
+//! A sequence of tokens in the hands of a model: prompt in, logits out, cache kept.
+
+use crate::blocks::rope::Regime;
+use crate::model::{Error, Model};
+use crate::transformer::{Cancelled, Observer, Pass, Workspace};
+use phidias_engine::backend::Cpu;
+use phidias_engine::kv_cache::{KvCache, KvType};
+use phidias_engine::memory::MemoryPlan;
+use phidias_engine::pool::Pool;
+use phidias_engine::tensor::Buffer;
+use phidias_engine::{Cancel, Kernels};
+use std::sync::Arc;
+
+/// What to do with cached keys when a sequence outgrows `original_max_position_embeddings`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Crossing {
+    /// Compute the cache again with the long factors: what the reference gives, and what a fresh
+    /// prompt of the whole sequence gives.
+    #[default]
+    Exact,
+    /// Turn the cached keys to the long factors in place. Fast and approximate: the keys' angles
+    /// are right, but the deeper layers' keys and values still come from attention before it.
+    Rotate,
+}
+
+/// How a session runs.
+#[derive(Clone, Debug)]
+pub struct SessionOptions {
+    /// Most tokens the sequence may have; `None`: [`Model::default_context`].
+    pub context: Option<usize>,
+    /// What the cache stores; `None`: f32 when the weights are asked in f32, else f16.
+    pub kv_type: Option<KvType>,
+    /// Tokens computed together in a prompt. Memory, not results, depend on it.
+    pub chunk: usize,
+    /// Crossing of the original length.
+    pub crossing: Crossing,
+    /// Threads; `None`: as many as this process may use.
+    pub threads: Option<usize>,
+    /// Kernels; `None`: the best the CPU has.
+    pub kernels: Option<&'static Kernels>,
+    /// Refuse a plan that does not fit in memory.
+    pub check_memory: bool,
+}
+
+impl Default for SessionOptions {
+    fn default() -> Self {
+        Self {
+            context: None,
+            kv_type: None,
+            chunk: 512,
+            crossing: Crossing::Exact,
+            threads: None,
+            kernels: None,
+            check_memory: true,
+        }
+    }
+}
+
+/// What a session is doing in a long prompt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Prefill {
+    /// Tokens computed so far in this call.
+    pub done: usize,
+    /// Tokens to compute in this call.
+    pub total: usize,
+    /// Whether the cache is being computed again because the sequence crossed the original length.
+    pub recomputing: bool,
+}
+
+/// A sequence, its cache and the device it runs on.
+pub struct Session {
+    model: Arc<Model>,
+    cpu: Cpu,
+    cache: KvCache,
+    /// The whole sequence; `ids[..cache.len()]` are in the cache.
+    ids: Vec<u32>,
+    /// The factors the cached keys were rotated with.
+    regime: Regime,
+    context: usize,
+    chunk: usize,
+    crossing: Crossing,
+    workspace: Workspace,
+    rows: Buffer,
+    logits: Buffer,
+    cancel: Cancel,
+    progress: Option<Box<dyn FnMut(Prefill) + Send>>,
+}
+
+/// Rows of logits computed together when all of them are wanted: bounds their memory.
+const LOGIT_ROWS: usize = 32;
+
+impl Session {
+    /// A session with an empty sequence.
+    /// # Errors
+    /// A context beyond the model's, a plan that does not fit in memory, threads that cannot be had.
+    pub fn new(model: Arc<Model>, options: &SessionOptions) -> Result<Self, Error> {
+        let plan = Self::plan(&model, options)?;
+        if options.check_memory {
+            plan.check(&phidias_engine::machine::Machine::detect())?;
+        }
+        let pool = Arc::new(Pool::new(options.threads)?);
+        let kernels = options.kernels.unwrap_or_else(Kernels::best);
+        Ok(Self {
+            cpu: Cpu::new(kernels, pool),
+            cache: KvCache::new(
+                model.kv_shape(),
+                options.kv_type.unwrap_or(model.default_kv_type()),
+            ),
+            ids: Vec::new(),
+            regime: Regime::Short,
+            context: plan.context,
+            chunk: options.chunk.max(1),
+            crossing: options.crossing,
+            workspace: Workspace::default(),
+            rows: Buffer::default(),
+            logits: Buffer::default(),
+            cancel: Cancel::default(),
+            progress: None,
+            model,
+        })
+    }
+
+    /// The memory that such a session takes when its context is full, weights included.
+    /// # Errors
+    /// [`Error::Context`] when the context is zero or beyond the model's.
+    pub fn plan(model: &Model, options: &SessionOptions) -> Result<MemoryPlan, Error> {
+        let max = model.config().max_position_embeddings;
+        let context = options.context.unwrap_or_else(|| model.default_context());
+        if context == 0 || context > max {
+            return Err(Error::Context {
+                asked: context,
+                max,
+            });
+        }
+        let kind = options.kv_type.unwrap_or(model.default_kv_type());
+        Ok(MemoryPlan {
+            weights: model.weight_bytes(),
+            kv_cache: model.kv_shape().bytes(kind, context),
+            activations: model.activation_bytes(options.chunk.clamp(1, context)),
+            context,
+        })
+    }
+
+    /// The model.
+    #[must_use]
+    pub fn model(&self) -> &Arc<Model> {
+        &self.model
+    }
+
+    /// Every token of the sequence.
+    #[must_use]
+    pub fn ids(&self) -> &[u32] {
+        &self.ids
+    }
+
+    /// Most tokens the sequence may have.
+    #[must_use]
+    pub fn context(&self) -> usize {
+        self.context
+    }
+
+    /// Its cache.
+    #[must_use]
+    pub fn cache(&self) -> &KvCache {
+        &self.cache
+    }
+
+    /// Its device.
+    #[must_use]
+    pub fn cpu(&self) -> &Cpu {
+        &self.cpu
+    }
+
+    /// The flag that stops [`Session::extend`]; the sequence is then what it was before the call.
+    pub fn set_cancel(&mut self, cancel: Cancel) {
+        self.cancel = cancel;
+    }
+
+    /// Called after each chunk of a prompt.
+    pub fn set_progress(&mut self, progress: impl FnMut(Prefill) + Send + 'static) {
+        self.progress = Some(Box::new(progress));
+    }
+
+    /// Forgets the tokens from `len` on.
+    pub fn truncate(&mut self, len: usize) {
+        self.ids.truncate(len);
+        self.cache.truncate(len);
+    }
+
+    /// Appends tokens and returns the logits after the last one, `[vocab]`.
+    /// # Errors
+    /// No tokens, a token outside the vocabulary, a sequence beyond the context, no memory for the
+    /// cache, cancellation. The sequence is then what it was before.
+    pub fn extend(&mut self, tokens: &[u32]) -> Result<&[f32], Error> {
+        self.run(tokens, Want::Last, &mut |_, _, _| {})?;
+        Ok(self.logits.row(0))
+    }
+
+    /// Appends tokens and hands out the logits after each of them: `each(position, logits)`.
+    /// # Errors
+    /// As [`Session::extend`].
+    pub fn extend_all(
+        &mut self,
+        tokens: &[u32],
+        mut each: impl FnMut(usize, &[f32]),
+    ) -> Result<(), Error> {
+        self.run(tokens, Want::Each(&mut each), &mut |_, _, _| {})
+    }
+
+    /// [`Session::extend_all`] that also shows the values inside the forward pass.
+    /// # Errors
+    /// As [`Session::extend`].
+    pub fn extend_observed(
+        &mut self,
+        tokens: &[u32],
+        mut each: impl FnMut(usize, &[f32]),
+        observe: Observer<'_>,
+    ) -> Result<(), Error> {
+        self.run(tokens, Want::Each(&mut each), observe)
+    }
+
+    fn run(&mut self, tokens: &[u32], want: Want<'_>, observe: Observer<'_>) -> Result<(), Error> {
+        let vocab = self.model.config().vocab_size;
+        if tokens.is_empty() {
+            return Err(Error::NoTokens);
+        }
+        if let Some(&id) = tokens.iter().find(|id| **id as usize >= vocab) {
+            return Err(Error::TokenId { id, vocab });
+        }
+        let before = self.ids.len();
+        let total = before.saturating_add(tokens.len());
+        if total > self.context {
+            return Err(Error::TooLong {
+                tokens: total,
+                context: self.context,
+            });
+        }
+        self.cache.reserve(total)?;
+        self.ids.extend_from_slice(tokens);
+        let result = self.advance(before, want, observe);
+        if result.is_err() {
+            self.truncate(before);
+        }
+        result
+    }
+
+    /// Brings the cache up to `ids`; logits are wanted for the tokens from `before` on.
+    fn advance(
+        &mut self,
+        before: usize,
+        mut want: Want<'_>,
+        observe: Observer<'_>,
+    ) -> Result<(), Error> {
+        let total = self.ids.len();
+        let model = Arc::clone(&self.model);
+        let transformer = model.transformer();
+        let pool = Arc::clone(self.cpu.pool());
+        let recomputing = self.enter_regime(transformer.rope.regime(total));
+        let start = self.cache.len();
+        while self.cache.len() < total {
+            let first = self.cache.len();
+            let end = total.min(first + self.chunk);
+            // One entry into the pool for the whole pass.
+            let hidden = pool.install(|| {
+                let pass = Pass {
+                    cpu: &mut self.cpu,
+                    cache: &mut self.cache,
+                    cancel: &self.cancel,
+                    observe: &mut *observe,
+                };
+                transformer.forward(
+                    &self.ids[first..end],
+                    self.regime,
+                    pass,
+                    &mut self.workspace,
+                )
+            })?;
+            let wanted = match want {
+                Want::Last => end.max(total) - 1..end,
+                Want::Each(_) => before.max(first)..end,
+            };
+            for from in wanted.clone().step_by(LOGIT_ROWS) {
+                let count = LOGIT_ROWS.min(wanted.end - from);
+                self.rows.reshape(count, hidden.cols());
+                let values =
+                    &hidden.data()[(from - first) * hidden.cols()..][..count * hidden.cols()];
+                self.rows.data_mut().copy_from_slice(values);
+                pool.install(|| {
+                    self.cpu
+                        .linear(&transformer.lm_head, &self.rows, &mut self.logits)
+                });
+                if let Want::Each(each) = &mut want {
+                    (0..count).for_each(|t| each(from + t, self.logits.row(t)));
+                }
+            }
+            if let Some(progress) = &mut self.progress {
+                progress(Prefill {
+                    done: end - start,
+                    total: total - start,
+                    recomputing,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the cached keys fit the regime that the new length asks for; whether they must be
+    /// computed again.
+    fn enter_regime(&mut self, regime: Regime) -> bool {
+        let old = std::mem::replace(&mut self.regime, regime);
+        if old == regime || self.cache.is_empty() {
+            return false;
+        }
+        match self.crossing {
+            Crossing::Exact => self.cache.truncate(0),
+            Crossing::Rotate => {
+                let rope = &self.model.transformer().rope;
+                self.cache
+                    .update_keys(|position, head| rope.change(old, regime, position, head));
+            }
+        }
+        self.crossing == Crossing::Exact
+    }
+}
+
+/// Which logits a call wants.
+enum Want<'a> {
+    /// Those after the last token.
+    Last,
+    /// Those after each new token, handed out one by one.
+    Each(&'a mut dyn FnMut(usize, &[f32])),
+}
+
+impl From<Cancelled> for Error {
+    fn from(_: Cancelled) -> Self {
+        Self::Cancelled
+    }
+}

@@ -1,0 +1,152 @@
+//! The decoder: embedding, layers, norm, head.
+
+use crate::blocks::attention::{self, Attention, Place};
+use crate::blocks::mlp::{self, Mlp};
+use crate::blocks::norm::RmsNorm;
+use crate::blocks::rope::{Regime, Rope};
+use phidias_engine::Cancel;
+use phidias_engine::backend::{Cpu, Rotations};
+use phidias_engine::kv_cache::KvCache;
+use phidias_engine::tensor::{Buffer, Matrix};
+
+/// One layer.
+#[derive(Clone, Debug)]
+pub struct Layer {
+    /// Before attention.
+    pub input_norm: RmsNorm,
+    /// Self-attention.
+    pub attention: Attention,
+    /// Before the MLP.
+    pub post_attention_norm: RmsNorm,
+    /// MLP.
+    pub mlp: Mlp,
+}
+
+/// A decoder-only transformer.
+#[derive(Clone, Debug)]
+pub struct Transformer {
+    /// `[vocab, hidden]`
+    pub embed_tokens: Matrix,
+    /// The layers in order.
+    pub layers: Vec<Layer>,
+    /// Before the head.
+    pub norm: RmsNorm,
+    /// `[vocab, hidden]`
+    pub lm_head: Matrix,
+    /// Rotary embedding.
+    pub rope: Rope,
+}
+
+/// Buffers of a forward pass, kept from one to the next.
+#[derive(Debug, Default)]
+pub struct Workspace {
+    /// The residual stream, `[tokens, hidden]`.
+    x: Buffer,
+    normed: Buffer,
+    branch: Buffer,
+    rotations: Rotations,
+    attention: attention::Scratch,
+    mlp: mlp::Scratch,
+}
+
+/// A place in the forward pass that can be looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Point {
+    /// The embedded tokens.
+    Embed,
+    /// A layer's attention, after the output projection, before it is added.
+    AttentionOut(usize),
+    /// A layer's MLP, before it is added.
+    MlpOut(usize),
+    /// The residual stream after a layer.
+    LayerOut(usize),
+    /// After the last norm.
+    FinalNorm,
+}
+
+/// Looks at the values of a forward pass: the place, the position of the first row, the rows.
+pub type Observer<'a> = &'a mut (dyn FnMut(Point, usize, &Buffer) + Send);
+
+/// What a forward pass runs on.
+pub struct Pass<'a> {
+    /// Device.
+    pub cpu: &'a mut Cpu,
+    /// Keys and values so far; those of the pass are added.
+    pub cache: &'a mut KvCache,
+    /// Stops the pass.
+    pub cancel: &'a Cancel,
+    /// Sees its values.
+    pub observe: Observer<'a>,
+}
+
+/// The pass was stopped; the cache's length is what it was before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cancelled;
+
+impl Transformer {
+    /// Runs `ids` at positions `cache.len() ..` through all layers; the result, after the last
+    /// norm, is `[tokens, hidden]`. The cache must have room.
+    /// # Errors
+    /// [`Cancelled`], looked at between layers.
+    pub fn forward<'w>(
+        &self,
+        ids: &[u32],
+        regime: Regime,
+        pass: Pass<'_>,
+        w: &'w mut Workspace,
+    ) -> Result<&'w Buffer, Cancelled> {
+        let Pass {
+            cpu,
+            cache,
+            cancel,
+            observe,
+        } = pass;
+        let first = cache.len();
+        self.rope
+            .rotations(regime, first, ids.len(), &mut w.rotations);
+        cpu.embed(&self.embed_tokens, ids, &mut w.x);
+        observe(Point::Embed, first, &w.x);
+        for (l, layer) in self.layers.iter().enumerate() {
+            if cancel.is_cancelled() {
+                return Err(Cancelled);
+            }
+            let at = Place {
+                layer: l,
+                first,
+                rotations: &w.rotations,
+            };
+            layer.input_norm.forward(cpu, &w.x, &mut w.normed);
+            layer
+                .attention
+                .forward(cpu, &w.normed, cache, at, &mut w.branch, &mut w.attention);
+            observe(Point::AttentionOut(l), first, &w.branch);
+            cpu.add(&mut w.x, &w.branch);
+            layer.post_attention_norm.forward(cpu, &w.x, &mut w.normed);
+            layer.mlp.forward(cpu, &w.normed, &mut w.branch, &mut w.mlp);
+            observe(Point::MlpOut(l), first, &w.branch);
+            cpu.add(&mut w.x, &w.branch);
+            observe(Point::LayerOut(l), first, &w.x);
+        }
+        self.norm.forward(cpu, &w.x, &mut w.normed);
+        observe(Point::FinalNorm, first, &w.normed);
+        cache.set_len(first + ids.len());
+        Ok(&w.normed)
+    }
+
+    /// Bytes of weights that one token reads: every matrix once, one row of the embedding.
+    #[must_use]
+    pub fn bytes_per_token(&self) -> usize {
+        let layer = |l: &Layer| {
+            [
+                &l.attention.qkv_proj,
+                &l.attention.o_proj,
+                &l.mlp.gate_up_proj,
+                &l.mlp.down_proj,
+            ]
+            .map(Matrix::bytes)
+            .iter()
+            .sum::<usize>()
+        };
+        self.layers.iter().map(layer).sum::<usize>() + self.lm_head.bytes()
+    }
+}
