@@ -1,2 +1,4 @@
 //! The Phi-3 family.
 #![forbid(unsafe_code)]
+
+pub mod text;
