@@ -135,6 +135,15 @@ impl Builtin {
 }
 
 /// A compiled chat template.
+///
+/// ```
+/// use phidias_models::text::{Builtin, ChatTemplate, GenerationPrompt, Message};
+///
+/// let template = ChatTemplate::builtin(Builtin::Phi35Mini)?;
+/// let prompt = template.render(&[Message::user("Hi")], GenerationPrompt::Add)?;
+/// assert_eq!(prompt, "<|user|>\nHi<|end|>\n<|assistant|>\n");
+/// # Ok::<(), phidias_models::text::TextError>(())
+/// ```
 #[derive(Clone)]
 pub struct ChatTemplate {
     environment: Environment<'static>,

@@ -127,7 +127,7 @@ impl Conversation {
         self.messages.pop().map(|question| question.content)
     }
 
-    /// Sets the system message, or takes it away. It stands before everything else, so the
+    /// Sets the system message, or takes it away (an empty one is none). It stands before everything else, so the
     /// conversation begins anew.
     ///
     /// # Errors

@@ -64,12 +64,13 @@ impl Detokenizer {
             }
             let piece = this.piece(id)?;
             if piece.is_fragment() {
-                this.run.insert(0, id);
+                this.run.push(id);
             } else if !piece.text.is_empty() {
                 this.at_start = false;
                 break;
             }
         }
+        this.run.reverse();
         this.run_of_prompt = this.run.len();
         Ok(this)
     }
@@ -203,6 +204,7 @@ mod tests {
     use crate::text::fixture::{self, mini, vision};
     use crate::text::tokenizer::Bos;
     use proptest::prelude::*;
+    use std::sync::LazyLock;
 
     fn stream(detokenizer: &mut Detokenizer, ids: &[u32]) -> Vec<String> {
         let mut pieces: Vec<String> = ids
@@ -286,6 +288,11 @@ mod tests {
     }
 
     fn byte_level() -> Tokenizer {
+        static TOKENIZER: LazyLock<Tokenizer> = LazyLock::new(build_byte_level);
+        TOKENIZER.clone()
+    }
+
+    fn build_byte_level() -> Tokenizer {
         // GPT-2's alphabet: printable bytes stand for themselves, the others for U+0100 onwards.
         let printable = |byte: u8| matches!(byte, 33..=126 | 161..=172 | 174..=255);
         let mut next = 0x100;
@@ -358,6 +365,21 @@ mod tests {
                 agrees(&tokenizer, &ids, split, Special::Keep);
             }
         }
+    }
+
+    /// A decoder that joins letters across tokens has no text for a token alone.
+    #[test]
+    fn a_decoder_that_looks_across_tokens_is_refused() {
+        let json = fixture::edited_tokenizer_json(|json| {
+            json["decoder"] = serde_json::json!({"type": "Sequence", "decoders": [
+                {"type": "Fuse"},
+                {"type": "Replace", "pattern": {"String": "ab"}, "content": "x"},
+            ]});
+        });
+        let tokenizer = Tokenizer::from_bytes(&json, None, "here").unwrap();
+        let mut detokenizer = Detokenizer::new(&tokenizer, Special::Keep);
+        let error = detokenizer.push(tokenizer.id_of("b").unwrap()).unwrap_err();
+        assert!(matches!(error, TextError::Decode { .. }), "{error}");
     }
 
     /// A step does not become dearer as the text grows, nor inside an endless run of bytes.

@@ -319,7 +319,8 @@ impl std::fmt::Debug for Tokenizer {
     }
 }
 
-/// Calls into the `tokenizers` library, which answers some malformed files with a panic.
+/// Calls into the `tokenizers` library. It checks a file part by part and trusts that the parts
+/// agree (`expect` in its code); should they not, that is the file's fault and an error here.
 fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
     match catch_unwind(AssertUnwindSafe(call)) {
         Ok(Ok(value)) => Ok(value),
@@ -440,6 +441,19 @@ mod tests {
             tokenizer.encode("a", Bos::Add),
             Err(TextError::NoBos { .. })
         ));
+    }
+
+    /// A vocabulary that cannot write a character, and names no token for such a case.
+    #[test]
+    fn characters_that_cannot_be_written() {
+        let json = fixture::edited_tokenizer_json(|json| {
+            json["model"]["byte_fallback"] = false.into();
+            json["model"]["unk_token"] = "nowhere".into();
+        });
+        let tokenizer = Tokenizer::from_bytes(&json, None, "here").unwrap();
+        assert_eq!(tokenizer.encode("a", Bos::Omit).unwrap(), [263]);
+        let error = tokenizer.encode("𝔾", Bos::Omit).unwrap_err();
+        assert!(matches!(error, TextError::Encode { .. }), "{error}");
     }
 
     #[test]
