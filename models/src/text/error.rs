@@ -1,0 +1,228 @@
+//! Everything that can be wrong with a tokenizer, a template or a text.
+
+use std::path::PathBuf;
+
+/// Why a text could not be encoded, decoded or rendered: one variant per cause.
+///
+/// `origin` is the path of the file the data came from, or the name given to built-in data.
+#[derive(Debug, thiserror::Error)]
+pub enum TextError {
+    /// A file is there and cannot be read.
+    #[error("{path}: cannot be read: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+
+    /// A file is larger than any file of its kind has reason to be.
+    #[error("{path}: larger than {limit} bytes, the most that is read for this kind of file")]
+    FileTooLarge {
+        /// The file.
+        path: PathBuf,
+        /// The most bytes that are read.
+        limit: u64,
+    },
+
+    /// A text file is not UTF-8.
+    #[error("{path}: expected UTF-8 text, found an invalid byte at offset {offset}")]
+    NotUtf8 {
+        /// The file.
+        path: PathBuf,
+        /// Bytes before the first invalid one.
+        offset: usize,
+    },
+
+    /// A `tokenizer.json` that the `tokenizers` library does not accept.
+    #[error("{origin}: not a usable tokenizer: {reason}")]
+    Tokenizer {
+        /// The file.
+        origin: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+
+    /// A `tokenizer_config.json` or `chat_template.json` that is not a JSON object.
+    #[error("{origin}: expected a JSON object: {reason}")]
+    Json {
+        /// The file.
+        origin: String,
+        /// What was found.
+        reason: String,
+    },
+
+    /// A field of a JSON file holds the wrong kind of value.
+    #[error("{origin}: `{field}`: expected {expected}, found {found}")]
+    Field {
+        /// The file.
+        origin: String,
+        /// The field.
+        field: &'static str,
+        /// What it should hold.
+        expected: &'static str,
+        /// What it holds.
+        found: String,
+    },
+
+    /// `bos_token` or `eos_token` names a token that the tokenizer does not have.
+    #[error("{origin}: `{field}` is {token:?}, which is not in the vocabulary")]
+    UnknownToken {
+        /// The file.
+        origin: String,
+        /// `bos_token` or `eos_token`.
+        field: &'static str,
+        /// The token that was named.
+        token: String,
+    },
+
+    /// A beginning-of-sequence token was asked for and the tokenizer names none.
+    #[error("{origin}: a beginning-of-sequence token was asked for, and none is named")]
+    NoBos {
+        /// The tokenizer.
+        origin: String,
+    },
+
+    /// A text longer than [`MAX_TEXT_BYTES`](super::MAX_TEXT_BYTES).
+    #[error("text of {bytes} bytes: at most {limit} can be encoded at once")]
+    TextTooLong {
+        /// Its length.
+        bytes: usize,
+        /// The limit.
+        limit: usize,
+    },
+
+    /// The `tokenizers` library could not encode a text.
+    #[error("{origin}: cannot encode the text: {reason}")]
+    Encode {
+        /// The tokenizer.
+        origin: String,
+        /// What went wrong.
+        reason: String,
+    },
+
+    /// The `tokenizers` library could not decode ids.
+    #[error("{origin}: cannot decode the ids: {reason}")]
+    Decode {
+        /// The tokenizer.
+        origin: String,
+        /// What went wrong.
+        reason: String,
+    },
+
+    /// An id that stands for no token.
+    #[error("{origin}: id {id} is no token: the largest id is {max_id}")]
+    UnknownId {
+        /// The tokenizer.
+        origin: String,
+        /// The id.
+        id: u32,
+        /// The largest id of the vocabulary.
+        max_id: u32,
+    },
+
+    /// The vocabulary has ids for which the model has no embedding.
+    #[error(
+        "{origin}: token {token:?} has id {max_id}, but the model has only {rows} embedding rows \
+         (ids 0 to {rows} exclusive)"
+    )]
+    MoreIdsThanRows {
+        /// The tokenizer.
+        origin: String,
+        /// The token with the largest id.
+        token: String,
+        /// The largest id.
+        max_id: u32,
+        /// Rows of the model's embedding matrix.
+        rows: usize,
+    },
+
+    /// `chat_template` lists several templates, none of them named `default`.
+    #[error("{origin}: `chat_template`: expected one named \"default\", found {found:?}")]
+    NoDefaultTemplate {
+        /// The file.
+        origin: String,
+        /// The names that are there.
+        found: Vec<String>,
+    },
+
+    /// A chat template longer than any has reason to be.
+    #[error("{origin}: chat template of {bytes} bytes: at most {limit} are accepted")]
+    TemplateTooLong {
+        /// Where the template comes from.
+        origin: String,
+        /// Its length.
+        bytes: usize,
+        /// The limit.
+        limit: usize,
+    },
+
+    /// A chat template that is not valid Jinja.
+    #[error("{origin}: chat template, line {line}: {reason}")]
+    TemplateSyntax {
+        /// Where the template comes from.
+        origin: String,
+        /// Line of the template, from 1; 0 where it is not known.
+        line: usize,
+        /// What is wrong.
+        reason: String,
+    },
+
+    /// A chat template called `raise_exception`: it does not accept these messages.
+    #[error("{origin}: the chat template refuses the messages: {message}")]
+    TemplateRaised {
+        /// Where the template comes from.
+        origin: String,
+        /// The template's own words.
+        message: String,
+    },
+
+    /// A chat template failed while it was rendered.
+    #[error("{origin}: chat template, line {line}: {reason}")]
+    TemplateFailed {
+        /// Where the template comes from.
+        origin: String,
+        /// Line of the template, from 1; 0 where it is not known.
+        line: usize,
+        /// What went wrong.
+        reason: String,
+    },
+
+    /// A chat template did not end within the work it is allowed.
+    #[error("{origin}: the chat template was stopped after {fuel} units of work")]
+    TemplateOutOfFuel {
+        /// Where the template comes from.
+        origin: String,
+        /// Units it was allowed: one per instruction and per 64 bytes made.
+        fuel: u64,
+    },
+
+    /// A chat template writes more than a prompt may hold.
+    #[error("{origin}: the chat template writes more than {limit} bytes")]
+    PromptTooLong {
+        /// Where the template comes from.
+        origin: String,
+        /// The most bytes a rendering may have.
+        limit: usize,
+    },
+
+    /// A system message for a template that leaves system messages out.
+    #[error("{origin}: this chat template has no place for a system message")]
+    SystemUnsupported {
+        /// Where the template comes from.
+        origin: String,
+    },
+
+    /// A template that leaves out what the assistant said: it cannot carry a conversation.
+    #[error(
+        "{origin}: the chat template leaves out the assistant's answers, so a second turn is impossible"
+    )]
+    AnswersDropped {
+        /// Where the template comes from.
+        origin: String,
+    },
+
+    /// An answer was recorded where no question waits for one.
+    #[error("an answer was recorded, but no question is waiting for one")]
+    NoQuestion,
+}
