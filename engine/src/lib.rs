@@ -1,3 +1,4 @@
 //! The engine.
 
+pub mod generate;
 pub mod sampling;
