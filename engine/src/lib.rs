@@ -6,6 +6,7 @@
 //! | [`tensor`] | shape and dtype over shared bytes |
 //! | [`kv_cache`] | keys and values of a sequence, growing on demand |
 //! | [`backend`] | whole operations on whole buffers, on the CPU |
+//! | [`sampling`], [`generate`] | from logits to a token, from a prompt to an answer |
 //! | [`pool`], [`machine`], [`memory`] | threads, what the machine has, what a model will take |
 //!
 //! No intrinsics and no tensor names here.
@@ -15,10 +16,12 @@ pub mod backend;
 pub mod bytes;
 pub mod cancel;
 pub mod checkpoint;
+pub mod generate;
 pub mod kv_cache;
 pub mod machine;
 pub mod memory;
 pub mod pool;
+pub mod sampling;
 pub mod tensor;
 
 pub use bytes::Bytes;

@@ -1,0 +1,941 @@
+//! The generation loop: prompt in, tokens and text out, for anything that is a [`Sequence`].
+//!
+//! Feed the prompt; then, until something ends it: sample a token, show its text as far as it is
+//! certain, feed the token to the model.
+//!
+//! # Which tokens are in the cache afterwards
+//!
+//! The logits of a token are needed only to choose the one after it, so the *last* sampled token is
+//! never fed. After [`generate`] the sequence holds what it held before, the prompt and every sampled
+//! token but the last, whatever the reason for the end, and each of them is in the cache. The last
+//! one is [`Outcome::pending`]. A chat goes on by putting it in front of the next turn's tokens; the
+//! ids are used again as they are, for text that is encoded anew does not always give the same ids.
+
+use std::collections::BTreeSet;
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+
+use crate::Cancel;
+use crate::sampling::{ParamError, SampleError, Sampler, SamplingParams};
+
+/// A sequence of tokens with its KV cache, in the hands of a model.
+pub trait Sequence {
+    /// What can go wrong in a forward pass.
+    type Error: std::error::Error + 'static;
+
+    /// The tokens whose keys and values are in the cache.
+    fn ids(&self) -> &[u32];
+
+    /// The number of tokens the model knows, and so of logits.
+    fn vocab(&self) -> usize;
+
+    /// The most tokens the sequence may hold.
+    fn context(&self) -> usize;
+
+    /// Appends `tokens` (at least one) and returns the logits `[vocab]` after the last of them.
+    ///
+    /// # Errors
+    /// A token that the model does not have, cancellation, or a failure inside; then the sequence is
+    /// as before.
+    fn extend(&mut self, tokens: &[u32]) -> Result<&[f32], Self::Error>;
+}
+
+/// Turns ids into text as it becomes certain: never half a character.
+pub trait Detokenize {
+    /// What can go wrong.
+    type Error: std::error::Error + 'static;
+
+    /// Takes the next token and returns the text that became certain, often none.
+    ///
+    /// # Errors
+    /// A token that cannot be decoded.
+    fn push(&mut self, id: u32) -> Result<String, Self::Error>;
+
+    /// Returns what was held back; the answer is at its end.
+    ///
+    /// # Errors
+    /// When it cannot be decoded.
+    fn finish(&mut self) -> Result<String, Self::Error>;
+}
+
+/// What to generate and when to stop.
+#[derive(Clone, Debug)]
+pub struct GenerateOptions {
+    /// The most tokens to sample; 0 only fills the cache.
+    pub max_new_tokens: usize,
+    /// Tokens that end the answer. Their text is not part of it.
+    pub stop_tokens: BTreeSet<u32>,
+    /// Texts that end the answer, wherever tokens begin and end. They are not part of it.
+    pub stop_strings: Vec<String>,
+    /// How tokens are chosen. Every generation starts at the beginning of the seed's stream: it
+    /// depends on the sequence, the prompt and these options, not on what was generated earlier.
+    pub sampling: SamplingParams,
+}
+
+impl Default for GenerateOptions {
+    fn default() -> Self {
+        Self {
+            max_new_tokens: usize::MAX,
+            stop_tokens: BTreeSet::new(),
+            stop_strings: Vec::new(),
+            sampling: SamplingParams::default(),
+        }
+    }
+}
+
+/// What happens on the way. The texts of all events, one after another, are the answer.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// A token was sampled.
+    Token {
+        /// The token.
+        id: u32,
+        /// Its log-probability, if asked for; see [`crate::sampling::Sampled`].
+        logprob: Option<f32>,
+        /// The likeliest tokens and their log-probabilities, as many as asked for.
+        top: Vec<(u32, f32)>,
+        /// The text that became certain with it: whole characters that cannot be the beginning of
+        /// a stop string. It may be empty, or come from several tokens.
+        text: String,
+    },
+    /// The answer is over, and this end of it, held back until now, was no stop string.
+    Text(String),
+}
+
+/// Why an answer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// This stop token was sampled.
+    StopToken(u32),
+    /// The text reached this stop string (its index in the options).
+    StopString(usize),
+    /// `max_new_tokens` were sampled.
+    Length,
+    /// The sequence holds as many tokens as the context allows.
+    ContextFull,
+    /// The switch was set, or the receiver of the events had enough.
+    Cancelled,
+}
+
+/// How a generation went.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Outcome {
+    /// The sampled tokens, a stop token included.
+    pub ids: Vec<u32>,
+    /// The last sampled token, which is not in the cache; see the head of this file.
+    pub pending: Option<u32>,
+    /// Why it ended.
+    pub finish: FinishReason,
+    /// Prompt tokens fed to the model: all, or none when it was cancelled before the end of them.
+    pub prompt_tokens: usize,
+    /// Time from the start to the logits after the prompt.
+    pub prefill: Duration,
+    /// Time from there to the end, sampling and the receiver's own time included.
+    pub decode: Duration,
+}
+
+impl Outcome {
+    /// Prompt tokens a second; `None` if nothing was prefilled.
+    pub fn prefill_rate(&self) -> Option<f64> {
+        rate(self.prompt_tokens, self.prefill)
+    }
+
+    /// Forward passes of one token a second; `None` if there was none. The first sampled token costs
+    /// no pass of its own: its logits are the prefill's.
+    pub fn decode_rate(&self) -> Option<f64> {
+        rate(self.ids.len().saturating_sub(1), self.decode)
+    }
+}
+
+fn rate(tokens: usize, time: Duration) -> Option<f64> {
+    (tokens > 0 && !time.is_zero()).then(|| tokens as f64 / time.as_secs_f64())
+}
+
+/// Why a generation could not begin or go on. `S`: the sequence's error, `D`: the detokenizer's.
+///
+/// Whatever text was certain has been handed out, and the sequence holds only tokens that are in its
+/// cache.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum GenerateError<S, D>
+where
+    S: std::error::Error + 'static,
+    D: std::error::Error + 'static,
+{
+    /// Nothing to predict from.
+    #[error("prompt: expected at least one token, found none")]
+    EmptyPrompt,
+    /// The prompt does not fit.
+    #[error(
+        "prompt: expected at most {} tokens (context of {context}, {held} of it taken), found {prompt}",
+        .context.saturating_sub(*.held)
+    )]
+    PromptTooLong {
+        /// Tokens in the sequence before the prompt.
+        held: usize,
+        /// Tokens in the prompt.
+        prompt: usize,
+        /// The most tokens the sequence may hold.
+        context: usize,
+    },
+    /// A stop string that would stop everything.
+    #[error("stop_strings: expected text, found an empty string at index {index}")]
+    EmptyStopString {
+        /// Its index in the options.
+        index: usize,
+    },
+    /// A sampling parameter out of range.
+    #[error(transparent)]
+    Params(#[from] ParamError),
+    /// No token can be chosen: the model's logits are not numbers, or all are masked.
+    #[error("token {position} of the sequence: {source}")]
+    Sample {
+        /// How many tokens came before.
+        position: usize,
+        /// What is wrong with the logits.
+        source: SampleError,
+    },
+    /// The model failed.
+    #[error(transparent)]
+    Sequence(S),
+    /// The token cannot be turned into text.
+    #[error("token id {id} has no text: {source}")]
+    Detokenize {
+        /// The token (the last one before, when the rest of the text is the problem).
+        id: u32,
+        /// What the detokenizer says.
+        source: D,
+    },
+}
+
+/// The error of generating with `S` and `D`.
+pub type ErrorOf<S, D> = GenerateError<<S as Sequence>::Error, <D as Detokenize>::Error>;
+
+/// Appends `prompt` to the sequence and samples an answer.
+///
+/// `on_event` hears of everything as it happens; breaking from it cancels, as `cancel` does: both
+/// are looked at between forward passes. Penalties see every token of the sequence, prompt and
+/// answer. If a stop string appears only in what is held back until the end, the text still ends
+/// before it, and it is the finish reason.
+///
+/// # Errors
+/// A prompt that is empty or does not fit, options out of range, logits that are not numbers, and
+/// what the sequence and the detokenizer report.
+pub fn generate<S: Sequence, D: Detokenize>(
+    sequence: &mut S,
+    prompt: &[u32],
+    options: &GenerateOptions,
+    detokenizer: &mut D,
+    cancel: &Cancel,
+    on_event: impl FnMut(Event) -> ControlFlow<()>,
+) -> Result<Outcome, ErrorOf<S, D>> {
+    let (held, context) = (sequence.ids().len(), sequence.context());
+    if prompt.is_empty() {
+        return Err(GenerateError::EmptyPrompt);
+    }
+    let end = held
+        .checked_add(prompt.len())
+        .filter(|&end| end <= context)
+        .ok_or(GenerateError::PromptTooLong {
+            held,
+            prompt: prompt.len(),
+            context,
+        })?;
+    let stop = StopStrings::new(&options.stop_strings)
+        .map_err(|index| GenerateError::EmptyStopString { index })?;
+    let sampler = Sampler::new(options.sampling.clone(), sequence.vocab())?;
+    let mut history = Vec::with_capacity(end);
+    history.extend_from_slice(sequence.ids());
+    history.extend_from_slice(prompt);
+    let mut run = Run {
+        sequence,
+        options,
+        detokenizer,
+        cancel,
+        on_event,
+        sampler,
+        stop,
+        history,
+        stopped: false,
+        outcome: Outcome {
+            ids: Vec::new(),
+            pending: None,
+            finish: FinishReason::Length,
+            prompt_tokens: 0,
+            prefill: Duration::ZERO,
+            decode: Duration::ZERO,
+        },
+    };
+    let start = Instant::now();
+    let ready = run.feed(prompt);
+    if let Ok(Some(_)) = ready {
+        run.outcome.prompt_tokens = prompt.len();
+    }
+    run.outcome.prefill = start.elapsed();
+    let decode = Instant::now();
+    let finish = match ready {
+        Ok(Some(logits)) => run.decode(logits),
+        Ok(None) => Ok(FinishReason::Cancelled),
+        Err(error) => Err(error),
+    };
+    // Held-back text is the reader's also when the answer ends in an error.
+    let flushed = run.flush();
+    run.outcome.finish = finish?;
+    if let Some(index) = flushed? {
+        run.outcome.finish = FinishReason::StopString(index);
+    }
+    run.outcome.decode = decode.elapsed();
+    Ok(run.outcome)
+}
+
+/// One generation under way.
+struct Run<'a, S, D, F> {
+    sequence: &'a mut S,
+    options: &'a GenerateOptions,
+    detokenizer: &'a mut D,
+    cancel: &'a Cancel,
+    on_event: F,
+    sampler: Sampler,
+    stop: StopStrings<'a>,
+    history: Vec<u32>, // the sequence's tokens, prompt and sampled ones included
+    stopped: bool,     // the receiver broke off
+    outcome: Outcome,
+}
+
+impl<S: Sequence, D: Detokenize, F: FnMut(Event) -> ControlFlow<()>> Run<'_, S, D, F> {
+    fn emit(&mut self, event: Event) {
+        self.stopped |= (self.on_event)(event).is_break();
+    }
+
+    fn cancelled(&self) -> bool {
+        self.stopped || self.cancel.is_cancelled()
+    }
+
+    /// Feeds `tokens`; the logits after them, or `None` if it was cancelled.
+    fn feed(&mut self, tokens: &[u32]) -> Result<Option<Vec<f32>>, ErrorOf<S, D>> {
+        if self.cancelled() {
+            return Ok(None);
+        }
+        match self.sequence.extend(tokens) {
+            Ok(logits) => Ok(Some(logits.to_vec())),
+            // The sequence looks at the same switch and ends a long pass early.
+            Err(_) if self.cancel.is_cancelled() => Ok(None),
+            Err(error) => Err(GenerateError::Sequence(error)),
+        }
+    }
+
+    /// Samples from `logits` and on, until something ends the answer.
+    fn decode(&mut self, mut logits: Vec<f32>) -> Result<FinishReason, ErrorOf<S, D>> {
+        loop {
+            if self.outcome.ids.len() >= self.options.max_new_tokens {
+                return Ok(FinishReason::Length);
+            }
+            if self.cancelled() {
+                return Ok(FinishReason::Cancelled);
+            }
+            if let Some(id) = self.outcome.pending {
+                if self.sequence.ids().len() >= self.sequence.context() {
+                    return Ok(FinishReason::ContextFull);
+                }
+                let Some(next) = self.feed(&[id])? else {
+                    return Ok(FinishReason::Cancelled);
+                };
+                self.outcome.pending = None;
+                logits = next;
+            }
+            if let Some(finish) = self.token(&logits)? {
+                return Ok(finish);
+            }
+        }
+    }
+
+    /// Samples one token and shows it; a reason if it ends the answer.
+    fn token(&mut self, logits: &[f32]) -> Result<Option<FinishReason>, ErrorOf<S, D>> {
+        let sampled = self
+            .sampler
+            .sample(logits, &self.history)
+            .map_err(|source| GenerateError::Sample {
+                position: self.history.len(),
+                source,
+            })?;
+        let id = sampled.id;
+        self.history.push(id);
+        self.outcome.ids.push(id);
+        self.outcome.pending = Some(id);
+        let (text, finish) = if self.options.stop_tokens.contains(&id) {
+            (String::new(), Some(FinishReason::StopToken(id)))
+        } else {
+            let text = self
+                .detokenizer
+                .push(id)
+                .map_err(|source| GenerateError::Detokenize { id, source })?;
+            let (text, stop) = self.stop.push(&text);
+            (text, stop.map(FinishReason::StopString))
+        };
+        self.emit(Event::Token {
+            id,
+            logprob: sampled.logprob,
+            top: sampled.top,
+            text,
+        });
+        Ok(finish)
+    }
+
+    /// Hands out what the detokenizer and the stop strings held back; a stop string's index if one
+    /// appears in it.
+    fn flush(&mut self) -> Result<Option<usize>, ErrorOf<S, D>> {
+        if self.stop.found {
+            return Ok(None); // what follows the stop string is nobody's
+        }
+        let rest = self.detokenizer.finish();
+        let (mut text, stop) = self.stop.push(rest.as_deref().unwrap_or_default());
+        text.push_str(&self.stop.finish());
+        if !text.is_empty() {
+            self.emit(Event::Text(text));
+        }
+        match rest {
+            Ok(_) => Ok(stop),
+            Err(source) => Err(GenerateError::Detokenize {
+                id: self.history.last().copied().unwrap_or_default(),
+                source,
+            }),
+        }
+    }
+}
+
+/// Watches a text that comes in pieces for the first stop string.
+///
+/// The answer ends at the stop string that is complete first, of several complete at the same place
+/// at the longest; so the result does not depend on how the text was cut into pieces. Text is held
+/// back as long as it could be the beginning of a stop string.
+struct StopStrings<'a> {
+    stops: &'a [String],
+    held: String, // a proper prefix of some stop string
+    found: bool,
+}
+
+impl<'a> StopStrings<'a> {
+    /// Fails with the index of an empty stop string.
+    fn new(stops: &'a [String]) -> Result<Self, usize> {
+        match stops.iter().position(String::is_empty) {
+            Some(index) => Err(index),
+            None => Ok(Self {
+                stops,
+                held: String::new(),
+                found: false,
+            }),
+        }
+    }
+
+    /// Takes the next piece; returns the text that is certain, and which stop string ended it.
+    fn push(&mut self, text: &str) -> (String, Option<usize>) {
+        if self.found {
+            return (String::new(), None);
+        }
+        self.held.push_str(text);
+        let first = (0..)
+            .zip(self.stops)
+            .filter_map(|(index, stop)| {
+                let start = self.held.find(stop.as_str())?;
+                Some((start + stop.len(), start, index))
+            })
+            .min();
+        if let Some((_, start, index)) = first {
+            self.found = true;
+            self.held.truncate(start);
+            return (std::mem::take(&mut self.held), Some(index));
+        }
+        let hold = self
+            .stops
+            .iter()
+            .map(|stop| overlap(&self.held, stop))
+            .max()
+            .unwrap_or(0);
+        let rest = self.held.split_off(self.held.len() - hold);
+        (std::mem::replace(&mut self.held, rest), None)
+    }
+
+    /// The text is over: what was held back is no stop string.
+    fn finish(&mut self) -> String {
+        std::mem::take(&mut self.held)
+    }
+}
+
+/// The length in bytes of the longest end of `text` that is a proper beginning of `stop`.
+fn overlap(text: &str, stop: &str) -> usize {
+    stop.char_indices()
+        .map(|(len, _)| len)
+        .rev()
+        .find(|&len| text.ends_with(&stop[..len]))
+        .unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A model that says what the script says: after `prompt` tokens the script's first id, and so on.
+    struct Scripted {
+        ids: Vec<u32>,
+        script: Vec<u32>,
+        prompt: usize,
+        context: usize,
+        logits: Vec<f32>,
+        calls: Vec<usize>,
+        fail_at: Option<usize>, // the length from which extending fails
+        nan_at: Option<usize>,  // the length at which the logits are not numbers
+    }
+
+    const VOCAB: usize = 64;
+
+    impl Scripted {
+        fn new(prompt: usize, script: &[u32]) -> Self {
+            Self {
+                ids: Vec::new(),
+                script: script.to_vec(),
+                prompt,
+                context: 1000,
+                logits: Vec::new(),
+                calls: Vec::new(),
+                fail_at: None,
+                nan_at: None,
+            }
+        }
+    }
+
+    #[derive(Clone, Debug, PartialEq, thiserror::Error)]
+    #[error("the model broke")]
+    struct Broken;
+
+    impl Sequence for Scripted {
+        type Error = Broken;
+        fn ids(&self) -> &[u32] {
+            &self.ids
+        }
+        fn vocab(&self) -> usize {
+            VOCAB
+        }
+        fn context(&self) -> usize {
+            self.context
+        }
+        fn extend(&mut self, tokens: &[u32]) -> Result<&[f32], Broken> {
+            let len = self.ids.len() + tokens.len();
+            assert!(!tokens.is_empty() && len <= self.context);
+            if self.fail_at.is_some_and(|at| len >= at) {
+                return Err(Broken);
+            }
+            self.calls.push(tokens.len());
+            self.ids.extend_from_slice(tokens);
+            self.logits = vec![0.0; VOCAB];
+            let next = len
+                .checked_sub(self.prompt)
+                .and_then(|i| self.script.get(i));
+            self.logits[next.copied().unwrap_or(0) as usize] = 5.0;
+            if self.nan_at == Some(len) {
+                self.logits[3] = f32::NAN;
+            }
+            Ok(&self.logits)
+        }
+    }
+
+    /// Token `i` is the bytes of `pieces[i]`; like the real one it keeps incomplete characters back.
+    struct Pieces<'a> {
+        pieces: &'a [&'a [u8]],
+        bytes: Vec<u8>,
+    }
+
+    #[derive(Clone, Debug, PartialEq, thiserror::Error)]
+    #[error("no such piece")]
+    struct NoPiece;
+
+    impl Detokenize for Pieces<'_> {
+        type Error = NoPiece;
+        fn push(&mut self, id: u32) -> Result<String, NoPiece> {
+            let piece = self.pieces.get(id as usize).ok_or(NoPiece)?;
+            self.bytes.extend_from_slice(piece);
+            let valid = match std::str::from_utf8(&self.bytes) {
+                Ok(text) => text.len(),
+                Err(error) => error.valid_up_to(),
+            };
+            let rest = self.bytes.split_off(valid);
+            let text = String::from_utf8(std::mem::replace(&mut self.bytes, rest));
+            Ok(text.unwrap())
+        }
+        fn finish(&mut self) -> Result<String, NoPiece> {
+            Ok(String::from_utf8_lossy(&std::mem::take(&mut self.bytes)).into_owned())
+        }
+    }
+
+    struct Heard {
+        outcome: Result<Outcome, GenerateError<Broken, NoPiece>>,
+        events: Vec<Event>,
+    }
+
+    impl Heard {
+        fn text(&self) -> String {
+            self.texts().concat()
+        }
+        /// The text of each token, and of the end if there is any.
+        fn texts(&self) -> Vec<&str> {
+            let texts = self.events.iter().map(|event| match event {
+                Event::Token { text, .. } | Event::Text(text) => text.as_str(),
+            });
+            texts.collect()
+        }
+        fn finish(&self) -> FinishReason {
+            self.outcome.as_ref().unwrap().finish
+        }
+    }
+
+    fn hear(
+        sequence: &mut Scripted,
+        prompt: &[u32],
+        options: &GenerateOptions,
+        pieces: &[&[u8]],
+    ) -> Heard {
+        let mut events = Vec::new();
+        let outcome = generate(
+            sequence,
+            prompt,
+            options,
+            &mut Pieces {
+                pieces,
+                bytes: Vec::new(),
+            },
+            &Cancel::default(),
+            |event| {
+                events.push(event);
+                ControlFlow::Continue(())
+            },
+        );
+        Heard { outcome, events }
+    }
+
+    /// Generates the pieces one after another, with these stop strings.
+    fn say(pieces: &[&[u8]], stops: &[&str]) -> Heard {
+        let script: Vec<u32> = (0..pieces.len() as u32).collect();
+        let options = GenerateOptions {
+            max_new_tokens: pieces.len(),
+            stop_strings: stops.iter().map(|s| s.to_string()).collect(),
+            ..GenerateOptions::default()
+        };
+        hear(&mut Scripted::new(1, &script), &[0], &options, pieces)
+    }
+
+    const ABC: &[&[u8]] = &[b"a", b"b", b"c", b"d", b"e"];
+
+    fn limited(max_new_tokens: usize) -> GenerateOptions {
+        GenerateOptions {
+            max_new_tokens,
+            ..GenerateOptions::default()
+        }
+    }
+
+    #[test]
+    fn the_last_token_is_pending_and_all_others_are_in_the_cache() {
+        let mut sequence = Scripted::new(2, &[3, 1, 2]);
+        let heard = hear(&mut sequence, &[9, 8], &limited(3), ABC);
+        let outcome = heard.outcome.as_ref().unwrap();
+        assert_eq!(outcome.ids, [3, 1, 2]);
+        assert_eq!(outcome.pending, Some(2));
+        assert_eq!(outcome.finish, FinishReason::Length);
+        assert_eq!(outcome.prompt_tokens, 2);
+        assert_eq!(sequence.ids, [9, 8, 3, 1]);
+        assert_eq!(heard.texts(), ["d", "b", "c"]);
+
+        // The next turn begins with the pending token and sees the whole history.
+        sequence.script = vec![0, 0, 0, 0, 4];
+        let heard = hear(&mut sequence, &[2, 7], &limited(1), ABC);
+        assert_eq!(heard.outcome.unwrap().ids, [4]);
+        assert_eq!(sequence.ids, [9, 8, 3, 1, 2, 7]);
+    }
+
+    #[test]
+    fn no_new_tokens_still_fills_the_cache() {
+        let mut sequence = Scripted::new(5, &[1]);
+        let outcome = hear(&mut sequence, &[9; 5], &limited(0), ABC)
+            .outcome
+            .unwrap();
+        assert_eq!(sequence.calls, [5]);
+        assert_eq!(
+            (outcome.prompt_tokens, outcome.ids, outcome.pending),
+            (5, vec![], None)
+        );
+        assert_eq!(outcome.finish, FinishReason::Length);
+    }
+
+    #[test]
+    fn a_stop_token_is_counted_but_not_shown() {
+        let mut sequence = Scripted::new(1, &[0, 1, 2, 3]);
+        let options = GenerateOptions {
+            stop_tokens: BTreeSet::from([2, 40]),
+            stop_strings: vec!["bx".into()],
+            ..limited(10)
+        };
+        let heard = hear(&mut sequence, &[9], &options, ABC);
+        assert_eq!(heard.finish(), FinishReason::StopToken(2));
+        assert_eq!(heard.outcome.as_ref().unwrap().ids, [0, 1, 2]);
+        assert_eq!(heard.outcome.as_ref().unwrap().pending, Some(2));
+        assert_eq!(sequence.ids, [9, 0, 1]);
+        // "b" could have been the beginning of "bx" until the answer ended.
+        assert_eq!(heard.texts(), ["a", "", "", "b"]);
+    }
+
+    #[test]
+    fn the_context_fills_to_its_last_token() {
+        let mut sequence = Scripted::new(2, &[0, 1, 2, 3]);
+        sequence.context = 4;
+        let heard = hear(&mut sequence, &[9, 9], &limited(10), ABC);
+        assert_eq!(heard.finish(), FinishReason::ContextFull);
+        assert_eq!(sequence.ids, [9, 9, 0, 1]);
+        let outcome = heard.outcome.unwrap();
+        // Four tokens in the cache allow one more prediction.
+        assert_eq!((outcome.ids, outcome.pending), (vec![0, 1, 2], Some(2)));
+    }
+
+    #[test]
+    fn prompts_that_do_not_fit_are_refused_with_both_numbers() {
+        let mut sequence = Scripted::new(0, &[]);
+        sequence.context = 4;
+        sequence.ids = vec![1, 2, 3];
+        let heard = hear(&mut sequence, &[1, 2], &limited(1), ABC);
+        let error = heard.outcome.unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "prompt: expected at most 1 tokens (context of 4, 3 of it taken), found 2"
+        );
+        let heard = hear(&mut sequence, &[], &limited(1), ABC);
+        assert_eq!(heard.outcome, Err(GenerateError::EmptyPrompt));
+        assert_eq!(sequence.calls, [] as [usize; 0]);
+    }
+
+    #[test]
+    fn options_out_of_range_are_refused_before_any_work() {
+        let mut sequence = Scripted::new(1, &[]);
+        let mut options = limited(1);
+        options.stop_strings = vec!["x".into(), String::new()];
+        let heard = hear(&mut sequence, &[1], &options, ABC);
+        let error = heard.outcome.unwrap_err();
+        assert_eq!(error, GenerateError::EmptyStopString { index: 1 });
+        let mut options = limited(1);
+        options.sampling.logit_bias = vec![(VOCAB as u32, 0.0)];
+        let heard = hear(&mut sequence, &[1], &options, ABC);
+        assert!(matches!(heard.outcome, Err(GenerateError::Params(_))));
+        assert_eq!(sequence.calls, [] as [usize; 0]);
+    }
+
+    #[test]
+    fn logits_that_are_not_numbers_end_the_generation_and_keep_its_text() {
+        let mut sequence = Scripted::new(1, &[0, 1, 2]);
+        sequence.nan_at = Some(3);
+        let mut options = limited(9);
+        options.stop_strings = vec!["bc".into()];
+        let heard = hear(&mut sequence, &[9], &options, ABC);
+        assert_eq!(heard.text(), "ab");
+        assert_eq!(sequence.ids, [9, 0, 1]);
+        assert_eq!(
+            heard.outcome.unwrap_err().to_string(),
+            "token 3 of the sequence: logits: expected finite numbers, found NaN for token 3"
+        );
+    }
+
+    #[test]
+    fn errors_of_the_model_and_of_the_detokenizer_come_through() {
+        for (fail_at, text) in [(1, ""), (3, "ab")] {
+            let mut sequence = Scripted::new(1, &[0, 1, 2]);
+            sequence.fail_at = Some(fail_at);
+            let heard = hear(&mut sequence, &[9], &limited(9), ABC);
+            assert_eq!(heard.text(), text);
+            assert_eq!(heard.outcome, Err(GenerateError::Sequence(Broken)));
+        }
+        let heard = hear(&mut Scripted::new(1, &[0, 50]), &[9], &limited(9), ABC);
+        assert_eq!(heard.text(), "a");
+        assert_eq!(
+            heard.outcome.unwrap_err().to_string(),
+            "token id 50 has no text: no such piece"
+        );
+    }
+
+    #[test]
+    fn cancelling_between_tokens_leaves_a_sequence_to_go_on_from() {
+        let cancel = Cancel::default();
+        let switch = cancel.clone();
+        let mut sequence = Scripted::new(1, &[0, 1, 2, 3]);
+        let mut detokenizer = Pieces {
+            pieces: ABC,
+            bytes: Vec::new(),
+        };
+        let mut text = String::new();
+        let mut options = limited(10);
+        options.stop_strings = vec!["bx".into()];
+        let outcome = generate(
+            &mut sequence,
+            &[9],
+            &options,
+            &mut detokenizer,
+            &cancel,
+            |event| {
+                if let Event::Token { id: 1, .. } = event {
+                    switch.cancel();
+                }
+                let (Event::Token { text: t, .. } | Event::Text(t)) = event;
+                text += &t;
+                ControlFlow::Continue(())
+            },
+        )
+        .unwrap();
+        assert_eq!(outcome.finish, FinishReason::Cancelled);
+        assert_eq!((outcome.ids, outcome.pending), (vec![0, 1], Some(1)));
+        assert_eq!(sequence.ids, [9, 0]);
+        assert_eq!(text, "ab");
+
+        // Still set: not even the prompt is fed, until it is cleared.
+        let again = |sequence: &mut Scripted, cancel: &Cancel| {
+            let mut detokenizer = Pieces {
+                pieces: ABC,
+                bytes: Vec::new(),
+            };
+            generate(
+                sequence,
+                &[1],
+                &limited(1),
+                &mut detokenizer,
+                cancel,
+                |_| ControlFlow::Break(()),
+            )
+            .unwrap()
+        };
+        let outcome = again(&mut sequence, &cancel);
+        assert_eq!(outcome.finish, FinishReason::Cancelled);
+        assert_eq!((outcome.prompt_tokens, sequence.ids.len()), (0, 2));
+        cancel.reset();
+        // And a receiver that breaks at the first event (the prefill) has the same effect.
+        let outcome = again(&mut sequence, &cancel);
+        assert_eq!(outcome.finish, FinishReason::Cancelled);
+        assert_eq!((outcome.prompt_tokens, outcome.ids.len()), (1, 0));
+        assert_eq!(sequence.ids, [9, 0, 1]);
+    }
+
+    #[test]
+    fn events_carry_log_probabilities_when_asked() {
+        let mut options = limited(1);
+        options.sampling.logprobs = Some(2);
+        let heard = hear(&mut Scripted::new(1, &[4]), &[9], &options, ABC);
+        // softmax of 63 zeros and one 5
+        let log_z = (63.0 + 5f32.exp()).ln();
+        let Some(Event::Token {
+            id: 4,
+            logprob: Some(logprob),
+            top,
+            ..
+        }) = heard.events.get(1)
+        else {
+            panic!("{:?}", heard.events);
+        };
+        assert!((logprob - (5.0 - log_z)).abs() < 1e-6);
+        assert_eq!(top[0], (4, *logprob));
+        assert_eq!(top[1].0, 0);
+        assert!((top[1].1 + log_z).abs() < 1e-6);
+    }
+
+    #[test]
+    fn penalties_see_the_prompt_and_the_answer() {
+        let mut options = limited(3);
+        options.sampling.repeat_penalty = 10.0;
+        // Said once, the script's 5 is worth 5 / 10 - 2, less than the zeros of what was never said.
+        options.sampling.presence_penalty = 2.0;
+        let mut sequence = Scripted::new(1, &[1, 1, 1]);
+        let heard = hear(&mut sequence, &[9], &options, ABC);
+        assert_eq!(heard.outcome.unwrap().ids, [1, 0, 2]);
+        let mut sequence = Scripted::new(2, &[1, 1, 1]);
+        let heard = hear(&mut sequence, &[1, 9], &options, ABC);
+        assert_eq!(heard.outcome.unwrap().ids, [0, 2, 3]);
+    }
+
+    #[test]
+    fn a_stop_string_may_straddle_tokens() {
+        let heard = say(&[b"one ", b"<|e", b"nd", b"|> two"], &["<|end|>"]);
+        assert_eq!(heard.texts(), ["one ", "", "", ""]);
+        assert_eq!(heard.finish(), FinishReason::StopString(0));
+        assert_eq!(heard.outcome.unwrap().ids.len(), 4);
+        // What only began like one is shown as soon as that is clear, the rest of it held on.
+        let heard = say(&[b"<|e", b"n", b"ough<", b"|"], &["<|end|>"]);
+        assert_eq!(heard.texts(), ["", "", "<|enough", "", "<|"]);
+        assert_eq!(heard.finish(), FinishReason::Length);
+    }
+
+    #[test]
+    fn overlapping_beginnings_of_a_stop_string_are_followed() {
+        let heard = say(&[b"a", b"a", b"a", b"b", b"c"], &["aab"]);
+        assert_eq!(heard.texts(), ["", "", "a", ""]);
+        assert_eq!(heard.finish(), FinishReason::StopString(0));
+        assert_eq!(say(&[b"aaab"], &["aab"]).text(), "a");
+        let heard = say(&[b"ab", b"ab", b"ac"], &["abac"]);
+        assert_eq!(heard.texts(), ["", "ab", ""]);
+    }
+
+    #[test]
+    fn of_several_stop_strings_the_first_complete_one_ends_the_answer() {
+        let stops = &["cdef", "bcd", "d"];
+        // "bcd" and "d" are complete at the same place: the longer one.
+        for pieces in [vec![&b"abcdef"[..]], vec![b"ab", b"c", b"de", b"f"]] {
+            let heard = say(&pieces, stops);
+            assert_eq!(heard.text(), "a");
+            assert_eq!(heard.finish(), FinishReason::StopString(1));
+        }
+    }
+
+    #[test]
+    fn stop_strings_of_many_bytes_and_split_characters() {
+        // "héé—x" with characters cut between tokens; the stop string is "é—".
+        let text = "héé—x".as_bytes();
+        let bytes: Vec<&[u8]> = text.chunks(1).collect();
+        let heard = say(&bytes, &["é—"]);
+        assert_eq!(heard.text(), "hé");
+        assert_eq!(heard.finish(), FinishReason::StopString(0));
+        // An answer cut off inside a character ends with the replacement character,
+        assert_eq!(say(&bytes[..2], &["é—"]).text(), "h\u{fffd}");
+        // and a stop string found in that last piece counts.
+        let heard = say(&bytes[..2], &["\u{fffd}"]);
+        assert_eq!(heard.text(), "h");
+        assert_eq!(heard.finish(), FinishReason::StopString(0));
+    }
+
+    /// The definition, on the whole text at once.
+    fn cut(text: &str, stops: &[String]) -> String {
+        let ends = text.char_indices().map(|(i, c)| i + c.len_utf8());
+        for end in ends {
+            let hit = stops.iter().filter(|stop| text[..end].ends_with(*stop));
+            if let Some(longest) = hit.map(|stop| stop.len()).max() {
+                return text[..end - longest].to_string();
+            }
+        }
+        text.to_string()
+    }
+
+    proptest! {
+        #[test]
+        fn stop_strings_do_not_depend_on_where_the_text_is_cut(
+            pieces in proptest::collection::vec("[abé]{0,3}", 0..12),
+            stops in proptest::collection::vec("[abé]{1,4}", 0..4),
+        ) {
+            let mut watch = StopStrings::new(&stops).unwrap();
+            let mut shown = String::new();
+            let mut found = false;
+            for piece in &pieces {
+                let (text, stop) = watch.push(piece);
+                shown += &text;
+                found |= stop.is_some();
+                // Nothing is held that could be shown.
+                let held = &watch.held;
+                prop_assert!(held.is_empty() || stops.iter().any(|stop| stop.starts_with(held.as_str())));
+            }
+            shown += &watch.finish();
+            let whole = pieces.concat();
+            prop_assert_eq!(&shown, &cut(&whole, &stops));
+            prop_assert_eq!(found, stops.iter().any(|stop| whole.contains(stop.as_str())));
+        }
+    }
+}
