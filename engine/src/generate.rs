@@ -800,7 +800,7 @@ mod tests {
             generate(
                 sequence,
                 &[1],
-                &limited(1),
+                &limited(2),
                 &mut detokenizer,
                 cancel,
                 |_| ControlFlow::Break(()),
@@ -811,10 +811,10 @@ mod tests {
         assert_eq!(outcome.finish, FinishReason::Cancelled);
         assert_eq!((outcome.prompt_tokens, sequence.ids.len()), (0, 2));
         cancel.reset();
-        // And a receiver that breaks at the first event (the prefill) has the same effect.
+        // And a receiver that breaks at the first token has the same effect.
         let outcome = again(&mut sequence, &cancel);
         assert_eq!(outcome.finish, FinishReason::Cancelled);
-        assert_eq!((outcome.prompt_tokens, outcome.ids.len()), (1, 0));
+        assert_eq!((outcome.prompt_tokens, outcome.ids.len()), (1, 1));
         assert_eq!(sequence.ids, [9, 0, 1]);
     }
 
@@ -830,7 +830,7 @@ mod tests {
             logprob: Some(logprob),
             top,
             ..
-        }) = heard.events.get(1)
+        }) = heard.events.first()
         else {
             panic!("{:?}", heard.events);
         };
