@@ -22,6 +22,8 @@ use std::str::FromStr;
 pub enum Error {
     #[error("{}: no such folder", path.display())]
     NoFolder { path: PathBuf },
+    #[error("{}: a file, expected a model folder", path.display())]
+    NotAFolder { path: PathBuf },
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error(transparent)]
@@ -179,8 +181,11 @@ impl Source {
     /// A folder that is not there or not a model, a configuration or container that is refused.
     pub fn open(folder: &Path) -> Result<Self, Error> {
         if !folder.is_dir() {
-            return Err(Error::NoFolder {
-                path: folder.to_owned(),
+            let path = folder.to_owned();
+            return Err(if folder.exists() {
+                Error::NotAFolder { path }
+            } else {
+                Error::NoFolder { path }
             });
         }
         let config = Config::open(folder)?;
