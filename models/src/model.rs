@@ -426,8 +426,9 @@ fn quantized(
             "{key}-{format}-v{}.safetensors",
             phidias_engine::PACKED_VERSION
         ));
-        // A cached file that is damaged is written again.
-        if let Ok(checkpoint) = Checkpoint::open_file(&file) {
+        // A cached file that is damaged, or is another's, is written again.
+        if let Some(checkpoint) = (Checkpoint::open_file(&file).ok()).filter(|c| plan.describes(c))
+        {
             *note = Some(format!("weights in {format} from {}", file.display()));
             return Ok(checkpoint);
         }
@@ -477,13 +478,30 @@ fn write_file(
         source,
     };
     fs::create_dir_all(folder).map_err(io)?;
-    let mut temporary = tempfile::Builder::new()
-        .prefix(".quantizing-")
+    let mut temporary = not_private(tempfile::Builder::new().prefix(".quantizing-"), 0o666)
         .tempfile_in(folder)
         .map_err(io)?;
     plan.write(temporary.as_file_mut(), file, pool, cancel, progress)?;
     temporary.persist(file).map_err(|e| io(e.error))?;
     Ok(())
+}
+
+/// Temporary files are private; this one becomes a model, which others may read where the user's
+/// mask lets them.
+fn not_private<'b>(
+    builder: &'b mut tempfile::Builder<'static, 'static>,
+    mode: u32,
+) -> &'b mut tempfile::Builder<'static, 'static> {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        builder.permissions(fs::Permissions::from_mode(mode))
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = mode;
+        builder
+    }
 }
 
 /// Identity of the source: its place, and name, size and time of change of every weight file.
@@ -598,17 +616,10 @@ pub fn new_folder(out: &Path, fill: impl FnOnce(&Path) -> Result<(), Error>) -> 
         source,
     };
     fs::create_dir_all(parent).map_err(io)?;
-    let temporary = tempfile::Builder::new()
-        .prefix(".phidias-")
+    let temporary = not_private(tempfile::Builder::new().prefix(".phidias-"), 0o777)
         .tempdir_in(parent)
         .map_err(io)?;
     fill(temporary.path())?;
-    #[cfg(unix)]
-    {
-        // Temporary folders are private; this one becomes a model that others may read.
-        use std::os::unix::fs::PermissionsExt;
-        fs::set_permissions(temporary.path(), fs::Permissions::from_mode(0o755)).map_err(io)?;
-    }
     fs::rename(temporary.path(), out).map_err(io)?;
     // Renamed away: nothing is left to remove.
     let _ = temporary.keep();

@@ -138,6 +138,16 @@ impl<'a> Prepack<'a> {
         self.header.len() + self.data
     }
 
+    /// Whether `checkpoint` has every tensor of the plan, in its type and shape.
+    #[must_use]
+    pub fn describes(&self, checkpoint: &Checkpoint) -> bool {
+        self.parts.iter().all(|part| {
+            checkpoint.get(&part.name).is_some_and(|found| {
+                found.dtype() == part.dtype() && found.shape() == part.tensor.shape()
+            })
+        })
+    }
+
     /// Writes the file.
     /// # Errors
     /// The writer's error (as [`CheckpointError::Io`] on `path`, which is for messages only), a
@@ -206,12 +216,7 @@ fn header(parts: &[Part<'_>]) -> Vec<u8> {
     header.insert("__metadata__".into(), notes);
     let mut offset = 0;
     for part in parts {
-        let dtype = match part.treatment {
-            Treatment::Keep => part.tensor.dtype(),
-            Treatment::Cast(dtype) => dtype,
-            Treatment::Pack(format) => DType::Packed(format),
-        };
-        let (dtype, shape) = match dtype {
+        let (dtype, shape) = match part.dtype() {
             DType::F32 => ("F32", part.tensor.shape().to_vec()),
             DType::F16 => ("F16", part.tensor.shape().to_vec()),
             DType::Bf16 => ("BF16", part.tensor.shape().to_vec()),
@@ -235,6 +240,15 @@ fn header(parts: &[Part<'_>]) -> Vec<u8> {
 const STEP: usize = 4 << 20;
 
 impl Part<'_> {
+    /// What it is stored as in the new checkpoint.
+    fn dtype(&self) -> DType {
+        match self.treatment {
+            Treatment::Keep => self.tensor.dtype(),
+            Treatment::Cast(dtype) => dtype,
+            Treatment::Pack(format) => DType::Packed(format),
+        }
+    }
+
     fn write(&self, pool: &Pool, out: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
         match (self.treatment, self.layout) {
             (Treatment::Pack(_), Some(layout)) => self.pack(&layout, pool, out),
