@@ -163,7 +163,7 @@ pub fn write_index(folder: &Path, index: &Value) {
     fs::write(path, index.to_string()).unwrap();
 }
 
-pub fn options(format: WeightFormat) -> OpenOptions<'static> {
+pub fn options<'a>(format: WeightFormat) -> OpenOptions<'a> {
     OpenOptions {
         format: Some(format),
         threads: Some(2),
