@@ -1,2 +1,5 @@
 //! Phidias.
 #![forbid(unsafe_code)]
+
+#[cfg(feature = "hub")]
+pub mod hub;
