@@ -1,6 +1,7 @@
 //! Phidias runs the Phi-3 / 3.5 family of small language models on ordinary CPUs.
 #![forbid(unsafe_code)]
 
+pub mod eval;
 #[cfg(feature = "hub")]
 pub mod hub;
 
