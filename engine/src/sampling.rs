@@ -452,6 +452,10 @@ impl Sampler {
         }
         if params.top_p < 1.0 {
             let total: f64 = candidates.iter().map(|c| c.weight).sum();
+            // All tokens below this weight together are half of what top-p leaves out at most, so
+            // none of them is in the nucleus: most of the vocabulary goes without any sorting.
+            let tail = 0.5 * (1.0 - f64::from(params.top_p)) * total / candidates.len() as f64;
+            candidates.retain(|c| c.weight >= tail);
             let kept = nucleus(candidates, f64::from(params.top_p) * total);
             candidates.truncate(kept);
             candidates.sort_unstable_by_key(|c| c.id);

@@ -8,6 +8,7 @@
 //! | [`phi3`] | tensor names, shapes and roles of Phi-3-mini, medium and 3.5-mini |
 //! | [`model`] | opening a folder, quantizing it |
 //! | [`session`] | a sequence of tokens and its cache |
+//! | `fable` | the demonstration model, built in |
 //! | [`text`] | tokenizer, chat templates, conversations |
 //!
 //! No `unsafe` and no instruction sets here.
@@ -15,6 +16,8 @@
 
 pub mod blocks;
 pub mod config;
+#[cfg(feature = "fable")]
+pub mod fable;
 pub mod model;
 pub mod phi3;
 pub mod session;
@@ -22,5 +25,5 @@ pub mod text;
 pub mod transformer;
 
 pub use config::{Config, GenerationConfig};
-pub use model::{Error, Model, OpenOptions, WeightFormat};
+pub use model::{Error, Model, OpenOptions, Source, Text, WeightFormat};
 pub use session::{Crossing, Session, SessionOptions};
