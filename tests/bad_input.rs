@@ -1019,7 +1019,7 @@ fn try_model(config: &[u8], weights: &[u8]) -> Result<(), Error> {
         threads: Some(1),
         ..OpenOptions::default()
     };
-    let model = Model::from_source(source, as_stored)?;
+    let model = Model::from_source(source, None, as_stored)?;
     let options = SessionOptions {
         context: Some(1),
         threads: Some(1),

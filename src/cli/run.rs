@@ -28,6 +28,7 @@ pub fn run(args: &Run, global: &Global) -> Result<()> {
         json: args.json,
         text: String::new(),
         tokens: Vec::new(),
+        started: false,
         failed: None,
     };
     let outcome = generate(
@@ -38,7 +39,7 @@ pub fn run(args: &Run, global: &Global) -> Result<()> {
         &setup.cancel,
         |event| out.event(event),
     );
-    out.end()?;
+    out.end(outcome.is_ok())?;
     let outcome = outcome?;
     if args.json {
         let object = out.object(&outcome, &options.stop_strings);
@@ -110,6 +111,7 @@ struct Output {
     json: bool,
     text: String,
     tokens: Vec<Value>,
+    started: bool,
     failed: Option<io::Error>,
 }
 
@@ -138,6 +140,7 @@ impl Output {
             self.text += &text;
             return ControlFlow::Continue(());
         }
+        self.started |= !text.is_empty();
         match self
             .stdout
             .write_all(text.as_bytes())
@@ -151,12 +154,13 @@ impl Output {
         }
     }
 
-    /// The last line's end, or what went wrong with stdout.
-    fn end(&mut self) -> Result<()> {
+    /// The last line's end, or what went wrong with stdout. An answer that failed before its first
+    /// word leaves stdout empty.
+    fn end(&mut self, answered: bool) -> Result<()> {
         if let Some(error) = self.failed.take() {
             return Err(error).context("stdout");
         }
-        if !self.json {
+        if !self.json && (answered || self.started) {
             writeln!(self.stdout).context("stdout")?;
         }
         Ok(())
