@@ -8,6 +8,7 @@
 //! | [`phi3`] | tensor names, shapes and roles of Phi-3-mini, medium and 3.5-mini |
 //! | [`model`] | opening a folder, quantizing it |
 //! | [`session`] | a sequence of tokens and its cache |
+//! | [`synth`] | folders with random weights in the published shapes |
 //! | [`text`] | tokenizer, chat templates, conversations |
 //!
 //! No `unsafe` and no instruction sets here.
@@ -18,6 +19,7 @@ pub mod config;
 pub mod model;
 pub mod phi3;
 pub mod session;
+pub mod synth;
 pub mod text;
 pub mod transformer;
 
