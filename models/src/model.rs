@@ -7,6 +7,7 @@ use phidias_engine::cancel::Cancel;
 use phidias_engine::checkpoint::prepack::{Entry, Prepack, Treatment};
 use phidias_engine::checkpoint::{Checkpoint, CheckpointError};
 use phidias_engine::kv_cache::{KvOutOfMemory, KvShape, KvType};
+use phidias_engine::machine::free_disk;
 use phidias_engine::memory::DoesNotFit;
 use phidias_engine::pool::{Pool, PoolError};
 use phidias_engine::tensor::DType;
@@ -36,6 +37,18 @@ pub enum Error {
     AlreadyPacked { path: PathBuf, found: &'static str },
     #[error("{}: already there; name a folder that does not exist", path.display())]
     Exists { path: PathBuf },
+    #[error("{}: needs {needed} bytes, the file system has {available} free", path.display())]
+    DiskSpace {
+        path: PathBuf,
+        needed: u64,
+        available: u64,
+    },
+    #[error("{asked} layers: expected 1 to {max}, the layers of {preset}")]
+    Layers {
+        preset: &'static str,
+        asked: usize,
+        max: usize,
+    },
     #[error("{}: {source}", path.display())]
     Io {
         path: PathBuf,
@@ -438,6 +451,11 @@ fn quantized(
                     path.display()
                 ));
             }
+            Err(full @ Error::DiskSpace { .. }) => {
+                *note = Some(format!(
+                    "weights in {format} could not be kept for the next start: {full}"
+                ));
+            }
             Err(other) => return Err(other),
         }
     }
@@ -458,8 +476,21 @@ fn in_memory(
     )?)
 }
 
-/// Writes under a temporary name and renames: a reader sees the whole file or none.
-fn write_file(
+/// Refuses a file that the file system of `folder` has no room for.
+fn check_room(folder: &Path, path: &Path, needed: u64) -> Result<(), Error> {
+    match free_disk(folder) {
+        Some(available) if available < needed => Err(Error::DiskSpace {
+            path: path.to_owned(),
+            needed,
+            available,
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// Writes under a temporary name and renames: a reader sees the whole file or none. A disk without
+/// room for it is refused before the first byte.
+pub(crate) fn write_file(
     file: &Path,
     plan: &Prepack<'_>,
     pool: &Pool,
@@ -472,10 +503,16 @@ fn write_file(
         source,
     };
     fs::create_dir_all(folder).map_err(io)?;
-    let mut temporary = tempfile::Builder::new()
-        .prefix(".quantizing-")
-        .tempfile_in(folder)
-        .map_err(io)?;
+    check_room(folder, file, plan.bytes() as u64)?;
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".quantizing-");
+    #[cfg(unix)]
+    {
+        // Temporary files are private; this one becomes a file as the user's others are.
+        use std::os::unix::fs::PermissionsExt;
+        builder.permissions(fs::Permissions::from_mode(0o666));
+    }
+    let mut temporary = builder.tempfile_in(folder).map_err(io)?;
     plan.write(temporary.as_file_mut(), file, pool, cancel, progress)?;
     temporary.persist(file).map_err(|e| io(e.error))?;
     Ok(())
@@ -634,4 +671,22 @@ fn copy_small_files(from: &Path, to: &Path) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_without_room_is_refused_with_both_numbers() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("model.safetensors");
+        check_room(folder.path(), &file, 1).unwrap();
+        let error = check_room(folder.path(), &file, u64::MAX).unwrap_err();
+        assert!(
+            matches!(&error, Error::DiskSpace { needed: u64::MAX, available, path }
+                if *available > 0 && *path == file),
+            "{error}"
+        );
+    }
 }
