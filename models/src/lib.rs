@@ -9,6 +9,7 @@
 //! | [`model`] | opening a folder, quantizing it |
 //! | [`session`] | a sequence of tokens and its cache |
 //! | [`synth`] | folders with random weights in the published shapes |
+//! | `fable` | the demonstration model, built in |
 //! | [`text`] | tokenizer, chat templates, conversations |
 //!
 //! No `unsafe` and no instruction sets here.
@@ -16,6 +17,8 @@
 
 pub mod blocks;
 pub mod config;
+#[cfg(feature = "fable")]
+pub mod fable;
 pub mod model;
 pub mod phi3;
 pub mod session;
@@ -24,5 +27,5 @@ pub mod text;
 pub mod transformer;
 
 pub use config::{Config, GenerationConfig};
-pub use model::{Error, Model, OpenOptions, WeightFormat};
+pub use model::{Error, Model, OpenOptions, Source, Text, WeightFormat};
 pub use session::{Crossing, Session, SessionOptions};

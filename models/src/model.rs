@@ -2,16 +2,18 @@
 
 use crate::config::{Config, ConfigError, GenerationConfig};
 use crate::phi3::{self, Role};
+use crate::text::{Builtin, ChatTemplate, TextError, Tokenizer};
 use crate::transformer::Transformer;
 use phidias_engine::cancel::Cancel;
 use phidias_engine::checkpoint::prepack::{Entry, Prepack, Treatment};
 use phidias_engine::checkpoint::{Checkpoint, CheckpointError};
-use phidias_engine::kv_cache::{KvOutOfMemory, KvShape, KvType};
+use phidias_engine::kv_cache::{KvOutOfMemory, KvType};
 use phidias_engine::machine::free_disk;
 use phidias_engine::memory::DoesNotFit;
 use phidias_engine::pool::{Pool, PoolError};
 use phidias_engine::tensor::DType;
 use phidias_engine::{Bytes, Format};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -23,10 +25,16 @@ use std::str::FromStr;
 pub enum Error {
     #[error("{}: no such folder", path.display())]
     NoFolder { path: PathBuf },
+    #[error("{}: a file, expected a model folder", path.display())]
+    NotAFolder { path: PathBuf },
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    #[error(transparent)]
+    Text(#[from] TextError),
+    #[error("{}: the folder has no tokenizer.json, so it takes token ids only (--tokens)", path.display())]
+    NoTokenizer { path: PathBuf },
     #[error("{}: holds {found} weights and cannot be run as {asked}; name the original folder", path.display())]
     Format {
         path: PathBuf,
@@ -113,6 +121,18 @@ impl WeightFormat {
     }
 }
 
+impl WeightFormat {
+    /// What the KV cache stores when nothing else is asked: f32 for exact comparison, else f16.
+    #[must_use]
+    pub fn default_kv_type(self) -> KvType {
+        if self == Self::F32 {
+            KvType::F32
+        } else {
+            KvType::F16
+        }
+    }
+}
+
 impl From<Format> for WeightFormat {
     fn from(format: Format) -> Self {
         match format {
@@ -172,8 +192,48 @@ pub struct Model {
     generation: GenerationConfig,
     format: WeightFormat,
     transformer: Transformer,
+    text: Option<Text>,
+    stop_tokens: BTreeSet<u32>,
     weight_bytes: usize,
     note: Option<String>,
+}
+
+/// What turns text into tokens and back.
+#[derive(Clone, Debug)]
+pub struct Text {
+    /// Tokenizer.
+    pub tokenizer: Tokenizer,
+    /// Chat template: the folder's own, or the built-in one of Phi-3.5.
+    pub template: ChatTemplate,
+}
+
+impl Text {
+    /// Reads the text files of a folder; `None` when it has no tokenizer.
+    /// # Errors
+    /// Files that are not what they should be.
+    pub fn open(folder: &Path) -> Result<Option<Self>, TextError> {
+        let Some(tokenizer) = Tokenizer::open(folder)? else {
+            return Ok(None);
+        };
+        Ok(Some(Self {
+            tokenizer,
+            template: ChatTemplate::open(folder, Builtin::Phi35Mini)?,
+        }))
+    }
+
+    /// Text files built into the program; `name` is for messages.
+    /// # Errors
+    /// As [`Text::open`].
+    pub fn from_bytes(
+        name: &str,
+        tokenizer: &[u8],
+        tokenizer_config: &[u8],
+    ) -> Result<Self, TextError> {
+        Ok(Self {
+            tokenizer: Tokenizer::from_bytes(tokenizer, Some(tokenizer_config), name)?,
+            template: ChatTemplate::from_config(tokenizer_config, name, Builtin::Phi35Mini)?,
+        })
+    }
 }
 
 /// A model folder before its weights are chosen: configuration and mapped tensors.
@@ -192,8 +252,11 @@ impl Source {
     /// A folder that is not there or not a model, a configuration or container that is refused.
     pub fn open(folder: &Path) -> Result<Self, Error> {
         if !folder.is_dir() {
-            return Err(Error::NoFolder {
-                path: folder.to_owned(),
+            let path = folder.to_owned();
+            return Err(if folder.exists() {
+                Error::NotAFolder { path }
+            } else {
+                Error::NoFolder { path }
             });
         }
         let config = Config::open(folder)?;
@@ -252,6 +315,28 @@ impl Source {
         }
     }
 
+    /// The format that asking for `format` gives, and the bytes of the weights in it.
+    /// # Errors
+    /// A format that the folder cannot be run in, tensors that are not as the configuration says.
+    pub fn planned(&self, format: Option<WeightFormat>) -> Result<(WeightFormat, usize), Error> {
+        let format = self.choose(format)?;
+        check_shapes(&self.config, &self.checkpoint)?;
+        let bytes = match self.conversion(format) {
+            Some(entries) => Prepack::plan(&self.checkpoint, entries)?.bytes(),
+            None => self.checkpoint.bytes(),
+        };
+        Ok((format, bytes))
+    }
+
+    /// What becomes of each tensor when a source runs in `format`; `None` when all stay.
+    fn conversion(&self, format: WeightFormat) -> Option<Vec<Entry>> {
+        if self.stored_format().packed().is_some() {
+            None
+        } else {
+            self.entries(format)
+        }
+    }
+
     /// What becomes of each tensor in `format`; `None` when all stay as they are.
     fn entries(&self, format: WeightFormat) -> Option<Vec<Entry>> {
         let mut changed = false;
@@ -298,15 +383,28 @@ impl Model {
     /// # Errors
     /// [`Error`], naming file, tensor, expected and found.
     pub fn open(folder: &Path, options: OpenOptions<'_>) -> Result<Self, Error> {
-        Self::from_source(Source::open(folder)?, options)
+        // Parsing a large tokenizer takes longer than mapping the weights: both at once.
+        let (source, text) = std::thread::scope(|scope| {
+            let text = scope.spawn(|| Text::open(folder));
+            (
+                Source::open(folder),
+                text.join().expect("a parser that returns its errors"),
+            )
+        });
+        Self::from_source(source?, text?, options)
     }
 
     /// Makes a model of a source.
     /// # Errors
     /// As [`Model::open`].
-    pub fn from_source(source: Source, mut options: OpenOptions<'_>) -> Result<Self, Error> {
+    pub fn from_source(
+        source: Source,
+        text: Option<Text>,
+        mut options: OpenOptions<'_>,
+    ) -> Result<Self, Error> {
         let format = source.choose(options.format)?;
         check_shapes(&source.config, &source.checkpoint)?;
+        let stop_tokens = stop_tokens(&source, text.as_ref())?;
         let stored = source.stored_format();
         let entries = if stored.packed().is_some() {
             None
@@ -329,6 +427,8 @@ impl Model {
             generation: source.generation,
             format,
             transformer,
+            text,
+            stop_tokens,
             note,
         })
     }
@@ -353,6 +453,21 @@ impl Model {
     pub fn format(&self) -> WeightFormat {
         self.format
     }
+    /// Its tokenizer and chat template.
+    /// # Errors
+    /// [`Error::NoTokenizer`] when the folder has none.
+    pub fn text(&self) -> Result<&Text, Error> {
+        self.text.as_ref().ok_or_else(|| Error::NoTokenizer {
+            path: self.path.clone(),
+        })
+    }
+    /// Tokens that end an answer: those of `config.json`, of `generation_config.json`, of the
+    /// tokenizer, and the one the chat template ends a turn with. Each source alone is known to be
+    /// incomplete in some published folder.
+    #[must_use]
+    pub fn stop_tokens(&self) -> &BTreeSet<u32> {
+        &self.stop_tokens
+    }
     /// Its weights.
     #[must_use]
     pub fn transformer(&self) -> &Transformer {
@@ -368,37 +483,21 @@ impl Model {
     pub fn note(&self) -> Option<&str> {
         self.note.as_deref()
     }
-    /// The shape of the KV cache.
-    #[must_use]
-    pub fn kv_shape(&self) -> KvShape {
-        phi3::kv_shape(&self.config)
+}
+
+fn stop_tokens(source: &Source, text: Option<&Text>) -> Result<BTreeSet<u32>, TextError> {
+    let mut stop: BTreeSet<u32> = source.config.eos_token_ids.iter().copied().collect();
+    stop.extend(&source.generation.eos_token_ids);
+    if let Some(Text {
+        tokenizer,
+        template,
+    }) = text
+    {
+        tokenizer.check_rows(source.config.vocab_size)?;
+        stop.extend(tokenizer.eos_id());
+        stop.extend(template.stop_tokens(tokenizer)?);
     }
-    /// What the cache stores when nothing else is asked: f32 for exact comparison, else f16.
-    #[must_use]
-    pub fn default_kv_type(&self) -> KvType {
-        if self.format == WeightFormat::F32 {
-            KvType::F32
-        } else {
-            KvType::F16
-        }
-    }
-    /// The context when none is asked: the model's, at most 8192. The cache grows on demand, so a
-    /// larger one costs nothing until it is used; this bounds what a runaway answer can take.
-    #[must_use]
-    pub fn default_context(&self) -> usize {
-        self.config.max_position_embeddings.min(8192)
-    }
-    /// Bytes of activations of a chunk of `tokens`.
-    #[must_use]
-    pub fn activation_bytes(&self, tokens: usize) -> usize {
-        let c = &self.config;
-        let qkv = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim;
-        // x, normed, branch; qkv, heads; gate and up, gated; int8 copies of the widest input.
-        let row = 4 * (3 * c.hidden_size + qkv + c.hidden_size + 3 * c.intermediate_size)
-            + 2 * c.intermediate_size.max(c.hidden_size);
-        row.saturating_mul(tokens)
-            .saturating_add(4 * 32 * c.vocab_size)
-    }
+    Ok(stop)
 }
 
 /// Every tensor that the configuration asks for is there and has the right shape.
@@ -434,8 +533,9 @@ fn quantized(
             "{key}-{format}-v{}.safetensors",
             phidias_engine::PACKED_VERSION
         ));
-        // A cached file that is damaged is written again.
-        if let Ok(checkpoint) = Checkpoint::open_file(&file) {
+        // A cached file that is damaged, or is another's, is written again.
+        if let Some(checkpoint) = (Checkpoint::open_file(&file).ok()).filter(|c| plan.describes(c))
+        {
             *note = Some(format!("weights in {format} from {}", file.display()));
             return Ok(checkpoint);
         }
@@ -504,18 +604,30 @@ pub(crate) fn write_file(
     };
     fs::create_dir_all(folder).map_err(io)?;
     check_room(folder, file, plan.bytes() as u64)?;
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".quantizing-");
-    #[cfg(unix)]
-    {
-        // Temporary files are private; this one becomes a file as the user's others are.
-        use std::os::unix::fs::PermissionsExt;
-        builder.permissions(fs::Permissions::from_mode(0o666));
-    }
-    let mut temporary = builder.tempfile_in(folder).map_err(io)?;
+    let mut temporary = not_private(tempfile::Builder::new().prefix(".quantizing-"), 0o666)
+        .tempfile_in(folder)
+        .map_err(io)?;
     plan.write(temporary.as_file_mut(), file, pool, cancel, progress)?;
     temporary.persist(file).map_err(|e| io(e.error))?;
     Ok(())
+}
+
+/// Temporary files are private; this one becomes a model, which others may read where the user's
+/// mask lets them.
+fn not_private<'b>(
+    builder: &'b mut tempfile::Builder<'static, 'static>,
+    mode: u32,
+) -> &'b mut tempfile::Builder<'static, 'static> {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        builder.permissions(fs::Permissions::from_mode(mode))
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = mode;
+        builder
+    }
 }
 
 /// Identity of the source: its place, and name, size and time of change of every weight file.
@@ -564,7 +676,8 @@ fn source_key(folder: &Path) -> Option<String> {
 /// Writes `out` as a prepacked folder: the weights of `folder` in `format`, and the small files
 /// beside them as they are. The folder appears whole or not at all.
 /// # Errors
-/// A folder that is there already, one that is packed already, a full disk, cancellation.
+/// A folder that is there already, one that is packed already, a disk without room for it (before
+/// anything is written) or that fills up meanwhile, cancellation.
 pub fn quantize_folder(
     folder: &Path,
     out: &Path,
@@ -630,17 +743,20 @@ pub fn new_folder(out: &Path, fill: impl FnOnce(&Path) -> Result<(), Error>) -> 
         source,
     };
     fs::create_dir_all(parent).map_err(io)?;
-    let temporary = tempfile::Builder::new()
-        .prefix(".phidias-")
+    let temporary = not_private(tempfile::Builder::new().prefix(".phidias-"), 0o777)
         .tempdir_in(parent)
         .map_err(io)?;
-    fill(temporary.path())?;
-    #[cfg(unix)]
-    {
-        // Temporary folders are private; this one becomes a model that others may read.
-        use std::os::unix::fs::PermissionsExt;
-        fs::set_permissions(temporary.path(), fs::Permissions::from_mode(0o755)).map_err(io)?;
-    }
+    fill(temporary.path()).map_err(|error| match error {
+        // The temporary name would tell the user nothing.
+        Error::DiskSpace {
+            needed, available, ..
+        } => Error::DiskSpace {
+            path: out.to_owned(),
+            needed,
+            available,
+        },
+        other => other,
+    })?;
     fs::rename(temporary.path(), out).map_err(io)?;
     // Renamed away: nothing is left to remove.
     let _ = temporary.keep();

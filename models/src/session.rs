@@ -1,9 +1,13 @@
 //! A sequence of tokens in the hands of a model: prompt in, logits out, cache kept.
 
 use crate::blocks::rope::Regime;
-use crate::model::{Error, Model};
+use crate::config::Config;
+use crate::model::{Error, Model, WeightFormat};
+use crate::phi3;
+use crate::text::{Detokenizer, TextError};
 use crate::transformer::{Cancelled, Observer, Pass, Workspace};
 use phidias_engine::backend::Cpu;
+use phidias_engine::generate::{Detokenize, Sequence};
 use phidias_engine::kv_cache::{KvCache, KvType};
 use phidias_engine::memory::MemoryPlan;
 use phidias_engine::pool::Pool;
@@ -26,7 +30,7 @@ pub enum Crossing {
 /// How a session runs.
 #[derive(Clone, Debug)]
 pub struct SessionOptions {
-    /// Most tokens the sequence may have; `None`: [`Model::default_context`].
+    /// Most tokens the sequence may have; `None`: [`default_context`].
     pub context: Option<usize>,
     /// What the cache stores; `None`: f32 when the weights are asked in f32, else f16.
     pub kv_type: Option<KvType>,
@@ -54,6 +58,49 @@ impl Default for SessionOptions {
             check_memory: true,
         }
     }
+}
+
+/// The context when none is asked: the model's, at most 8192. The cache grows on demand, so a
+/// larger one costs nothing until it is used; this bounds what a runaway answer can take.
+#[must_use]
+pub fn default_context(config: &Config) -> usize {
+    config.max_position_embeddings.min(8192)
+}
+
+/// The memory that a session takes when its context is full; `weights` are the bytes of the weights.
+/// # Errors
+/// [`Error::Context`] when the context is zero or beyond the model's.
+pub fn memory_plan(
+    config: &Config,
+    format: WeightFormat,
+    weights: usize,
+    options: &SessionOptions,
+) -> Result<MemoryPlan, Error> {
+    let max = config.max_position_embeddings;
+    let context = options.context.unwrap_or_else(|| default_context(config));
+    if context == 0 || context > max {
+        return Err(Error::Context {
+            asked: context,
+            max,
+        });
+    }
+    let kind = options.kv_type.unwrap_or(format.default_kv_type());
+    Ok(MemoryPlan {
+        weights,
+        kv_cache: phi3::kv_shape(config).bytes(kind, context),
+        activations: activation_bytes(config, options.chunk.clamp(1, context)),
+        context,
+    })
+}
+
+/// Bytes of activations of a chunk of `tokens`.
+fn activation_bytes(c: &Config, tokens: usize) -> usize {
+    let qkv = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim;
+    // x, normed, branch; qkv, heads; gate and up, gated; int8 copies of the widest input.
+    let floats = 3 * c.hidden_size + qkv + c.hidden_size + 3 * c.intermediate_size;
+    let row = 4 * floats + 2 * c.intermediate_size.max(c.hidden_size);
+    row.saturating_mul(tokens)
+        .saturating_add(4 * LOGIT_ROWS * c.vocab_size)
 }
 
 /// What a session is doing in a long prompt.
@@ -100,12 +147,10 @@ impl Session {
         }
         let pool = Arc::new(Pool::new(options.threads)?);
         let kernels = options.kernels.unwrap_or_else(Kernels::best);
+        let kv_type = options.kv_type.unwrap_or(model.format().default_kv_type());
         Ok(Self {
             cpu: Cpu::new(kernels, pool),
-            cache: KvCache::new(
-                model.kv_shape(),
-                options.kv_type.unwrap_or(model.default_kv_type()),
-            ),
+            cache: KvCache::new(phi3::kv_shape(model.config()), kv_type),
             ids: Vec::new(),
             regime: Regime::Short,
             context: plan.context,
@@ -122,23 +167,14 @@ impl Session {
 
     /// The memory that such a session takes when its context is full, weights included.
     /// # Errors
-    /// [`Error::Context`] when the context is zero or beyond the model's.
+    /// As [`memory_plan`].
     pub fn plan(model: &Model, options: &SessionOptions) -> Result<MemoryPlan, Error> {
-        let max = model.config().max_position_embeddings;
-        let context = options.context.unwrap_or_else(|| model.default_context());
-        if context == 0 || context > max {
-            return Err(Error::Context {
-                asked: context,
-                max,
-            });
-        }
-        let kind = options.kv_type.unwrap_or(model.default_kv_type());
-        Ok(MemoryPlan {
-            weights: model.weight_bytes(),
-            kv_cache: model.kv_shape().bytes(kind, context),
-            activations: model.activation_bytes(options.chunk.clamp(1, context)),
-            context,
-        })
+        memory_plan(
+            model.config(),
+            model.format(),
+            model.weight_bytes(),
+            options,
+        )
     }
 
     /// The model.
@@ -320,6 +356,32 @@ impl Session {
             }
         }
         self.crossing == Crossing::Exact
+    }
+}
+
+impl Sequence for Session {
+    type Error = Error;
+    fn ids(&self) -> &[u32] {
+        self.ids()
+    }
+    fn vocab(&self) -> usize {
+        self.model.config().vocab_size
+    }
+    fn context(&self) -> usize {
+        self.context
+    }
+    fn extend(&mut self, tokens: &[u32]) -> Result<&[f32], Error> {
+        Self::extend(self, tokens)
+    }
+}
+
+impl Detokenize for Detokenizer {
+    type Error = TextError;
+    fn push(&mut self, id: u32) -> Result<String, TextError> {
+        Self::push(self, id)
+    }
+    fn finish(&mut self) -> Result<String, TextError> {
+        Self::finish(self)
     }
 }
 

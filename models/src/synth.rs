@@ -71,7 +71,7 @@ impl Default for SynthOptions<'_> {
 /// # Errors
 /// [`Error::Layers`]; [`Error::Exists`]; [`Error::DiskSpace`] before anything is written; what the
 /// file system says; cancellation.
-pub fn synthesize(preset: &Preset, out: &Path, options: SynthOptions<'_>) -> Result<(), Error> {
+pub fn synthesize(preset: Preset, out: &Path, options: SynthOptions<'_>) -> Result<(), Error> {
     let layers = options.layers.unwrap_or(preset.layers);
     if layers == 0 || layers > preset.layers {
         return Err(Error::Layers {

@@ -370,13 +370,14 @@ fn read_container(path: &Path, bytes: &Bytes) -> Result<Vec<(String, Tensor)>> {
                 found,
             });
         }
-        Err(e) => return Err(bad(e.to_string())),
+        Err(e) => return Err(bad(layout_fault(json).unwrap_or_else(|| e.to_string()))),
     };
     let none = HashMap::new();
     let notes = metadata.metadata().as_ref().unwrap_or(&none);
     let packed = packed_table(path, notes)?;
     let mut tensors = Vec::new();
-    for (name, info) in metadata.tensors() {
+    for name in metadata.offset_keys() {
+        let info = metadata.info(&name).expect("a name of this header");
         let (start, end) = info.data_offsets;
         let offset = data + start;
         let (dtype, shape) = match (packed.get(&name), info.dtype) {
@@ -496,6 +497,41 @@ fn duplicate_key(json: &[u8]) -> Option<String> {
     serde::Deserializer::deserialize_map(&mut parser, Keys)
         .ok()
         .flatten()
+}
+
+/// The first tensor whose bytes are not where and as many as the container asks: without overlap or
+/// hole, and as its dtype and shape say. The container's own reader refuses it, but not by name.
+fn layout_fault(json: &[u8]) -> Option<String> {
+    let mut header: BTreeMap<String, serde_json::Value> = serde_json::from_slice(json).ok()?;
+    header.remove("__metadata__");
+    let mut tensors = Vec::new();
+    for (name, value) in header {
+        match serde_json::from_value::<safetensors::tensor::TensorInfo>(value) {
+            Ok(info) => tensors.push((info.data_offsets, name, info)),
+            Err(e) => return Some(format!("tensor '{name}': {e}")),
+        }
+    }
+    tensors.sort_by(|a, b| (a.0, &a.1).cmp(&(b.0, &b.1)));
+    let mut expected = 0;
+    for ((start, end), name, info) in tensors {
+        if start != expected {
+            let fault = if start < expected { "overlap" } else { "hole" };
+            return Some(format!(
+                "tensor '{name}' starts at byte {start} of the data, expected {expected} ({fault})"
+            ));
+        }
+        let bits = (info.shape.iter()).try_fold(info.dtype.bitsize(), |n, d| n.checked_mul(*d));
+        let found = end.checked_sub(start);
+        if bits.is_none() || found.is_none() || found.and_then(|n| n.checked_mul(8)) != bits {
+            let (dtype, shape) = (info.dtype, &info.shape);
+            let bytes = bits.map_or("more than fits in memory".into(), |b| (b / 8).to_string());
+            return Some(format!(
+                "tensor '{name}' has bytes {start}..{end}, expected {bytes} bytes for {dtype} {shape:?}"
+            ));
+        }
+        expected = end;
+    }
+    None
 }
 
 /// Where the data of a header's tensors ends, for the message about a file of the wrong length.

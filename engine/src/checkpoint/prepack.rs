@@ -198,6 +198,16 @@ impl<'a> Prepack<'a> {
         self.header.len() + self.data
     }
 
+    /// Whether `checkpoint` has every tensor of the plan, in its type and shape.
+    #[must_use]
+    pub fn describes(&self, checkpoint: &Checkpoint) -> bool {
+        self.parts.iter().all(|part| {
+            checkpoint.get(&part.name).is_some_and(|found| {
+                found.dtype() == part.dtype() && found.shape() == part.values.shape()
+            })
+        })
+    }
+
     /// Writes the file.
     /// # Errors
     /// The writer's error (as [`CheckpointError::Io`] on `path`, which is for messages only), a
@@ -266,8 +276,7 @@ fn header(parts: &[Part<'_>]) -> Vec<u8> {
     header.insert("__metadata__".into(), notes);
     let mut offset = 0;
     for part in parts {
-        let dtype = part.dtype();
-        let (dtype, shape) = match dtype {
+        let (dtype, shape) = match part.dtype() {
             DType::F32 => ("F32", part.values.shape().to_vec()),
             DType::F16 => ("F16", part.values.shape().to_vec()),
             DType::Bf16 => ("BF16", part.values.shape().to_vec()),

@@ -5,6 +5,8 @@ use std::fmt;
 use std::str::FromStr;
 
 mod attention;
+#[cfg(test)]
+mod check;
 mod gate;
 mod gemm;
 mod norm;

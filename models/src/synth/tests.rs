@@ -26,7 +26,7 @@ fn made(format: WeightFormat, change: impl FnOnce(&mut SynthOptions<'_>)) -> Tem
         ..SynthOptions::default()
     };
     change(&mut options);
-    synthesize(&TINY, &folder.path().join("m"), options).unwrap();
+    synthesize(TINY, &folder.path().join("m"), options).unwrap();
     folder
 }
 
@@ -224,21 +224,34 @@ fn refusals_name_what_was_asked() {
             layers: Some(asked),
             ..SynthOptions::default()
         };
-        let error = synthesize(&TINY, &out, options).unwrap_err();
+        let error = synthesize(TINY, &out, options).unwrap_err();
         assert!(
             matches!(error, Error::Layers { asked: a, max: 3, .. } if a == asked),
             "{error}"
         );
     }
+    // Four hundred terabytes: planned, compared with the disk, refused.
+    let large = Preset {
+        hidden_size: 65_536,
+        intermediate_size: 1 << 20,
+        layers: 1000,
+        ..TINY
+    };
+    let error = synthesize(large, &out, SynthOptions::default()).unwrap_err();
+    assert!(
+        matches!(&error, Error::DiskSpace { path, needed, available }
+            if *path == out && *needed > 400_000_000_000_000 && available < needed),
+        "{error}"
+    );
     let options = SynthOptions::default();
     options.cancel.cancel();
-    let error = synthesize(&TINY, &out, options).unwrap_err();
+    let error = synthesize(TINY, &out, options).unwrap_err();
     assert!(matches!(
         error,
         Error::Checkpoint(CheckpointError::Cancelled)
     ));
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
     fs::create_dir(&out).unwrap();
-    let error = synthesize(&TINY, &out, SynthOptions::default()).unwrap_err();
+    let error = synthesize(TINY, &out, SynthOptions::default()).unwrap_err();
     assert!(matches!(error, Error::Exists { .. }), "{error}");
 }

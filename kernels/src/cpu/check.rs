@@ -1,0 +1,1290 @@
+//! One suite for every table: each kernel against exact arithmetic, and against its scalar twin.
+//!
+//! A new table needs no change here: the suite runs whatever [`Isa::ALL`] lists and this CPU has.
+//!
+//! # Bounds
+//! `u = 2^-24` is half a unit in the last place of 1 in f32. A sum of products in which each product
+//! takes part in at most `n` roundings is off by at most `gamma(n) * sum |terms|`, with
+//! `gamma(n) = n u / (1 - n u)` (Higham, *Accuracy and Stability of Numerical Algorithms*, 2nd ed.,
+//! section 3.1), in any order and with or without fused multiply-add. The references compute in f64,
+//! whose roundings are 2^-29 of this and vanish in the last digit of a bound. Results below the
+//! smallest normal number lose up to 2^-150 a step instead; [`TINY`] covers that.
+//!
+//! A table against scalar: each is within its bound of the truth, so they are within two of them of
+//! each other; this follows and needs no test of its own. What is *exact* by contract (quantized
+//! activations, the integer part of packed GEMMs) is compared bit by bit.
+//!
+//! A bound that cannot fail is not a test: every family shows that a mistake somebody could make
+//! (one nibble, a forgotten zero point, a window off by one, a missing factor) breaks its bound.
+
+mod guard;
+
+use super::{AttentionState, AttentionTask, Isa, Kernels};
+use crate::view::{ColsMut, Dense, Elements};
+use guard::{guarded, page_end};
+use phidias_quant::activations::{self, Activations};
+use phidias_quant::packed::{PANEL_ROWS, pack_panel};
+use phidias_quant::{AlignedBytes, BLOCK, Format, Packed, PackedLayout, bf16, f16};
+use std::io::Write;
+use std::ops::Range;
+use std::sync::Once;
+
+/// Half a unit in the last place of 1.
+const U: f64 = 1.0 / (1u64 << 24) as f64;
+/// Far below anything that matters, far above what a few thousand subnormal roundings can lose.
+const TINY: f64 = 1e-39;
+/// What an exponential may be off by, relatively: two units in the last place.
+const EXP: f64 = 4.0 * U;
+
+fn gamma(n: usize) -> f64 {
+    let n = n as f64 * U;
+    n / (1.0 - n)
+}
+
+/// Every table this CPU can run; says which it cannot.
+fn tables() -> impl Iterator<Item = &'static Kernels> {
+    static REPORT: Once = Once::new();
+    REPORT.call_once(|| {
+        for isa in Isa::ALL.into_iter().filter(|isa| !isa.is_available()) {
+            // Written past the test harness, which swallows what a passing test prints.
+            let _ = writeln!(
+                std::io::stderr(),
+                "\n=== SKIPPED: the kernels for {isa} are not tested, this CPU cannot run them ===\n"
+            );
+        }
+    });
+    Isa::ALL.into_iter().filter_map(Kernels::for_isa)
+}
+
+#[test]
+fn every_table_has_its_own_name_and_the_plain_one_runs_everywhere() {
+    for (i, isa) in Isa::ALL.into_iter().enumerate() {
+        assert_eq!(isa.name().parse(), Ok(isa));
+        assert_eq!(
+            Isa::ALL.iter().position(|other| other.name() == isa.name()),
+            Some(i)
+        );
+        if let Some(table) = Kernels::for_isa(isa) {
+            assert_eq!(table.isa(), isa);
+        }
+    }
+    assert!(Isa::Scalar.is_available() && "mmx".parse::<Isa>().is_err());
+    assert!(tables().any(|k| std::ptr::eq(k, Kernels::best())));
+}
+
+/// SplitMix64 (Steele, Lea & Flood 2014).
+struct Random(u64);
+
+impl Random {
+    fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+    /// Uniform in -1..1.
+    fn value(&mut self) -> f32 {
+        (self.bits() >> 40) as f32 / (1 << 23) as f32 - 1.0
+    }
+    fn values(&mut self, n: usize, size: f32) -> Vec<f32> {
+        (0..n).map(|_| self.value() * size).collect()
+    }
+}
+
+/// What matrices and rows are filled with.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Fill {
+    Zeros,
+    Random,
+    /// Everything at its largest and of one sign: the largest sums there can be.
+    SameSign,
+    /// The same with alternating signs.
+    Alternating,
+    /// Subnormal, and as small as f16 scales go.
+    Subnormal,
+}
+
+const FILLS: [Fill; 5] = [
+    Fill::Zeros,
+    Fill::Random,
+    Fill::SameSign,
+    Fill::Alternating,
+    Fill::Subnormal,
+];
+
+impl Fill {
+    fn values(self, random: &mut Random, n: usize, largest: f32, smallest: f32) -> Vec<f32> {
+        let sign = |i: usize| if i.is_multiple_of(2) { 1.0 } else { -1.0 };
+        match self {
+            Self::Zeros => vec![0.0; n],
+            Self::Random => random.values(n, 1.0),
+            Self::SameSign => vec![largest; n],
+            Self::Alternating => (0..n).map(|i| largest * sign(i)).collect(),
+            Self::Subnormal => random.values(n, smallest),
+        }
+    }
+}
+
+/// A value as a matrix or the KV cache stores it.
+trait Stored: Copy + std::fmt::Debug + 'static {
+    const NAN: Self;
+    fn narrow(v: f32) -> Self;
+    fn exact(self) -> f64;
+    fn elements(s: &[Self]) -> Elements<'_>;
+}
+
+impl Stored for f32 {
+    const NAN: Self = Self::NAN;
+    fn narrow(v: f32) -> Self {
+        v
+    }
+    fn exact(self) -> f64 {
+        f64::from(self)
+    }
+    fn elements(s: &[Self]) -> Elements<'_> {
+        Elements::F32(s)
+    }
+}
+
+impl Stored for f16 {
+    const NAN: Self = Self::NAN;
+    fn narrow(v: f32) -> Self {
+        Self::from_f32(v)
+    }
+    fn exact(self) -> f64 {
+        self.to_f64()
+    }
+    fn elements(s: &[Self]) -> Elements<'_> {
+        Elements::F16(s)
+    }
+}
+
+impl Stored for bf16 {
+    const NAN: Self = Self::NAN;
+    fn narrow(v: f32) -> Self {
+        Self::from_f32(v)
+    }
+    fn exact(self) -> f64 {
+        self.to_f64()
+    }
+    fn elements(s: &[Self]) -> Elements<'_> {
+        Elements::Bf16(s)
+    }
+}
+
+fn narrow<T: Stored>(values: &[f32]) -> Vec<T> {
+    let values: Vec<T> = values.iter().map(|v| T::narrow(*v)).collect();
+    page_end(&values)
+}
+
+/// A value and how far a kernel may be from it.
+#[derive(Clone, Copy, Debug)]
+struct Expected {
+    value: f64,
+    bound: f64,
+}
+
+impl Expected {
+    /// Whether `got` may stand for it.
+    fn admits(self, got: f32) -> bool {
+        // Not `>`: a NaN is never admitted.
+        (f64::from(got) - self.value).abs() <= self.bound
+    }
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|v| v.to_bits()).collect()
+}
+
+const SMALL_COLS: [usize; 11] = [1, 2, 31, 32, 33, 63, 64, 65, 95, 96, 97];
+const SMALL_ROWS: [usize; 5] = [1, 15, 16, 17, 33];
+const TOKENS: [usize; 6] = [1, 2, 3, 4, 5, 17];
+
+// ------------------------------------------------------------------------------ packed GEMM
+
+/// A packed matrix whose bytes end at a guard page.
+struct Weights {
+    layout: PackedLayout,
+    bytes: AlignedBytes,
+}
+
+impl Weights {
+    fn new(format: Format, rows: usize, cols: usize, w: &[f32]) -> Self {
+        let layout = PackedLayout::new(format, rows, cols).unwrap();
+        let mut bytes = guarded(|| AlignedBytes::try_zeroed(layout.bytes()).unwrap());
+        for (rows, out) in w
+            .chunks(PANEL_ROWS * cols)
+            .zip(bytes.as_mut().chunks_mut(layout.panel_bytes()))
+        {
+            pack_panel(&layout, rows, out).unwrap();
+        }
+        Self { layout, bytes }
+    }
+
+    fn view(&self) -> Packed<'_> {
+        Packed::new(self.layout, self.bytes.as_ref()).unwrap()
+    }
+
+    /// The quant of row `r`, column `c` as it is stored.
+    fn quant_at(&self, r: usize, c: usize) -> (usize, u32) {
+        let (panel, r) = (r / PANEL_ROWS, r % PANEL_ROWS);
+        let (b, i) = (c / BLOCK, c % BLOCK);
+        let scales =
+            self.layout.panel_bytes() - self.layout.blocks() * self.layout.format().block_bytes();
+        let block =
+            panel * self.layout.panel_bytes() + scales + b * self.layout.format().block_bytes();
+        match self.layout.format() {
+            Format::Q8 => (block + i / 4 * 64 + r * 4 + i % 4, 0),
+            Format::Q4 => (block + i % 16 / 4 * 64 + r * 4 + i % 4, i as u32 / 16 * 4),
+        }
+    }
+
+    /// Makes the scale of a block NaN.
+    fn spoil(&mut self, row: usize, block: usize) {
+        let at = row / PANEL_ROWS * self.layout.panel_bytes()
+            + (block * PANEL_ROWS + row % PANEL_ROWS) * 2;
+        self.bytes.as_mut()[at..at + 2].copy_from_slice(&f16::NAN.to_le_bytes());
+    }
+}
+
+/// Rows of activations, by the definition, every buffer at a guard page.
+fn activations(x: &[f32], rows: usize, cols: usize) -> Activations {
+    guarded(|| {
+        let mut quantized = Activations::default();
+        quantized.reshape(rows, cols);
+        for (x, out) in x.chunks_exact(cols).zip(quantized.rows_mut()) {
+            activations::quantize(x, out);
+        }
+        quantized
+    })
+}
+
+/// Dequantize, then multiply, `[rows][tokens]`.
+///
+/// A block's term is `I * (sw * sx)` with an exact integer `|I| <= 32 * 128 * 127 < 2^24`: two
+/// roundings, then one for each of the `B` additions it takes part in.
+fn packed_reference(w: Packed<'_>, x: &Activations) -> Vec<Vec<Expected>> {
+    let (rows, cols) = (w.layout().rows(), w.layout().cols());
+    let mut weights = vec![0.0; cols];
+    let factor = gamma(x.blocks() + 2);
+    (0..rows)
+        .map(|r| {
+            w.dequantize_row(r, &mut weights);
+            (0..x.rows())
+                .map(|t| {
+                    let row = x.row(t);
+                    let (mut value, mut size) = (0.0, 0.0f64);
+                    for (b, w) in weights.chunks(BLOCK).enumerate() {
+                        let quants = &row.quants[b * BLOCK..];
+                        let term: f64 = (w.iter().zip(quants))
+                            .map(|(w, a)| f64::from(*w) * f64::from(*a) * f64::from(row.scales[b]))
+                            .sum();
+                        value += term;
+                        size += term.abs();
+                    }
+                    // The reference sums a block's products in f64, the kernel has them exact.
+                    let tiny = TINY * x.blocks() as f64;
+                    let bound = factor * size + tiny;
+                    Expected { value, bound }
+                })
+                .collect()
+        })
+        .collect()
+}
+
+/// All panels at once, `[tokens, rows]`.
+fn gemm_packed(k: &Kernels, w: Packed<'_>, x: &Activations) -> Vec<f32> {
+    let (n, rows) = (x.rows(), w.layout().rows());
+    let mut y = page_end(&vec![f32::NAN; n * rows]);
+    k.gemm_packed(w, 0..w.layout().panels(), x, ColsMut::new(&mut y, n, rows));
+    y
+}
+
+fn check_packed(k: &Kernels, w: &Weights, x: &Activations, what: &str) {
+    let y = gemm_packed(k, w.view(), x);
+    let rows = w.layout.rows();
+    for (r, row) in packed_reference(w.view(), x).iter().enumerate() {
+        for (t, expected) in row.iter().enumerate() {
+            let got = y[t * rows + r];
+            assert!(
+                expected.admits(got),
+                "{} {} row {r} token {t}, {what}: {got:e} for {expected:?}",
+                k.isa(),
+                w.layout.format().name()
+            );
+        }
+    }
+}
+
+/// Weights as large as the format takes, activations as large as the sums stay finite with.
+fn packed_case(
+    random: &mut Random,
+    format: Format,
+    (rows, cols, tokens): (usize, usize, usize),
+    (w, x): (Fill, Fill),
+) -> (Weights, Activations) {
+    let largest = match format {
+        Format::Q4 => 3.0e5,
+        Format::Q8 => 8.0e6,
+    };
+    let w = w.values(random, rows * cols, largest, 3e-6);
+    let x = x.values(random, tokens * cols, 1e25, 1e-41);
+    (
+        Weights::new(format, rows, cols, &w),
+        activations(&x, tokens, cols),
+    )
+}
+
+const FORMATS: [Format; 2] = [Format::Q4, Format::Q8];
+
+#[test]
+fn gemm_packed_on_every_small_shape() {
+    for k in tables() {
+        let mut random = Random(1);
+        for format in FORMATS {
+            for cols in SMALL_COLS {
+                for rows in SMALL_ROWS {
+                    for tokens in TOKENS {
+                        let fills = (Fill::Random, Fill::Random);
+                        let (w, x) = packed_case(&mut random, format, (rows, cols, tokens), fills);
+                        check_packed(k, &w, &x, &format!("{rows} x {cols}, {tokens} tokens"));
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn gemm_packed_on_zeros_and_extremes() {
+    for k in tables() {
+        let mut random = Random(2);
+        for format in FORMATS {
+            for w_fill in FILLS {
+                for x_fill in FILLS {
+                    let shape = (17, 97, 3);
+                    let (w, x) = packed_case(&mut random, format, shape, (w_fill, x_fill));
+                    check_packed(
+                        k,
+                        &w,
+                        &x,
+                        &format!("weights {w_fill:?}, activations {x_fill:?}"),
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn gemm_packed_on_shapes_of_real_models() {
+    for k in tables() {
+        let mut random = Random(3);
+        for format in FORMATS {
+            for (rows, cols, tokens) in
+                [(48, 3072, 1), (48, 3072, 17), (16, 8192, 2), (40, 5120, 5)]
+            {
+                let fills = (Fill::Random, Fill::Random);
+                let (w, x) = packed_case(&mut random, format, (rows, cols, tokens), fills);
+                check_packed(k, &w, &x, &format!("{rows} x {cols}, {tokens} tokens"));
+            }
+        }
+    }
+}
+
+/// One quant off by one step, and a zero point that was not taken out, must both be noticed.
+#[test]
+fn gemm_packed_bound_notices_one_quant_and_the_zero_point() {
+    for k in tables() {
+        let mut random = Random(4);
+        for format in FORMATS {
+            for cols in [31, 97, 3072] {
+                let fills = (Fill::Random, Fill::Random);
+                let (mut w, x) = packed_case(&mut random, format, (17, cols, 2), fills);
+                let y = gemm_packed(k, w.view(), &x);
+                let right = packed_reference(w.view(), &x);
+                assert!(right[16][1].admits(y[17 + 16]));
+                // The column whose activation is the largest of its block, in the middle row.
+                let column = (0..cols)
+                    .find(|c| x.row(1).quants[*c].unsigned_abs() == 127)
+                    .unwrap();
+                let (at, shift) = w.quant_at(16, column);
+                let byte = &mut w.bytes.as_mut()[at];
+                *byte ^= 1 << shift;
+                let wrong = packed_reference(w.view(), &x);
+                assert!(
+                    !wrong[16][1].admits(y[17 + 16]),
+                    "{} {format:?} {cols}",
+                    k.isa()
+                );
+                assert!(wrong[15][1].admits(y[17 + 15]), "only that row changed");
+                // What the sum is when zero * (sum of activations) stays in it.
+                let row = x.row(1);
+                let forgotten: f64 = (0..x.blocks())
+                    .map(|b| {
+                        let scale = w.view().panel(1).scales[b * PANEL_ROWS].to_f64();
+                        f64::from(format.zero() * row.sums[b]) * scale * f64::from(row.scales[b])
+                    })
+                    .sum();
+                let value = right[16][1].value + forgotten;
+                let wrong = Expected {
+                    value,
+                    ..right[16][1]
+                };
+                assert!(!wrong.admits(y[17 + 16]), "{} {format:?} {cols}", k.isa());
+            }
+        }
+    }
+}
+
+#[test]
+fn gemm_packed_row_is_the_same_whatever_is_beside_it() {
+    for k in tables() {
+        let mut random = Random(5);
+        for format in FORMATS {
+            for (rows, cols, tokens) in [(49, 97, 17), (33, 3072, 5), (80, 64, 9)] {
+                let x_values = random.values(tokens * cols, 1.0);
+                let w_values = random.values(rows * cols, 1.0);
+                let w = Weights::new(format, rows, cols, &w_values);
+                let whole = gemm_packed(k, w.view(), &activations(&x_values, tokens, cols));
+                let panels = w.layout.panels();
+                for range in [0..1, 1..panels, panels - 1..panels, 1..1] {
+                    for tokens in [0..tokens, 0..1, 1..3, tokens - 1..tokens] {
+                        let x = &x_values[tokens.start * cols..tokens.end * cols];
+                        let x = activations(x, tokens.len(), cols);
+                        // The range is written into the middle of a result with a border of
+                        // sentinels, which must survive.
+                        let columns = range.start * PANEL_ROWS..(range.end * PANEL_ROWS).min(rows);
+                        let width = columns.len() + 2;
+                        let mut y = page_end(&vec![-7.5; tokens.len() * width]);
+                        let (_, rest) = ColsMut::new(&mut y, tokens.len(), width).split_at(1);
+                        let (middle, _) = rest.split_at(columns.len());
+                        k.gemm_packed(w.view(), range.clone(), &x, middle);
+                        for (t, row) in tokens.clone().zip(y.chunks_exact(width)) {
+                            let want = &whole[t * rows..][..rows][columns.clone()];
+                            assert_eq!(
+                                bits(&row[1..width - 1]),
+                                bits(want),
+                                "{} {format:?} panels {range:?} token {t}",
+                                k.isa()
+                            );
+                            assert_eq!((row[0], row[width - 1]), (-7.5, -7.5), "written outside");
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn gemm_packed_does_not_hide_a_nan() {
+    for k in tables() {
+        for format in FORMATS {
+            let (rows, cols, tokens) = (33, 97, 5);
+            for (x_fill, block) in [(Fill::Random, 0), (Fill::Random, 3), (Fill::Zeros, 1)] {
+                let mut random = Random(6);
+                let (mut w, x) = packed_case(
+                    &mut random,
+                    format,
+                    (rows, cols, tokens),
+                    (Fill::Random, x_fill),
+                );
+                w.spoil(18, block);
+                let y = gemm_packed(k, w.view(), &x);
+                for (i, v) in y.iter().enumerate() {
+                    let spoiled = i % rows == 18;
+                    assert_eq!(
+                        v.is_nan(),
+                        spoiled,
+                        "{} {format:?} row {}",
+                        k.isa(),
+                        i % rows
+                    );
+                }
+            }
+            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                for column in [0, 40, 96] {
+                    let mut random = Random(7);
+                    let w = random.values(rows * cols, 1.0);
+                    let mut x = random.values(tokens * cols, 1.0);
+                    x[3 * cols + column] = bad;
+                    let y = gemm_packed(
+                        k,
+                        Weights::new(format, rows, cols, &w).view(),
+                        &activations(&x, tokens, cols),
+                    );
+                    for (i, v) in y.iter().enumerate() {
+                        let spoiled = i / rows == 3;
+                        assert_eq!(
+                            v.is_nan(),
+                            spoiled,
+                            "{} {format:?} token {}",
+                            k.isa(),
+                            i / rows
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------- dense GEMM
+
+/// Roundings that a product takes part in when its sum has 16 partial sums: its own, those of its
+/// partial sum, four of the folding. More partial sums only make it fewer.
+fn dot_roundings(cols: usize) -> usize {
+    cols.div_ceil(16) + 5
+}
+
+fn dot<T: Stored>(w: &[T], x: &[f32]) -> Expected {
+    let terms = w.iter().zip(x).map(|(w, x)| w.exact() * f64::from(*x));
+    let (value, size) = terms.fold((0.0, 0.0), |(v, s), t| (v + t, s + t.abs()));
+    Expected {
+        value,
+        bound: gamma(dot_roundings(w.len())) * size + TINY,
+    }
+}
+
+fn gemm_dense<T: Stored>(k: &Kernels, w: &[T], rows: usize, cols: usize, x: &[f32]) -> Vec<f32> {
+    let tokens = x.len() / cols;
+    let mut y = page_end(&vec![f32::NAN; tokens * rows]);
+    let w = Dense::new(rows, cols, T::elements(w));
+    k.gemm_dense(w, 0..rows, x, ColsMut::new(&mut y, tokens, rows));
+    y
+}
+
+fn check_dense<T: Stored>(k: &Kernels, w: &[T], rows: usize, cols: usize, x: &[f32], what: &str) {
+    let y = gemm_dense(k, w, rows, cols, x);
+    for (t, x) in x.chunks_exact(cols).enumerate() {
+        for (r, w) in w.chunks_exact(cols).enumerate() {
+            let (expected, got) = (dot(w, x), y[t * rows + r]);
+            assert!(
+                expected.admits(got),
+                "{} {rows} x {cols} row {r} token {t}, {what}: {got:e} for {expected:?}",
+                k.isa()
+            );
+        }
+    }
+}
+
+fn dense_suite<T: Stored>() {
+    let what = std::any::type_name::<T>();
+    for k in tables() {
+        let mut random = Random(8);
+        for cols in SMALL_COLS.into_iter().chain([15, 16, 17]) {
+            for rows in SMALL_ROWS {
+                for tokens in TOKENS {
+                    let w: Vec<T> = narrow(&random.values(rows * cols, 1.0));
+                    let x = page_end(&random.values(tokens * cols, 1.0));
+                    check_dense(k, &w, rows, cols, &x, what);
+                }
+            }
+        }
+        for (rows, cols, tokens) in [(19, 3072, 1), (16, 3072, 5), (4, 8192, 2)] {
+            let w: Vec<T> = narrow(&random.values(rows * cols, 1.0));
+            let x = page_end(&random.values(tokens * cols, 1.0));
+            check_dense(k, &w, rows, cols, &x, what);
+        }
+        for w_fill in FILLS {
+            for x_fill in FILLS {
+                // 65000 and 6e-6 have f16s; the sums stay finite and the products may underflow.
+                let w: Vec<T> = narrow(&w_fill.values(&mut random, 5 * 33, 65000.0, 6e-6));
+                let x = page_end(&x_fill.values(&mut random, 3 * 33, 1e31, 1e-38));
+                check_dense(k, &w, 5, 33, &x, what);
+            }
+        }
+        dense_bound_notices::<T>(k, &mut random);
+        dense_row_is_the_same_whatever_is_beside_it::<T>(k, &mut random);
+        dense_does_not_hide::<T>(k, &mut random);
+    }
+}
+
+/// A column left out, and activations rounded to bf16 on the way.
+fn dense_bound_notices<T: Stored>(k: &Kernels, random: &mut Random) {
+    for cols in [17, 97, 3072] {
+        let w: Vec<T> = narrow(&random.values(cols, 1.0));
+        let x = random.values(cols, 1.0);
+        let y = gemm_dense(k, &w, 1, cols, &x)[0];
+        assert!(dot(&w, &x).admits(y));
+        assert!(
+            !dot(&w[..cols - 1], &x[..cols - 1]).admits(y),
+            "{cols} columns"
+        );
+        let rounded: Vec<f32> = x.iter().map(|x| bf16::from_f32(*x).to_f32()).collect();
+        assert!(!dot(&w, &rounded).admits(y), "{cols} columns in bf16");
+    }
+}
+
+fn dense_row_is_the_same_whatever_is_beside_it<T: Stored>(k: &Kernels, random: &mut Random) {
+    for (rows, cols, tokens) in [(37, 97, 17), (20, 3072, 5)] {
+        let w: Vec<T> = narrow(&random.values(rows * cols, 1.0));
+        let x = random.values(tokens * cols, 1.0);
+        let whole = gemm_dense(k, &w, rows, cols, &x);
+        for range in [0..1, 1..rows, 3..16, rows - 1..rows, 2..2] {
+            for tokens in [0..tokens, 0..1, 1..3, tokens - 1..tokens] {
+                let x = page_end(&x[tokens.start * cols..tokens.end * cols]);
+                let width = range.len() + 2;
+                let mut y = page_end(&vec![-7.5; tokens.len() * width]);
+                let (_, rest) = ColsMut::new(&mut y, tokens.len(), width).split_at(1);
+                let (middle, _) = rest.split_at(range.len());
+                let matrix = Dense::new(rows, cols, T::elements(&w));
+                k.gemm_dense(matrix, range.clone(), &x, middle);
+                for (t, row) in tokens.clone().zip(y.chunks_exact(width)) {
+                    let want = &whole[t * rows..][..rows][range.clone()];
+                    assert_eq!(
+                        bits(&row[1..width - 1]),
+                        bits(want),
+                        "{} rows {range:?} token {t}",
+                        k.isa()
+                    );
+                    assert_eq!((row[0], row[width - 1]), (-7.5, -7.5), "written outside");
+                }
+            }
+        }
+    }
+}
+
+fn dense_does_not_hide<T: Stored>(k: &Kernels, random: &mut Random) {
+    let (rows, cols, tokens) = (5, 37, 4);
+    let clean: Vec<T> = narrow(&random.values(rows * cols, 1.0));
+    for column in [0, 20, 36] {
+        let mut w = clean.clone();
+        w[2 * cols + column] = T::NAN;
+        let x = vec![0.0; tokens * cols];
+        for (i, v) in gemm_dense(k, &w, rows, cols, &x).iter().enumerate() {
+            assert_eq!(v.is_nan(), i % rows == 2, "{} row {}", k.isa(), i % rows);
+        }
+        let mut x = random.values(tokens * cols, 1.0);
+        x[cols + column] = f32::NAN;
+        x[2 * cols + column] = f32::INFINITY;
+        for (i, v) in gemm_dense(k, &clean, rows, cols, &x).iter().enumerate() {
+            let (nan, infinite) = (i / rows == 1, i / rows == 2);
+            assert_eq!(
+                (v.is_nan(), v.is_infinite()),
+                (nan, infinite),
+                "{} token {}",
+                k.isa(),
+                i / rows
+            );
+        }
+    }
+}
+
+#[test]
+fn gemm_dense_f32() {
+    dense_suite::<f32>();
+}
+
+#[test]
+fn gemm_dense_f16() {
+    dense_suite::<f16>();
+}
+
+#[test]
+fn gemm_dense_bf16() {
+    dense_suite::<bf16>();
+}
+
+// --------------------------------------------------------------------------------- quantize
+
+/// Every table gives the bytes, sums and scales of the definition, bit for bit.
+#[test]
+fn quantize_is_the_definition() {
+    for k in tables() {
+        let mut random = Random(9);
+        let mut rows: Vec<Vec<f32>> = Vec::new();
+        for cols in SMALL_COLS.into_iter().chain([3072, 8192]) {
+            rows.extend(FILLS.map(|f| f.values(&mut random, cols, f32::MAX, 1e-40)));
+            // Ties: with amax 127 the step is exactly 1, and halves go to the even neighbour.
+            let mut ties: Vec<f32> = (0..cols).map(|i| (i % 200) as f32 - 100.5).collect();
+            ties[0] = 127.0;
+            rows.push(ties);
+            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                let mut row = random.values(cols, 1.0);
+                row[random.bits() as usize % cols] = bad;
+                rows.push(row);
+            }
+            // Signed zeros and one lonely value among them.
+            let mut row = vec![-0.0; cols];
+            row[cols - 1] = -3.0;
+            rows.push(row);
+        }
+        for x in rows {
+            let x = page_end(&x);
+            let want = activations(&x, 1, x.len());
+            let got = guarded(|| {
+                let mut out = Activations::default();
+                out.reshape(1, x.len());
+                // What an earlier, larger use left behind must not show.
+                for row in out.rows_mut() {
+                    row.quants.fill(-1);
+                    row.scales.fill(-1.0);
+                    row.sums.fill(-1);
+                }
+                k.quantize(&x, out.rows_mut().next().unwrap());
+                out
+            });
+            let (got, want) = (got.row(0), want.row(0));
+            assert_eq!(got.quants, want.quants, "{} {} values", k.isa(), x.len());
+            assert_eq!(got.sums, want.sums, "{} {} values", k.isa(), x.len());
+            for (a, b) in got.scales.iter().zip(want.scales) {
+                assert!(
+                    a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan(),
+                    "{} {a} {b}",
+                    k.isa()
+                );
+            }
+        }
+    }
+}
+
+/// The definition itself: each value within half a step, and a hair for three roundings of a
+/// product of at most 127.
+#[test]
+fn quantize_is_to_the_nearest_step() {
+    for k in tables() {
+        let mut random = Random(10);
+        for size in [1e-20, 1.0, 1e30] {
+            let x = random.values(97, size);
+            let mut out = Activations::default();
+            out.reshape(1, x.len());
+            k.quantize(&x, out.rows_mut().next().unwrap());
+            let row = out.row(0);
+            for (b, x) in x.chunks(BLOCK).enumerate() {
+                let amax = x.iter().fold(0.0f64, |m, v| m.max(f64::from(*v).abs()));
+                assert!((f64::from(row.scales[b]) - amax / 127.0).abs() <= amax / 127.0 * U);
+                let q = &row.quants[b * BLOCK..][..BLOCK];
+                for (q, v) in q.iter().zip(x) {
+                    let exact = f64::from(*v) / amax * 127.0;
+                    assert!((f64::from(*q) - exact).abs() <= 0.5 + 127.0 * gamma(3));
+                }
+                assert_eq!(row.sums[b], q.iter().map(|q| i32::from(*q)).sum::<i32>());
+                assert!(
+                    q.iter().any(|q| q.unsigned_abs() == 127),
+                    "the range is used"
+                );
+                assert!(q[x.len()..].iter().all(|q| *q == 0), "padding is zero");
+            }
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------- norm
+
+/// The squares are positive, so their mean is off by at most `gamma(roundings + 1)` of itself, eps
+/// adds one more rounding, and the root halves all that (`sqrt(1 + d) <= 1 + d / 2`, and a
+/// reciprocal of it loses a term of second order: the square of the bound). Root, reciprocal and
+/// two products round once each.
+fn norm_reference(x: &[f32], w: &[f32], eps: f32) -> Vec<Expected> {
+    let n = x.len();
+    let mean: f64 = x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / n as f64;
+    let inverse = 1.0 / (mean + f64::from(eps)).sqrt();
+    let of_mean = gamma(dot_roundings(n) + 2);
+    let relative = of_mean / 2.0 + of_mean * of_mean + gamma(4);
+    (x.iter().zip(w))
+        .map(|(x, w)| {
+            let value = f64::from(*x) * inverse * f64::from(*w);
+            let bound = relative * value.abs() + TINY * f64::from(*w).abs().max(1.0);
+            Expected { value, bound }
+        })
+        .collect()
+}
+
+fn rms_norm(k: &Kernels, x: &[f32], w: &[f32], eps: f32) -> Vec<f32> {
+    let (x, w) = (page_end(x), page_end(w));
+    let mut y = page_end(&vec![f32::NAN; x.len()]);
+    k.rms_norm(&x, &w, eps, &mut y);
+    y
+}
+
+#[test]
+fn rms_norm_within_its_bound() {
+    for k in tables() {
+        let mut random = Random(11);
+        for cols in SMALL_COLS.into_iter().chain([15, 16, 17, 3072, 5120]) {
+            for fill in FILLS {
+                // Squares of 1e16 stay finite; subnormal ones vanish beside eps.
+                let x = fill.values(&mut random, cols, 1e16, 1e-30);
+                let w = random.values(cols, 2.0);
+                let y = rms_norm(k, &x, &w, 1e-5);
+                for (i, e) in norm_reference(&x, &w, 1e-5).iter().enumerate() {
+                    assert!(
+                        e.admits(y[i]),
+                        "{} {cols} {fill:?} {i}: {} for {e:?}",
+                        k.isa(),
+                        y[i]
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn rms_norm_bound_notices_eps_the_weight_and_the_tail() {
+    for k in tables() {
+        let mut random = Random(12);
+        let (x, w) = (random.values(97, 1.0), random.values(97, 2.0));
+        let y = rms_norm(k, &x, &w, 1e-5);
+        let wrong = |e: &[Expected]| e.iter().zip(&y).any(|(e, y)| !e.admits(*y));
+        assert!(!wrong(&norm_reference(&x, &w, 1e-5)));
+        assert!(wrong(&norm_reference(&x, &w, 0.0)), "eps forgotten");
+        assert!(
+            wrong(&norm_reference(&x, &[1.0; 97], 1e-5)),
+            "weight forgotten"
+        );
+        assert!(
+            wrong(&norm_reference(&x[..96], &w, 1e-5)),
+            "last value forgotten"
+        );
+        let mut bad = x.clone();
+        bad[96] = f32::NAN;
+        assert!(rms_norm(k, &bad, &w, 1e-5).iter().all(|v| v.is_nan()));
+    }
+}
+
+// ------------------------------------------------------------------------------------- rope
+
+/// Two products and a sum: two roundings for each product.
+fn rope_reference(head: &[f32], cos: &[f32], sin: &[f32]) -> Vec<Expected> {
+    let half = cos.len();
+    let turned = |x: f32, c: f32, y: f32, s: f32| {
+        let (a, b) = (f64::from(x) * f64::from(c), f64::from(y) * f64::from(s));
+        Expected {
+            value: a + b,
+            bound: gamma(2) * (a.abs() + b.abs()) + TINY,
+        }
+    };
+    let (x, y) = head.split_at(half);
+    (0..half)
+        .map(|i| turned(x[i], cos[i], -y[i], sin[i]))
+        .chain((0..half).map(|i| turned(y[i], cos[i], x[i], sin[i])))
+        .collect()
+}
+
+#[test]
+fn rope_within_its_bound() {
+    for k in tables() {
+        let mut random = Random(13);
+        for head_dim in [2, 4, 6, 14, 16, 18, 30, 32, 34, 64, 96, 128] {
+            for heads in [1, 2, 3, 32] {
+                for fill in FILLS {
+                    let x = fill.values(&mut random, heads * head_dim, 1e30, 1e-40);
+                    let cos = page_end(&random.values(head_dim / 2, 1.2));
+                    let sin = page_end(&random.values(head_dim / 2, 1.2));
+                    let mut y = page_end(&x);
+                    k.rope(&mut y, &cos, &sin);
+                    for (h, head) in x.chunks_exact(head_dim).enumerate() {
+                        let y = &y[h * head_dim..][..head_dim];
+                        let expected = rope_reference(head, &cos, &sin);
+                        for (i, e) in expected.iter().enumerate() {
+                            assert!(
+                                e.admits(y[i]),
+                                "{} {head_dim} {fill:?} {i}: {} for {e:?}",
+                                k.isa(),
+                                y[i]
+                            );
+                        }
+                        if fill == Fill::Random {
+                            let back: Vec<f32> = sin.iter().map(|s| -s).collect();
+                            let back = rope_reference(head, &cos, &back);
+                            assert!(
+                                back.iter().zip(y).any(|(e, y)| !e.admits(*y)),
+                                "turned back"
+                            );
+                            // One head alone is the same as among others.
+                            let mut alone = page_end(head);
+                            k.rope(&mut alone, &cos, &sin);
+                            assert_eq!(bits(&alone), bits(y), "{} head {h}", k.isa());
+                        }
+                    }
+                }
+            }
+        }
+        let mut y = [f32::NAN, 1.0, 2.0, 3.0];
+        k.rope(&mut y, &[1.0, 1.0], &[0.0, 0.0]);
+        assert_eq!(
+            y.map(f32::is_nan),
+            [true, false, true, false],
+            "{}",
+            k.isa()
+        );
+    }
+}
+
+// ------------------------------------------------------------------------------------- gate
+
+/// The exponential's error reaches the quotient in full at most; sum, quotient and product round
+/// once each. Below -88 the exponential overflows and a result of at most 89 * 2^-127 becomes zero.
+fn gate_reference(gate: f32, up: f32) -> Expected {
+    let (g, u) = (f64::from(gate), f64::from(up));
+    let value = u * g / (1.0 + (-g).exp());
+    let vanished = if g < -87.0 {
+        89.0 * 2f64.powi(-126) * u.abs()
+    } else {
+        0.0
+    };
+    Expected {
+        value,
+        bound: (EXP + gamma(3)) * value.abs() + vanished + TINY * u.abs().max(1.0),
+    }
+}
+
+#[test]
+fn silu_mul_within_its_bound() {
+    for k in tables() {
+        let mut random = Random(14);
+        for n in SMALL_COLS.into_iter().chain([7, 8, 9, 15, 16, 17, 8192]) {
+            for size in [0.0, 1e-40, 1e-3, 1.0, 20.0, 87.0, 120.0, 1e30] {
+                let gate = page_end(&random.values(n, size));
+                let up = page_end(&random.values(n, 3.0));
+                let mut y = page_end(&vec![f32::NAN; n]);
+                k.silu_mul(&gate, &up, &mut y);
+                for i in 0..n {
+                    let e = gate_reference(gate[i], up[i]);
+                    assert!(
+                        e.admits(y[i]),
+                        "{} silu({}) * {}: {} for {e:?}",
+                        k.isa(),
+                        gate[i],
+                        up[i],
+                        y[i]
+                    );
+                    if size == 1.0 && gate[i].abs() > 1e-3 {
+                        assert!(
+                            !gate_reference(-gate[i], up[i]).admits(y[i]),
+                            "sign of the gate"
+                        );
+                        assert!(
+                            !gate_reference(up[i], gate[i]).admits(y[i]),
+                            "gate and up swapped"
+                        );
+                    }
+                }
+            }
+        }
+        for at in [0, 16, 32] {
+            let (mut gate, mut up, mut y) = ([1.0; 33], [1.0; 33], [0.0; 33]);
+            gate[at] = f32::NAN;
+            k.silu_mul(&gate, &up, &mut y);
+            assert!((0..33).all(|i| y[i].is_nan() == (i == at)), "{}", k.isa());
+            gate[at] = 0.0;
+            up[at] = f32::NAN;
+            k.silu_mul(&gate, &up, &mut y);
+            assert!((0..33).all(|i| y[i].is_nan() == (i == at)), "{}", k.isa());
+        }
+    }
+}
+
+// -------------------------------------------------------------------------------- attention
+
+/// Queries over blocks of keys; each query sees a range of all keys.
+struct Scene<T> {
+    d: usize,
+    queries: Vec<f32>,
+    visible: Vec<Range<usize>>,
+    keys: Vec<T>,
+    values: Vec<T>,
+    scale: f32,
+    block: usize,
+}
+
+impl<T: Stored> Scene<T> {
+    fn random(
+        random: &mut Random,
+        d: usize,
+        keys: usize,
+        block: usize,
+        visible: Vec<Range<usize>>,
+    ) -> Self {
+        Self {
+            d,
+            // Scores of a few units, as trained models have: uniform values are 1/sqrt(3) wide.
+            queries: random.values(visible.len() * d, 3.0),
+            visible,
+            keys: narrow(&random.values(keys * d, 3.0)),
+            values: narrow(&random.values(keys * d, 1.0)),
+            scale: 1.0 / (d as f32).sqrt(),
+            block,
+        }
+    }
+
+    /// The kernel on the queries in `range`, block by block, `[range, d]`.
+    fn run(&self, k: &Kernels, range: Range<usize>) -> Vec<f32> {
+        let d = self.d;
+        let queries = page_end(&self.queries[range.start * d..range.end * d]);
+        let mut state = AttentionState::default();
+        guarded(|| state.reset(range.len(), d));
+        for (b, (keys, values)) in (self.keys.chunks(self.block * d))
+            .zip(self.values.chunks(self.block * d))
+            .enumerate()
+        {
+            let (keys, values) = (page_end(keys), page_end(values));
+            let (start, count) = (b * self.block, keys.len() / d);
+            let inside = |p: usize| p.clamp(start, start + count) - start;
+            let visible: Vec<_> = (self.visible[range.clone()].iter())
+                .map(|v| inside(v.start)..inside(v.end))
+                .collect();
+            let task = AttentionTask {
+                queries: &queries,
+                visible: &visible,
+                keys: T::elements(&keys),
+                values: T::elements(&values),
+                scale: self.scale,
+            };
+            guarded(|| k.attend(task, &mut state));
+        }
+        let mut out = page_end(&vec![f32::NAN; range.len() * d]);
+        for (i, out) in out.chunks_exact_mut(d).enumerate() {
+            state.finish(i, out);
+        }
+        out
+    }
+
+    /// Softmax in one piece.
+    ///
+    /// A key's weight `exp(s - m)` is off, relatively, by the error of its score (a dot product and
+    /// the scale), by the rounding of `s - m`, which is at most `U` of the range of scores, and by
+    /// the exponential; and for each block that is merged once more by the last two and a product.
+    /// An error common to all keys, as that of `m`, cancels. The weighted sum then rounds once for
+    /// each key and block and product; the sum of weights likewise, which doubles everything; the
+    /// reciprocal and the last product are two more.
+    fn reference(&self, query: usize) -> Vec<Expected> {
+        let d = self.d;
+        let q = &self.queries[query * d..][..d];
+        let scale = f64::from(self.scale);
+        let seen = self.visible[query].clone();
+        let scores: Vec<Expected> = (seen.clone())
+            .map(|j| {
+                let s = dot(&self.keys[j * d..][..d], q);
+                let value = s.value * scale;
+                Expected {
+                    value,
+                    bound: s.bound * scale.abs() + U * value.abs(),
+                }
+            })
+            .collect();
+        let max = scores.iter().fold(f64::NEG_INFINITY, |m, s| m.max(s.value));
+        let min = scores.iter().fold(f64::INFINITY, |m, s| m.min(s.value));
+        let weights: Vec<f64> = scores.iter().map(|s| (s.value - max).exp()).collect();
+        let sum: f64 = weights.iter().sum();
+        let worst_score = scores.iter().fold(0.0f64, |m, s| m.max(s.bound));
+        let merges = self.keys.len() / d / self.block + 2;
+        // Below -87 an exponential is as good as zero, so a wider range does not count.
+        let range = (max - min).clamp(0.0, 104.0);
+        let of_weight = worst_score.exp_m1() + (merges as f64) * (U * range + EXP + U);
+        let relative = 2.0 * (of_weight + gamma(seen.len() + 2 * merges + 2)) + gamma(2);
+        (0..d)
+            .map(|i| {
+                let (mut value, mut size) = (0.0, 0.0);
+                for (w, j) in weights.iter().zip(seen.clone()) {
+                    let term = w / sum * self.values[j * d + i].exact();
+                    value += term;
+                    size += term.abs();
+                }
+                let largest = self.values[seen.start * d..seen.end * d]
+                    .iter()
+                    .fold(1.0f64, |m, v| m.max(v.exact().abs()));
+                // Weights below the smallest normal number may vanish.
+                let vanished = seen.len() as f64 * 2f64.powi(-125) * largest;
+                Expected {
+                    value,
+                    bound: relative * size + vanished,
+                }
+            })
+            .collect()
+    }
+
+    fn check(&self, k: &Kernels, what: &str) {
+        let n = self.visible.len();
+        let out = self.run(k, 0..n);
+        for query in 0..n {
+            let got = &out[query * self.d..][..self.d];
+            if self.visible[query].is_empty() {
+                assert!(
+                    got.iter().all(|v| *v == 0.0),
+                    "{} sees nothing, {what}",
+                    k.isa()
+                );
+                continue;
+            }
+            for (i, e) in self.reference(query).iter().enumerate() {
+                assert!(
+                    e.admits(got[i]),
+                    "{} query {query} element {i}, {what}: {} for {e:?}",
+                    k.isa(),
+                    got[i]
+                );
+            }
+        }
+    }
+}
+
+/// Causal: the last query sees all keys, each one before it one less; at most `window` of them.
+fn causal(queries: usize, keys: usize, window: usize) -> Vec<Range<usize>> {
+    (0..queries)
+        .map(|i| (keys + i + 1).saturating_sub(queries))
+        .map(|end| end.saturating_sub(window)..end)
+        .collect()
+}
+
+fn attention_suite<T: Stored>() {
+    for k in tables() {
+        let mut random = Random(15);
+        for d in [2, 6, 16, 30, 64, 96, 128] {
+            for (keys, block) in [(1, 256), (2, 1), (15, 16), (16, 16), (33, 16), (65, 32)] {
+                for queries in [1, 3, 4, 16, 17] {
+                    for window in [1, 5, 1000] {
+                        let visible = causal(queries, keys, window);
+                        let scene = Scene::<T>::random(&mut random, d, keys, block, visible);
+                        scene.check(
+                            k,
+                            &format!("{keys} keys by {block}, head {d}, window {window}"),
+                        );
+                    }
+                }
+            }
+        }
+        // As the model calls it: blocks of 256, the last one partly filled.
+        let scene = Scene::<T>::random(&mut random, 96, 600, 256, causal(5, 600, 300));
+        scene.check(k, "600 keys");
+        attention_extremes::<T>(k, &mut random);
+        attention_bound_notices::<T>(k, &mut random);
+        attention_row_is_the_same_whatever_is_beside_it::<T>(k, &mut random);
+        attention_does_not_hide::<T>(k, &mut random);
+    }
+}
+
+fn attention_extremes<T: Stored>(k: &Kernels, random: &mut Random) {
+    let visible = causal(3, 40, 1000);
+    let scene = |random: &mut Random| Scene::<T>::random(random, 64, 40, 16, visible.clone());
+    let mut zeros = scene(random);
+    zeros.queries.fill(0.0);
+    zeros.check(k, "queries of zeros: the mean of the values");
+    let mut sharp = scene(random);
+    sharp.queries.iter_mut().for_each(|q| *q *= 300.0);
+    sharp.check(k, "scores of hundreds: one key takes all");
+    let mut negative = scene(random);
+    negative.keys = narrow(&vec![60.0; 40 * 64]);
+    negative.queries.fill(-60.0);
+    negative.check(k, "scores of -29000, all alike");
+    let mut large = scene(random);
+    large.values = narrow(&vec![65000.0; 40 * 64]);
+    large.check(k, "values of 65000");
+}
+
+/// A window off by one, a scale forgotten, and a block merged without its factor.
+fn attention_bound_notices<T: Stored>(k: &Kernels, random: &mut Random) {
+    let wrong = |scene: &Scene<T>, out: &[f32]| {
+        let reference = scene.reference(0);
+        reference.iter().zip(out).any(|(e, o)| !e.admits(*o))
+    };
+    for keys in [20, 256] {
+        let mut scene = Scene::<T>::random(random, 96, keys, 128, causal(1, keys, keys - 2));
+        // Nearly even weights, so that every key counts.
+        scene.queries.iter_mut().for_each(|q| *q *= 0.1);
+        let out = scene.run(k, 0..1);
+        assert!(!wrong(&scene, &out));
+        let right = scene.visible[0].clone();
+        for seen in [
+            right.start - 1..right.end,
+            right.start + 1..right.end,
+            right.start..right.end - 1,
+        ] {
+            scene.visible[0] = seen;
+            assert!(wrong(&scene, &out), "{keys} keys, window off by one");
+        }
+        scene.visible[0] = right;
+        scene.scale *= 1.01;
+        assert!(wrong(&scene, &out), "{keys} keys, another scale");
+    }
+}
+
+fn attention_row_is_the_same_whatever_is_beside_it<T: Stored>(k: &Kernels, random: &mut Random) {
+    for (d, queries, keys, window) in [(96, 17, 70, 1000), (64, 9, 70, 20), (2, 5, 300, 290)] {
+        let scene = Scene::<T>::random(random, d, keys, 64, causal(queries, keys, window));
+        let whole = scene.run(k, 0..queries);
+        for range in (0..queries)
+            .map(|i| i..i + 1)
+            .chain([1..3, 0..4, queries - 3..queries])
+        {
+            let want = &whole[range.start * d..range.end * d];
+            assert_eq!(
+                bits(&scene.run(k, range.clone())),
+                bits(want),
+                "{} queries {range:?}",
+                k.isa()
+            );
+        }
+    }
+}
+
+/// A NaN that a query sees comes out; one that it does not see has no effect at all.
+fn attention_does_not_hide<T: Stored>(k: &Kernels, random: &mut Random) {
+    let (d, keys) = (96, 40);
+    let scene = Scene::<T>::random(random, d, keys, 16, causal(6, keys, 10));
+    let clean = scene.run(k, 0..6);
+    for spoiled in [0, 24, 30, 36, 39] {
+        for element in [0, 95] {
+            for spoil_value in [false, true] {
+                let mut bad = Scene {
+                    keys: scene.keys.clone(),
+                    values: scene.values.clone(),
+                    queries: scene.queries.clone(),
+                    visible: scene.visible.clone(),
+                    ..scene
+                };
+                let store = if spoil_value {
+                    &mut bad.values
+                } else {
+                    &mut bad.keys
+                };
+                store[spoiled * d + element] = T::NAN;
+                let out = bad.run(k, 0..6);
+                for (query, seen) in scene.visible.iter().enumerate() {
+                    let (got, clean) = (&out[query * d..][..d], &clean[query * d..][..d]);
+                    if !seen.contains(&spoiled) {
+                        assert_eq!(
+                            bits(got),
+                            bits(clean),
+                            "{} key {spoiled} is not seen by {query}",
+                            k.isa()
+                        );
+                    } else if spoil_value {
+                        assert!(got[element].is_nan(), "{} value {spoiled}", k.isa());
+                    } else {
+                        assert!(got.iter().all(|v| v.is_nan()), "{} key {spoiled}", k.isa());
+                    }
+                }
+            }
+        }
+    }
+    let mut bad = scene;
+    bad.queries[2 * d + 5] = f32::NAN;
+    let out = bad.run(k, 0..6);
+    for (query, got) in out.chunks_exact(d).enumerate() {
+        assert!(
+            got.iter().all(|v| v.is_nan() == (query == 2)),
+            "{} query {query}",
+            k.isa()
+        );
+    }
+}
+
+#[test]
+fn attend_f32() {
+    attention_suite::<f32>();
+}
+
+#[test]
+fn attend_f16() {
+    attention_suite::<f16>();
+}
+
+#[test]
+fn attend_bf16() {
+    attention_suite::<bf16>();
+}

@@ -1,0 +1,300 @@
+//! The command line as types.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use phidias::WeightFormat;
+use phidias::engine::Isa;
+use phidias::engine::kv_cache::KvType;
+use std::path::PathBuf;
+
+/// Phi-3 / 3.5 language models on ordinary CPUs.
+///
+/// MODEL is a folder in the Hugging Face layout, a Hugging Face id (org/name), or absent: then the
+/// demonstration model that is built in answers.
+#[derive(Debug, Parser)]
+#[command(name = "phidias", version, arg_required_else_help = true)]
+pub struct Arguments {
+    #[command(subcommand)]
+    pub command: Command,
+    #[command(flatten)]
+    pub global: Global,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Answer one prompt
+    Run(Run),
+    /// Talk with a model, turn by turn
+    Chat(Chat),
+    /// Write a prepacked folder: int4 or int8 weights in the order the kernels read
+    Quantize(Quantize),
+    /// Show tensors, formats, sizes and the memory plan
+    Inspect(Inspect),
+    /// Write the logits after every token of a prompt to a safetensors file
+    Logits(Logits),
+    /// Write a folder with random weights in a published model's exact shapes
+    Synth(Synth),
+    /// Measure perplexity and bits per byte, and how far another format or model is away
+    Eval(Eval),
+}
+
+/// Options of every command.
+#[derive(Debug, Args)]
+pub struct Global {
+    /// Instruction set of the kernels [default: the best this CPU has]
+    #[arg(
+        long,
+        global = true,
+        env = "PHIDIAS_ISA",
+        hide_env_values = true,
+        value_name = "ISA"
+    )]
+    pub isa: Option<Isa>,
+    /// Where to compute
+    #[arg(long, global = true, value_enum, default_value_t = Device::Auto)]
+    pub device: Device,
+    /// Threads [default: physical cores, within the affinity mask and the cgroup's quota]
+    #[arg(long, global = true, value_name = "N", value_parser = threads)]
+    pub threads: Option<usize>,
+    /// Print nothing but the answer and errors
+    #[arg(long, short, global = true)]
+    pub quiet: bool,
+    /// Branch, tag or commit of a model named by its Hugging Face id
+    #[arg(long, global = true, value_name = "REV")]
+    pub revision: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Device {
+    Cpu,
+    Cuda,
+    Auto,
+}
+
+/// How a model is run.
+#[derive(Debug, Args)]
+pub struct Running {
+    /// f32, bf16, q8 or q4 [default: as stored; q4 when that is over 1 GiB]
+    #[arg(long, value_name = "F")]
+    pub format: Option<WeightFormat>,
+    /// Most tokens of prompt and answer together [default: the model's, at most 8192]
+    #[arg(long, value_name = "N")]
+    pub ctx: Option<usize>,
+    /// What the KV cache stores: f32, f16 or bf16 [default: f16; f32 with --format f32]
+    #[arg(long, value_name = "TYPE", value_parser = kv_type)]
+    pub kv: Option<KvType>,
+    /// When a LongRoPE sequence outgrows its original length: `exact` computes the cache again once,
+    /// as the reference gives it; `rotate` turns cached keys in place, faster and approximate (the
+    /// keys' angles become right, but deeper layers keep what they saw before)
+    #[arg(long, value_enum, default_value_t = RopeCrossing::Exact)]
+    pub rope_crossing: RopeCrossing,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum RopeCrossing {
+    Exact,
+    Rotate,
+}
+
+/// How tokens are chosen. What is not given comes from the model's generation_config.json, which
+/// for Phi-3 means the likeliest token each time.
+#[derive(Debug, Args)]
+pub struct Sampling {
+    /// Most tokens of an answer
+    #[arg(
+        short = 'n',
+        long = "max-tokens",
+        value_name = "N",
+        default_value_t = 1024
+    )]
+    pub max_tokens: usize,
+    /// Temperature; 0 takes the likeliest token each time
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
+    pub temp: Option<f32>,
+    /// Choose among the K likeliest tokens; 0: all
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<usize>,
+    /// Choose among the likeliest tokens up to this probability together
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    pub top_p: Option<f32>,
+    /// Choose among tokens of at least this share of the likeliest one's probability
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    pub min_p: Option<f32>,
+    /// Divide the logits of tokens seen before by this; 1: off
+    #[arg(long, value_name = "R", allow_negative_numbers = true)]
+    pub repeat_penalty: Option<f32>,
+    /// Subtract this for each time a token was seen; 0: off
+    #[arg(
+        long,
+        value_name = "R",
+        allow_negative_numbers = true,
+        default_value_t = 0.0
+    )]
+    pub frequency_penalty: f32,
+    /// Subtract this once for a token seen before; 0: off
+    #[arg(
+        long,
+        value_name = "R",
+        allow_negative_numbers = true,
+        default_value_t = 0.0
+    )]
+    pub presence_penalty: f32,
+    /// Seed of the random choices [default: another one each time, printed]
+    #[arg(long, value_name = "S")]
+    pub seed: Option<u64>,
+    /// End the answer before this text; may be given several times
+    #[arg(long, value_name = "STR")]
+    pub stop: Vec<String>,
+    /// Add B to the logit of token ID; may be given several times
+    #[arg(long, value_name = "ID=B", value_parser = logit_bias)]
+    pub logit_bias: Vec<(u32, f32)>,
+}
+
+#[derive(Debug, Args)]
+pub struct Run {
+    /// Folder or Hugging Face id; `-` reads the prompt from stdin
+    #[arg(value_name = "MODEL", num_args = 0..=2)]
+    pub model: Vec<String>,
+    /// The prompt
+    #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub prompt: Option<String>,
+    /// Read the prompt from a file
+    #[arg(short, long, value_name = "FILE", conflicts_with = "prompt")]
+    pub file: Option<PathBuf>,
+    /// Continue the prompt as it is, without the chat template
+    #[arg(long)]
+    pub raw: bool,
+    /// Print one JSON object instead of the text
+    #[arg(long)]
+    pub json: bool,
+    /// With --json: log-probabilities of each token and of the N likeliest ones
+    #[arg(long, value_name = "N", requires = "json")]
+    pub logprobs: Option<usize>,
+    #[command(flatten)]
+    pub running: Running,
+    #[command(flatten)]
+    pub sampling: Sampling,
+}
+
+#[derive(Debug, Args)]
+pub struct Chat {
+    /// Folder or Hugging Face id
+    pub model: Option<String>,
+    /// System message
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    #[command(flatten)]
+    pub running: Running,
+    #[command(flatten)]
+    pub sampling: Sampling,
+}
+
+#[derive(Debug, Args)]
+pub struct Quantize {
+    /// Folder or Hugging Face id
+    pub model: String,
+    /// New folder
+    pub out: PathBuf,
+    /// q4, q8 or bf16
+    #[arg(long, value_name = "F")]
+    pub format: WeightFormat,
+}
+
+#[derive(Debug, Args)]
+pub struct Inspect {
+    /// Folder or Hugging Face id
+    pub model: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub running: Running,
+}
+
+#[derive(Debug, Args)]
+pub struct Logits {
+    /// Folder or Hugging Face id
+    pub model: Option<String>,
+    /// Token ids, separated by commas
+    #[arg(
+        long,
+        value_name = "IDS",
+        value_delimiter = ',',
+        required_unless_present = "prompt"
+    )]
+    pub tokens: Vec<u32>,
+    /// The prompt
+    #[arg(
+        short,
+        long,
+        value_name = "TEXT",
+        conflicts_with = "tokens",
+        allow_hyphen_values = true
+    )]
+    pub prompt: Option<String>,
+    /// Take the prompt as it is, without the chat template
+    #[arg(long)]
+    pub raw: bool,
+    /// safetensors file to write: input_ids [n] i64, logits [n, vocab] f32
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
+    #[command(flatten)]
+    pub running: Running,
+}
+
+#[derive(Debug, Args)]
+pub struct Synth {
+    /// Name of a published model, such as phi-3.5-mini
+    pub preset: String,
+    /// New folder
+    pub out: PathBuf,
+    /// Format of the matrices
+    #[arg(long, value_name = "F", default_value = "bf16")]
+    pub format: WeightFormat,
+    /// Fewer layers than the published model
+    #[arg(long, value_name = "N")]
+    pub layers: Option<usize>,
+    /// Seed of the weights
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    pub seed: u64,
+}
+
+#[derive(Debug, Args)]
+pub struct Eval {
+    /// Folder or Hugging Face id
+    pub model: Option<String>,
+    /// Text to measure on
+    #[arg(long, value_name = "FILE")]
+    pub text: PathBuf,
+    /// Also measure how far the model is from this one
+    #[arg(long, value_name = "MODEL")]
+    pub against: Option<String>,
+    /// Also measure how far the model is from itself in this format
+    #[arg(long, value_name = "F", conflicts_with = "against")]
+    pub against_format: Option<WeightFormat>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub running: Running,
+}
+
+fn kv_type(name: &str) -> Result<KvType, String> {
+    let unknown = || format!("unknown type '{name}'; expected f32, f16 or bf16");
+    KvType::ALL
+        .into_iter()
+        .find(|t| t.name() == name)
+        .ok_or_else(unknown)
+}
+
+fn threads(text: &str) -> Result<usize, String> {
+    let max = phidias::engine::pool::MAX_THREADS;
+    let count = text.parse().ok().filter(|n| (1..=max).contains(n));
+    count.ok_or_else(|| format!("expected 1 to {max}"))
+}
+
+fn logit_bias(text: &str) -> Result<(u32, f32), String> {
+    let parsed = text
+        .split_once('=')
+        .and_then(|(id, bias)| Some((id.parse().ok()?, bias.parse().ok()?)));
+    parsed.ok_or_else(|| format!("'{text}': expected ID=B, such as 13=-2.5"))
+}

@@ -1,0 +1,226 @@
+//! `phidias chat`: turn by turn, keeping the KV cache.
+
+use super::args::{Chat, Global};
+use super::open::{Setup, cache_folder, generate_options};
+use super::run::summary;
+use anyhow::{Context, Result};
+use phidias::Session;
+use phidias::engine::generate::{Event, FinishReason, GenerateError, GenerateOptions, generate};
+use phidias::models::text::{Conversation, Detokenizer, Special};
+use rustyline::error::ReadlineError;
+use rustyline::history::FileHistory;
+use rustyline::{Config, Editor};
+use std::io::{self, BufRead, IsTerminal, Write};
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+const HELP: &str = "\
+/system TEXT   set the system message (alone: take it away); begins anew
+/clear         begin anew
+/exit          leave (or Ctrl-D)
+/help          this
+Ctrl-C stops an answer. A line that ends with \\ goes on in the next one.";
+
+/// Talks until the user leaves.
+pub fn chat(args: &Chat, global: &Global) -> Result<()> {
+    let setup = Setup::new(global)?;
+    let model = setup.open(&setup.locate(args.model.as_deref())?, args.running.format)?;
+    let text = model.text()?;
+    let mut conversation = Conversation::new(text.tokenizer.clone(), text.template.clone());
+    if let Some(system) = &args.system {
+        conversation.system(Some(system.clone()))?;
+    }
+    let options = generate_options(&model, &args.sampling, setup.console);
+    let session = setup.session(&model, &args.running)?;
+    let mut chat = Talk {
+        setup,
+        session,
+        conversation,
+        options,
+        turns: 0,
+    };
+    chat.setup.console.note("/help lists the commands");
+    let mut input = Input::new()?;
+    while let Some(line) = input.read()? {
+        let line = line.trim();
+        match line.split_once(char::is_whitespace).unwrap_or((line, "")) {
+            ("", _) => {}
+            ("/exit" | "/quit", _) => break,
+            ("/help", _) => eprintln!("{HELP}"),
+            ("/clear", _) => chat.begin_anew(),
+            ("/system", message) => {
+                let message = Some(message.trim().to_owned()).filter(|m| !m.is_empty());
+                match chat.conversation.system(message) {
+                    Ok(()) => chat.begin_anew(),
+                    Err(error) => eprintln!("{error}"),
+                }
+            }
+            ("/image", _) => eprintln!("/image: this model reads text only"),
+            (command, _) if command.starts_with('/') => {
+                eprintln!("{command}: no such command; /help lists them")
+            }
+            _ => chat.answer(line)?,
+        }
+    }
+    Ok(())
+}
+
+/// A conversation and the session that holds its cache.
+struct Talk {
+    setup: Setup,
+    session: Session,
+    conversation: Conversation,
+    options: GenerateOptions,
+    turns: u64,
+}
+
+impl Talk {
+    fn begin_anew(&mut self) {
+        self.conversation.clear();
+        self.session.truncate(0);
+    }
+
+    /// One question, one answer. What the user can mend is said and the conversation goes on.
+    fn answer(&mut self, question: &str) -> Result<()> {
+        let before = self.conversation.ids().len();
+        if let Err(error) = self.conversation.user(question) {
+            eprintln!("{error}");
+            return Ok(());
+        }
+        // The session may lack the end of the last answer: its last token is never fed, and one
+        // that was stopped early has no end. Everything after what it holds is new.
+        let held = self.session.ids().len();
+        let prompt = self.conversation.ids()[held..].to_vec();
+        let model = Arc::clone(self.session.model());
+        let text = model.text()?;
+        let mut detokenizer = Detokenizer::new(&text.tokenizer, Special::Skip);
+        // Another answer to the same question when it is asked twice, the same one for one seed.
+        let mut options = self.options.clone();
+        options.sampling.seed = options.sampling.seed.wrapping_add(self.turns);
+        self.turns += 1;
+        self.setup.cancel.reset();
+        let mut stdout = io::stdout();
+        let mut failed = None;
+        let outcome = generate(
+            &mut self.session,
+            &prompt,
+            &options,
+            &mut detokenizer,
+            &self.setup.cancel,
+            |event| {
+                let (Event::Token { text, .. } | Event::Text(text)) = event;
+                match stdout
+                    .write_all(text.as_bytes())
+                    .and_then(|()| stdout.flush())
+                {
+                    Ok(()) => ControlFlow::Continue(()),
+                    Err(error) => {
+                        failed = Some(error);
+                        ControlFlow::Break(())
+                    }
+                }
+            },
+        );
+        if let Some(error) = failed {
+            return Err(error).context("stdout");
+        }
+        let outcome = match outcome {
+            Ok(outcome) => outcome,
+            Err(error) => {
+                // Nothing of this turn stays, neither in the conversation nor in the cache.
+                self.conversation.take_back();
+                self.session.truncate(before.min(held));
+                match error {
+                    GenerateError::PromptTooLong {
+                        held,
+                        prompt,
+                        context,
+                    } => eprintln!(
+                        "the context of {context} tokens is full: {held} taken, {prompt} more asked; /clear begins anew, --ctx makes room"
+                    ),
+                    error => eprintln!("error: {error}"),
+                }
+                return Ok(());
+            }
+        };
+        writeln!(stdout)?;
+        // Of the stop tokens only the template's own end of turn belongs to the conversation.
+        let mut ids = &outcome.ids[..];
+        if let FinishReason::StopToken(id) = outcome.finish
+            && !text.template.stop_tokens(&text.tokenizer)?.contains(&id)
+        {
+            ids = &ids[..ids.len() - 1];
+        }
+        self.conversation.assistant(ids)?;
+        self.setup.console.note(format_args!(
+            "[{}; context {} of {}]",
+            summary(&outcome),
+            self.conversation.ids().len(),
+            self.session.context()
+        ));
+        Ok(())
+    }
+}
+
+/// Lines from a terminal with editing and history, or from a pipe as they are.
+enum Input {
+    Terminal(Box<Editor<(), FileHistory>>, Option<PathBuf>),
+    Pipe(io::Lines<io::StdinLock<'static>>),
+}
+
+impl Input {
+    fn new() -> Result<Self> {
+        if !io::stdin().is_terminal() {
+            return Ok(Self::Pipe(io::stdin().lock().lines()));
+        }
+        let config = Config::builder()
+            .auto_add_history(true)
+            .max_history_size(1000)?
+            .build();
+        let mut editor = Editor::with_config(config)?;
+        let file = cache_folder()
+            .filter(|f| std::fs::create_dir_all(f).is_ok())
+            .map(|f| f.join("history.txt"));
+        if let Some(file) = &file {
+            // No history yet is no error.
+            let _ = editor.load_history(file);
+        }
+        Ok(Self::Terminal(Box::new(editor), file))
+    }
+
+    /// The next line, continued ones joined; `None` at the end.
+    fn read(&mut self) -> Result<Option<String>> {
+        let mut text = String::new();
+        loop {
+            let line = match self {
+                Self::Pipe(lines) => match lines.next().transpose().context("stdin")? {
+                    Some(line) => line,
+                    None => return Ok((!text.is_empty()).then_some(text)),
+                },
+                Self::Terminal(editor, file) => {
+                    match editor.readline(if text.is_empty() { "> " } else { "… " }) {
+                        Ok(line) => {
+                            if let Some(file) = file {
+                                // A history that cannot be kept is no reason to stop talking.
+                                let _ = editor.append_history(file);
+                            }
+                            line
+                        }
+                        Err(ReadlineError::Interrupted) => {
+                            eprintln!("(Ctrl-D or /exit leaves)");
+                            text.clear();
+                            continue;
+                        }
+                        Err(ReadlineError::Eof) => return Ok(None),
+                        Err(error) => return Err(error).context("terminal"),
+                    }
+                }
+            };
+            match line.strip_suffix('\\') {
+                Some(start) => text = text + start + "\n",
+                None => return Ok(Some(text + &line)),
+            }
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! What the user sees besides the answer: notes, progress bars, Ctrl-C.
+
+use anyhow::Error;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use phidias::engine::Cancel;
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// Prints notes and bars on stderr, or not at all.
+#[derive(Clone, Copy, Debug)]
+pub struct Console {
+    quiet: bool,
+}
+
+/// What a bar counts.
+#[derive(Clone, Copy, Debug)]
+pub enum Unit {
+    Bytes,
+    Tokens,
+}
+
+impl Console {
+    pub fn new(quiet: bool) -> Self {
+        Self { quiet }
+    }
+
+    /// A line on stderr.
+    pub fn note(self, text: impl std::fmt::Display) {
+        if !self.quiet {
+            eprintln!("{text}");
+        }
+    }
+
+    /// A bar that appears only when the work takes over a second.
+    pub fn bar(self, what: &str, unit: Unit) -> Bar {
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
+        let template = match unit {
+            Unit::Bytes => "{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta}",
+            Unit::Tokens => "{msg} [{bar:30}] {pos}/{len} tokens {per_sec} {eta}",
+        };
+        bar.set_style(
+            ProgressStyle::with_template(template)
+                .expect("a constant")
+                .progress_chars("=> "),
+        );
+        bar.set_message(what.to_owned());
+        Bar {
+            bar,
+            quiet: self.quiet,
+            start: std::time::Instant::now(),
+            shown: false,
+        }
+    }
+}
+
+/// A progress bar on stderr.
+pub struct Bar {
+    bar: ProgressBar,
+    quiet: bool,
+    start: std::time::Instant,
+    shown: bool,
+}
+
+impl Bar {
+    pub fn set(&mut self, done: u64, total: Option<u64>) {
+        if !self.shown && !self.quiet && self.start.elapsed() > Duration::from_secs(1) {
+            self.bar
+                .set_draw_target(ProgressDrawTarget::stderr_with_hz(10));
+            self.shown = true;
+        }
+        match total {
+            Some(total) => self.bar.set_length(total),
+            None => self.bar.unset_length(),
+        }
+        self.bar.set_position(done);
+        if Some(done) == total {
+            self.clear();
+        }
+    }
+
+    pub fn clear(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}
+
+/// Ctrl-C sets the flag; a second one, while the first is being obeyed, ends the program.
+pub fn cancel_on_ctrl_c() -> Cancel {
+    static INSTALLED: AtomicBool = AtomicBool::new(false);
+    let cancel = Cancel::default();
+    if !INSTALLED.swap(true, Ordering::Relaxed) {
+        let flag = cancel.clone();
+        // Without the handler Ctrl-C ends the program at once, which is no reason not to run.
+        let _ = ctrlc::set_handler(move || {
+            if flag.is_cancelled() {
+                std::process::exit(130);
+            }
+            flag.cancel();
+        });
+    }
+    cancel
+}
+
+/// Whether the reader of stdout went away, as `head` does: no error to complain about.
+pub fn is_closed_pipe(error: &Error) -> bool {
+    error.chain().any(|e| {
+        e.downcast_ref::<io::Error>()
+            .is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
+    })
+}

@@ -1,0 +1,114 @@
+//! `phidias eval`: perplexity, and the distance to another model or format.
+
+use super::args::{Eval, Global};
+use super::console::Unit;
+use super::open::Setup;
+use anyhow::{Context, Result, bail};
+use phidias::Session;
+use phidias::eval::{Figures, evaluate};
+use phidias::models::session::default_context;
+use serde_json::json;
+use std::fs;
+use std::io::{self, Write};
+
+/// Windows of at most this many tokens when no context is asked: figures of different models are
+/// then comparable, and a long text takes time in proportion to its length.
+const WINDOW: usize = 512;
+
+/// Measures a model on a text.
+pub fn eval(args: &Eval, global: &Global) -> Result<()> {
+    let setup = Setup::new(global)?;
+    let name = args.text.display();
+    let text = fs::read(&args.text).with_context(|| name.to_string())?;
+    let text = String::from_utf8(text).map_err(|e| {
+        anyhow::anyhow!(
+            "{name}: not UTF-8: the byte at {} does not belong to a character",
+            e.utf8_error().valid_up_to()
+        )
+    })?;
+    if text.is_empty() {
+        bail!("{name}: the file is empty");
+    }
+    let origin = setup.locate(args.model.as_deref())?;
+    let model = setup.open(&origin, args.running.format)?;
+    let context = args
+        .running
+        .ctx
+        .unwrap_or_else(|| default_context(model.config()).min(WINDOW));
+    let start = |model| {
+        let options = phidias::SessionOptions {
+            context: Some(context),
+            ..setup.session_options(&args.running)
+        };
+        let mut session = Session::new(model, &options)?;
+        session.set_cancel(setup.cancel.clone());
+        anyhow::Ok(session)
+    };
+    let other = match (&args.against, args.against_format) {
+        (Some(other), _) => Some(setup.open(&setup.locate(Some(other))?, None)?),
+        (None, Some(format)) => Some(setup.open(&origin, Some(format))?),
+        (None, None) => None,
+    };
+    if let Some(other) = &other
+        && other.config().vocab_size != model.config().vocab_size
+    {
+        bail!(
+            "the models cannot be compared: {} has a vocabulary of {}, {} one of {}",
+            model.path().display(),
+            model.config().vocab_size,
+            other.path().display(),
+            other.config().vocab_size
+        );
+    }
+    setup.console.note(format_args!(
+        "{}: {} weights, windows of {context} tokens",
+        model.path().display(),
+        model.format()
+    ));
+    let mut session = start(model.clone())?;
+    let mut against = other.as_ref().map(|m| start(m.clone())).transpose()?;
+    let mut bar = setup.console.bar("evaluating", Unit::Tokens);
+    let figures = evaluate(&mut session, against.as_mut(), &text, |done, total| {
+        bar.set(done as u64, Some(total as u64))
+    })?;
+    drop(bar);
+    print(&figures, args.json)
+}
+
+fn print(figures: &Figures, as_json: bool) -> Result<()> {
+    let mut out = io::stdout().lock();
+    if as_json {
+        let mut object = json!({
+            "tokens": figures.tokens,
+            "bytes": figures.bytes,
+            "nll": figures.nll,
+            "perplexity": figures.perplexity(),
+            "bits_per_byte": figures.bits_per_byte(),
+        });
+        if let Some(against) = figures.against {
+            object["kl_mean"] = json!(against.kl_mean);
+            object["kl_p99"] = json!(against.kl_p99);
+            object["top1_agreement"] = json!(against.top1_agreement);
+        }
+        writeln!(out, "{object}")?;
+        return Ok(());
+    }
+    writeln!(out, "tokens          {}", figures.tokens)?;
+    writeln!(out, "bytes           {}", figures.bytes)?;
+    writeln!(out, "nll             {:.5} nats a token", figures.nll)?;
+    writeln!(out, "perplexity      {:.4}", figures.perplexity())?;
+    writeln!(out, "bits per byte   {:.5}", figures.bits_per_byte())?;
+    if let Some(against) = figures.against {
+        writeln!(
+            out,
+            "KL divergence   {:.6} mean, {:.6} at 99 % of the tokens",
+            against.kl_mean, against.kl_p99
+        )?;
+        writeln!(
+            out,
+            "same top token  {:.2} %",
+            against.top1_agreement * 100.0
+        )?;
+    }
+    Ok(())
+}

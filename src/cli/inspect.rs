@@ -1,0 +1,114 @@
+//! `phidias inspect`: what a model is made of and what it will take.
+
+use super::args::{Global, Inspect};
+use super::open::{Origin, Setup, open_source};
+use anyhow::Result;
+use phidias::engine::machine::Machine;
+use phidias::engine::memory::Size;
+use phidias::models::session::memory_plan;
+use serde_json::json;
+use std::io::{self, Write};
+
+/// Shows a model.
+pub fn inspect(args: &Inspect, global: &Global) -> Result<()> {
+    let setup = Setup::new(global)?;
+    let origin = setup.locate(args.model.as_deref())?;
+    let source = open_source(&origin)?;
+    let name = match &origin {
+        Origin::Folder(folder) => folder.display().to_string(),
+        Origin::BuiltIn => source.checkpoint.path().display().to_string(),
+    };
+    let (format, weights) = source.planned(args.running.format)?;
+    let plan = memory_plan(
+        &source.config,
+        format,
+        weights,
+        &setup.session_options(&args.running),
+    )?;
+    let machine = Machine::detect();
+    let c = &source.config;
+    let parameters: usize = source
+        .checkpoint
+        .tensors()
+        .map(|(_, t)| t.shape().iter().product::<usize>())
+        .sum();
+    let mut out = io::stdout().lock();
+    if args.json {
+        let tensors: Vec<_> = (source.checkpoint.tensors())
+            .map(|(name, t)| json!({ "name": name, "format": t.dtype().name(), "shape": t.shape(), "bytes": t.bytes().len() }))
+            .collect();
+        let object = json!({
+            "model": name,
+            "model_type": c.model_type,
+            "stored_format": source.stored_format().name(),
+            "format": format.name(),
+            "parameters": parameters,
+            "bytes": source.checkpoint.bytes(),
+            "vocab_size": c.vocab_size,
+            "hidden_size": c.hidden_size,
+            "num_hidden_layers": c.num_hidden_layers,
+            "num_attention_heads": c.num_attention_heads,
+            "num_key_value_heads": c.num_key_value_heads,
+            "max_position_embeddings": c.max_position_embeddings,
+            "sliding_window": c.sliding_window,
+            "plan": {
+                "context": plan.context,
+                "weights": plan.weights,
+                "kv_cache": plan.kv_cache,
+                "activations": plan.activations,
+                "total": plan.total(),
+                "available": machine.memory_available,
+                "fits": plan.check(&machine).is_ok(),
+            },
+            "tensors": tensors,
+        });
+        writeln!(out, "{object:#}")?;
+        return Ok(());
+    }
+    writeln!(out, "{name}")?;
+    writeln!(
+        out,
+        "  {}: {parameters} parameters, {} stored as {}",
+        c.model_type,
+        Size(source.checkpoint.bytes()),
+        source.stored_format()
+    )?;
+    writeln!(
+        out,
+        "  {} layers, hidden {}, MLP {}, {} heads of {} ({} for keys and values), vocabulary {}",
+        c.num_hidden_layers,
+        c.hidden_size,
+        c.intermediate_size,
+        c.num_attention_heads,
+        c.head_dim,
+        c.num_key_value_heads,
+        c.vocab_size
+    )?;
+    let window = c.sliding_window.filter(|w| *w < c.max_position_embeddings);
+    writeln!(
+        out,
+        "  up to {} positions{}{}",
+        c.max_position_embeddings,
+        window.map_or(String::new(), |w| format!(", each sees the last {w}")),
+        c.rope.long.as_ref().map_or(String::new(), |l| format!(
+            "; LongRoPE, long factors beyond {}, attention factor {}",
+            l.original_max_position_embeddings, l.attention_factor
+        )),
+    )?;
+    writeln!(out, "  run as {}: {plan}", format)?;
+    if let Err(error) = plan.check(&machine) {
+        writeln!(out, "  {error}")?;
+    }
+    writeln!(out)?;
+    for (name, tensor) in source.checkpoint.tensors() {
+        let shape: Vec<_> = tensor.shape().iter().map(usize::to_string).collect();
+        writeln!(
+            out,
+            "{:>10}  {:5} {:>14}  {name}",
+            Size(tensor.bytes().len()).to_string(),
+            tensor.dtype().name(),
+            shape.join(" x ")
+        )?;
+    }
+    Ok(())
+}

@@ -1,0 +1,269 @@
+//! From the command line's words to a model and a session.
+
+use super::args::{Device, Global, RopeCrossing, Running, Sampling};
+use super::console::{Bar, Console, Unit, cancel_on_ctrl_c};
+use anyhow::{Context, Result, bail};
+use phidias::engine::machine::Machine;
+use phidias::engine::{Cancel, Isa, Kernels};
+use phidias::models::session::Prefill;
+use phidias::models::{Crossing, Source};
+use phidias::{GenerateOptions, Model, OpenOptions, Session, SessionOptions, WeightFormat};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// What every command needs: where to print, what stops it, what to compute with.
+pub struct Setup {
+    pub console: Console,
+    pub cancel: Cancel,
+    pub kernels: &'static Kernels,
+    pub threads: Option<usize>,
+    revision: Option<String>,
+}
+
+/// Where the weights come from.
+pub enum Origin {
+    Folder(PathBuf),
+    BuiltIn,
+}
+
+impl Setup {
+    pub fn new(global: &Global) -> Result<Self> {
+        if global.device == Device::Cuda {
+            bail!("--device cuda: this build computes on the CPU only");
+        }
+        let kernels = match global.isa {
+            None => Kernels::best(),
+            Some(isa) => Kernels::for_isa(isa).with_context(|| {
+                let has: Vec<_> = Isa::ALL
+                    .into_iter()
+                    .filter(|i| i.is_available())
+                    .map(Isa::name)
+                    .collect();
+                format!(
+                    "--isa {isa}: this CPU cannot run it; it can run: {}",
+                    has.join(", ")
+                )
+            })?,
+        };
+        Ok(Self {
+            console: Console::new(global.quiet),
+            cancel: cancel_on_ctrl_c(),
+            kernels,
+            threads: global.threads,
+            revision: global.revision.clone(),
+        })
+    }
+
+    /// Finds the folder of MODEL, fetching it when it is a Hugging Face id.
+    pub fn locate(&self, model: Option<&str>) -> Result<Origin> {
+        let Some(model) = model else {
+            return built_in(self.console);
+        };
+        if Path::new(model).exists() {
+            return Ok(Origin::Folder(model.into()));
+        }
+        self.fetch(model).map(Origin::Folder)
+    }
+
+    #[cfg(feature = "hub")]
+    fn fetch(&self, model: &str) -> Result<PathBuf> {
+        use phidias::hub;
+        if !hub::is_model_id(model) {
+            bail!("{model}: no such folder, and not a Hugging Face id (org/name)");
+        }
+        let options = hub::HubOptions::from_env()?;
+        let mut bar: Option<(String, Bar)> = None;
+        let folder = hub::fetch(model, self.revision.as_deref(), &options, &mut |progress| {
+            let (_, bar) = match &mut bar {
+                Some(current) if current.0 == progress.file => current,
+                other => other.insert((
+                    progress.file.to_owned(),
+                    self.console.bar(progress.file, Unit::Bytes),
+                )),
+            };
+            bar.set(progress.done, progress.total);
+        })?;
+        Ok(folder)
+    }
+
+    #[cfg(not(feature = "hub"))]
+    fn fetch(&self, model: &str) -> Result<PathBuf> {
+        let _ = &self.revision;
+        bail!("{model}: no such folder (this build cannot download: it lacks the feature 'hub')")
+    }
+
+    /// Opens a model, quantizing it when the format asks for that.
+    pub fn open(&self, origin: &Origin, format: Option<WeightFormat>) -> Result<Arc<Model>> {
+        let mut bar = self.console.bar("quantizing", Unit::Bytes);
+        let mut progress = |done: usize, total: usize| bar.set(done as u64, Some(total as u64));
+        let options = OpenOptions {
+            format,
+            cache: cache_folder(),
+            threads: self.threads,
+            cancel: self.cancel.clone(),
+            progress: Some(&mut progress),
+        };
+        let model = match origin {
+            Origin::Folder(folder) => Model::open(folder, options)?,
+            Origin::BuiltIn => built_in_model(options)?,
+        };
+        if let Some(note) = model.note() {
+            self.console.note(note);
+        }
+        Ok(Arc::new(model))
+    }
+
+    /// Starts a session and prints what it runs on and what it will take.
+    pub fn session(&self, model: &Arc<Model>, running: &Running) -> Result<Session> {
+        let options = self.session_options(running);
+        let plan = Session::plan(model, &options)?;
+        let threads = options
+            .threads
+            .unwrap_or_else(|| Machine::detect().threads());
+        self.console.note(format_args!(
+            "{}: {} weights, {} kernels, {threads} thread{}",
+            model.path().display(),
+            model.format(),
+            self.kernels.isa(),
+            if threads == 1 { "" } else { "s" },
+        ));
+        self.console.note(format_args!("memory: {plan}"));
+        plan.check(&Machine::detect())?;
+        let mut session = Session::new(
+            Arc::clone(model),
+            &SessionOptions {
+                check_memory: false,
+                ..options
+            },
+        )?;
+        session.set_cancel(self.cancel.clone());
+        session.set_progress(self.prefill_progress());
+        Ok(session)
+    }
+
+    pub fn session_options(&self, running: &Running) -> SessionOptions {
+        SessionOptions {
+            context: running.ctx,
+            kv_type: running.kv,
+            crossing: match running.rope_crossing {
+                RopeCrossing::Exact => Crossing::Exact,
+                RopeCrossing::Rotate => Crossing::Rotate,
+            },
+            threads: self.threads,
+            kernels: Some(self.kernels),
+            ..SessionOptions::default()
+        }
+    }
+
+    /// Draws a bar for prompts of several chunks, and says when the cache is computed again.
+    fn prefill_progress(&self) -> impl FnMut(Prefill) + Send + use<> {
+        let console = self.console;
+        let mut bar: Option<Bar> = None;
+        move |p| {
+            if p.done == p.total {
+                bar = None;
+                if p.recomputing {
+                    console.note(format_args!(
+                        "the sequence outgrew the model's original length: {} tokens computed again with the long factors",
+                        p.total
+                    ));
+                }
+                return;
+            }
+            let what = if p.recomputing {
+                "computing the cache again"
+            } else {
+                "reading the prompt"
+            };
+            bar.get_or_insert_with(|| console.bar(what, Unit::Tokens))
+                .set(p.done as u64, Some(p.total as u64));
+        }
+    }
+}
+
+/// The options of an answer: what the command line says, else what the model's own file says.
+pub fn generate_options(model: &Model, sampling: &Sampling, console: Console) -> GenerateOptions {
+    let mut options = phidias::default_options(model);
+    options.max_new_tokens = sampling.max_tokens;
+    options.stop_strings = sampling.stop.clone();
+    let chosen = &mut options.sampling;
+    fn given<T: Copy>(to: &mut T, value: Option<T>) {
+        *to = value.unwrap_or(*to);
+    }
+    given(&mut chosen.temperature, sampling.temp);
+    given(&mut chosen.top_k, sampling.top_k);
+    given(&mut chosen.top_p, sampling.top_p);
+    given(&mut chosen.min_p, sampling.min_p);
+    given(&mut chosen.repeat_penalty, sampling.repeat_penalty);
+    chosen.frequency_penalty = sampling.frequency_penalty;
+    chosen.presence_penalty = sampling.presence_penalty;
+    chosen.logit_bias = sampling.logit_bias.clone();
+    chosen.seed = sampling.seed.unwrap_or_else(random_seed);
+    if sampling.seed.is_none() && chosen.temperature > 0.0 {
+        console.note(format_args!("seed: {}", chosen.seed));
+    }
+    options
+}
+
+/// Another one each time; short enough to type again.
+fn random_seed() -> u64 {
+    let time = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let nanos = time.map_or(0, |t| t.as_nanos() as u64);
+    (nanos ^ u64::from(std::process::id()) << 32) % 1_000_000_007
+}
+
+#[cfg(feature = "fable")]
+fn built_in(console: Console) -> Result<Origin> {
+    console.note("no MODEL given: the built-in demonstration model answers (phidias run org/name or a folder for a real one)");
+    Ok(Origin::BuiltIn)
+}
+
+#[cfg(feature = "fable")]
+fn built_in_source() -> Result<Source> {
+    Ok(phidias::models::fable::source()?)
+}
+
+#[cfg(feature = "fable")]
+fn built_in_model(options: OpenOptions<'_>) -> Result<Model> {
+    Ok(phidias::models::fable::open(options)?)
+}
+
+#[cfg(not(feature = "fable"))]
+const NO_DEMONSTRATION: &str =
+    "no MODEL given, and this build has no demonstration model (it lacks the feature 'fable')";
+
+#[cfg(not(feature = "fable"))]
+fn built_in(_: Console) -> Result<Origin> {
+    bail!(NO_DEMONSTRATION)
+}
+
+#[cfg(not(feature = "fable"))]
+fn built_in_source() -> Result<Source> {
+    bail!(NO_DEMONSTRATION)
+}
+
+#[cfg(not(feature = "fable"))]
+fn built_in_model(_: OpenOptions<'_>) -> Result<Model> {
+    bail!(NO_DEMONSTRATION)
+}
+
+/// A source without its text files, for commands that only look at tensors.
+pub fn open_source(origin: &Origin) -> Result<Source> {
+    Ok(match origin {
+        Origin::Folder(folder) => Source::open(folder)?,
+        Origin::BuiltIn => built_in_source()?,
+    })
+}
+
+/// `$PHIDIAS_CACHE`, or `phidias` in the user's cache directory.
+pub fn cache_folder() -> Option<PathBuf> {
+    let variable = |name| {
+        std::env::var_os(name)
+            .filter(|v| !v.is_empty())
+            .map(PathBuf::from)
+    };
+    variable("PHIDIAS_CACHE")
+        .or_else(|| variable("XDG_CACHE_HOME").map(|c| c.join("phidias")))
+        .or_else(|| variable("LOCALAPPDATA").map(|c| c.join("phidias")))
+        .or_else(|| variable("HOME").map(|h| h.join(".cache").join("phidias")))
+}

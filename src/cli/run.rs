@@ -1,0 +1,211 @@
+//! `phidias run`: one prompt, one answer.
+
+use super::args::{Global, Run};
+use super::open::{Setup, generate_options};
+use anyhow::{Context, Result, bail};
+use phidias::Model;
+use phidias::engine::generate::{Event, FinishReason, Outcome, generate};
+use phidias::models::Text;
+use phidias::models::text::{Detokenizer, Special};
+use serde_json::{Value, json};
+use std::fs;
+use std::io::{self, Read, Write};
+use std::ops::ControlFlow;
+
+/// Answers one prompt.
+pub fn run(args: &Run, global: &Global) -> Result<()> {
+    let setup = Setup::new(global)?;
+    let (model, from_stdin) = positional(&args.model)?;
+    let prompt = prompt(args, from_stdin)?;
+    let model = setup.open(&setup.locate(model)?, args.running.format)?;
+    let ids = prompt_ids(&model, &prompt, args.raw)?;
+    let mut options = generate_options(&model, &args.sampling, setup.console);
+    options.sampling.logprobs = args.logprobs;
+    let mut session = setup.session(&model, &args.running)?;
+    let mut detokenizer = detokenizer(model.text()?, &ids, args.raw)?;
+    let mut out = Output {
+        stdout: io::stdout(),
+        json: args.json,
+        text: String::new(),
+        tokens: Vec::new(),
+        failed: None,
+    };
+    let outcome = generate(
+        &mut session,
+        &ids,
+        &options,
+        &mut detokenizer,
+        &setup.cancel,
+        |event| out.event(event),
+    );
+    out.end()?;
+    let outcome = outcome?;
+    if args.json {
+        let object = out.object(&outcome, &options.stop_strings);
+        writeln!(io::stdout(), "{object}")?;
+    }
+    setup.console.note(summary(&outcome));
+    Ok(())
+}
+
+/// `[MODEL] [-]`
+fn positional(words: &[String]) -> Result<(Option<&str>, bool)> {
+    match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [] => Ok((None, false)),
+        ["-"] => Ok((None, true)),
+        [model] | ["-", model] => Ok((Some(model), words.len() == 2)),
+        [model, "-"] => Ok((Some(model), true)),
+        _ => bail!(
+            "'{}' after the model: expected -, or -p TEXT, or -f FILE",
+            words[1]
+        ),
+    }
+}
+
+fn prompt(args: &Run, from_stdin: bool) -> Result<String> {
+    if from_stdin && (args.prompt.is_some() || args.file.is_some()) {
+        bail!("- reads the prompt from stdin; it cannot stand beside -p or -f");
+    }
+    let (bytes, name) = match (&args.prompt, &args.file) {
+        (Some(prompt), _) => return Ok(prompt.clone()),
+        (_, Some(file)) => (
+            fs::read(file).with_context(|| file.display().to_string())?,
+            file.display().to_string(),
+        ),
+        _ if from_stdin => {
+            let mut bytes = Vec::new();
+            io::stdin().read_to_end(&mut bytes).context("stdin")?;
+            (bytes, "stdin".into())
+        }
+        _ => bail!("no prompt: give -p TEXT, -f FILE, or - for stdin"),
+    };
+    String::from_utf8(bytes).map_err(|e| {
+        let at = e.utf8_error().valid_up_to();
+        anyhow::anyhow!(
+            "{name}: the prompt is not UTF-8: the byte at {at} does not belong to a character"
+        )
+    })
+}
+
+/// The prompt's tokens: in the chat template, or as it is.
+pub fn prompt_ids(model: &Model, prompt: &str, raw: bool) -> Result<Vec<u32>> {
+    if !raw {
+        return Ok(phidias::question_ids(model, prompt)?);
+    }
+    let tokenizer = &model.text()?.tokenizer;
+    Ok(tokenizer.encode(prompt, tokenizer.default_bos())?)
+}
+
+/// A chat answer is a text of its own; a raw one continues the prompt.
+fn detokenizer(text: &Text, prompt: &[u32], raw: bool) -> Result<Detokenizer> {
+    Ok(match raw {
+        true => Detokenizer::after(&text.tokenizer, prompt, Special::Skip)?,
+        false => Detokenizer::new(&text.tokenizer, Special::Skip),
+    })
+}
+
+/// The answer on its way to stdout.
+struct Output {
+    stdout: io::Stdout,
+    json: bool,
+    text: String,
+    tokens: Vec<Value>,
+    failed: Option<io::Error>,
+}
+
+impl Output {
+    fn event(&mut self, event: Event) -> ControlFlow<()> {
+        let text = match event {
+            Event::Token {
+                id,
+                logprob,
+                top,
+                text,
+            } => {
+                if let Some(logprob) = logprob {
+                    let top: Vec<_> = top
+                        .iter()
+                        .map(|(id, p)| json!({ "id": id, "logprob": p }))
+                        .collect();
+                    self.tokens
+                        .push(json!({ "id": id, "logprob": logprob, "top": top }));
+                }
+                text
+            }
+            Event::Text(text) => text,
+        };
+        if self.json {
+            self.text += &text;
+            return ControlFlow::Continue(());
+        }
+        match self
+            .stdout
+            .write_all(text.as_bytes())
+            .and_then(|()| self.stdout.flush())
+        {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(error) => {
+                self.failed = Some(error);
+                ControlFlow::Break(())
+            }
+        }
+    }
+
+    /// The last line's end, or what went wrong with stdout.
+    fn end(&mut self) -> Result<()> {
+        if let Some(error) = self.failed.take() {
+            return Err(error).context("stdout");
+        }
+        if !self.json {
+            writeln!(self.stdout).context("stdout")?;
+        }
+        Ok(())
+    }
+
+    fn object(&self, outcome: &Outcome, stop_strings: &[String]) -> Value {
+        let mut object = json!({
+            "text": self.text,
+            "ids": outcome.ids,
+            "finish": finish_name(outcome.finish),
+            "prompt_tokens": outcome.prompt_tokens,
+            "generated_tokens": outcome.ids.len(),
+            "prompt_tok_s": outcome.prefill_rate(),
+            "tok_s": outcome.decode_rate(),
+        });
+        if let FinishReason::StopString(index) = outcome.finish {
+            object["stop_string"] = json!(stop_strings.get(index));
+        }
+        if !self.tokens.is_empty() {
+            object["logprobs"] = json!(self.tokens);
+        }
+        object
+    }
+}
+
+fn finish_name(finish: FinishReason) -> &'static str {
+    match finish {
+        FinishReason::StopToken(_) => "stop_token",
+        FinishReason::StopString(_) => "stop_string",
+        FinishReason::Length => "length",
+        FinishReason::ContextFull => "context_full",
+        FinishReason::Cancelled => "cancelled",
+    }
+}
+
+/// One line: tokens, rates, and why it ended when that is not the model's own end.
+pub fn summary(outcome: &Outcome) -> String {
+    let rate = |rate: Option<f64>| rate.map_or(String::new(), |r| format!(" ({r:.1} tokens/s)"));
+    let end = match outcome.finish {
+        FinishReason::StopToken(_) | FinishReason::StopString(_) => "",
+        FinishReason::Length => "; ended at -n",
+        FinishReason::ContextFull => "; the context is full (--ctx)",
+        FinishReason::Cancelled => "; stopped",
+    };
+    format!(
+        "prompt: {} tokens{}; answer: {} tokens{}{end}",
+        outcome.prompt_tokens,
+        rate(outcome.prefill_rate()),
+        outcome.ids.len(),
+        rate(outcome.decode_rate()),
+    )
+}
