@@ -26,7 +26,9 @@ pub mod tensor;
 
 pub use bytes::Bytes;
 pub use cancel::Cancel;
+pub use phidias_kernels as kernels;
 pub use phidias_kernels::cpu::{Isa, Kernels, UnknownIsa};
 pub use phidias_kernels::view::Elements;
+pub use phidias_quant as quant;
 pub use phidias_quant::packed::VERSION as PACKED_VERSION;
 pub use phidias_quant::{AlignedBytes, Format};

@@ -110,7 +110,8 @@ pub struct Prefill {
     pub done: usize,
     /// Tokens to compute in this call.
     pub total: usize,
-    /// Whether the cache is being computed again because the sequence crossed the original length.
+    /// Whether tokens of earlier calls are computed again, because the sequence crossed the original
+    /// length.
     pub recomputing: bool,
 }
 
@@ -291,8 +292,9 @@ impl Session {
         let model = Arc::clone(&self.model);
         let transformer = model.transformer();
         let pool = Arc::clone(self.cpu.pool());
-        let recomputing = self.enter_regime(transformer.rope.regime(total));
+        self.enter_regime(transformer.rope.regime(total));
         let start = self.cache.len();
+        let recomputing = start < before;
         while self.cache.len() < total {
             let first = self.cache.len();
             let end = total.min(first + self.chunk);
@@ -340,12 +342,11 @@ impl Session {
         Ok(())
     }
 
-    /// Makes the cached keys fit the regime that the new length asks for; whether they must be
-    /// computed again.
-    fn enter_regime(&mut self, regime: Regime) -> bool {
+    /// Makes the cached keys fit the regime that the new length asks for, or drops them.
+    fn enter_regime(&mut self, regime: Regime) {
         let old = std::mem::replace(&mut self.regime, regime);
         if old == regime || self.cache.is_empty() {
-            return false;
+            return;
         }
         match self.crossing {
             Crossing::Exact => self.cache.truncate(0),
@@ -355,7 +356,6 @@ impl Session {
                     .update_keys(|position, head| rope.change(old, regime, position, head));
             }
         }
-        self.crossing == Crossing::Exact
     }
 }
 
