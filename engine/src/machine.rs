@@ -173,6 +173,14 @@ impl Group {
     }
 }
 
+/// Bytes that this user can still write on the file system that `folder`, which exists, is on.
+/// `None`: it does not say, as some network and virtual ones.
+#[must_use]
+pub fn free_disk(folder: &Path) -> Option<u64> {
+    let stats = fs4::statvfs(folder).ok()?;
+    (stats.total_space() > 0).then(|| stats.available_space())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

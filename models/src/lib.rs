@@ -8,6 +8,7 @@
 //! | [`phi3`] | tensor names, shapes and roles of Phi-3-mini, medium and 3.5-mini |
 //! | [`model`] | opening a folder, quantizing it |
 //! | [`session`] | a sequence of tokens and its cache |
+//! | [`synth`] | folders with random weights in the published shapes |
 //! | `fable` | the demonstration model, built in |
 //! | [`text`] | tokenizer, chat templates, conversations |
 //!
@@ -21,6 +22,7 @@ pub mod fable;
 pub mod model;
 pub mod phi3;
 pub mod session;
+pub mod synth;
 pub mod text;
 pub mod transformer;
 

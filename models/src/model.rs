@@ -8,6 +8,7 @@ use phidias_engine::cancel::Cancel;
 use phidias_engine::checkpoint::prepack::{Entry, Prepack, Treatment};
 use phidias_engine::checkpoint::{Checkpoint, CheckpointError};
 use phidias_engine::kv_cache::{KvOutOfMemory, KvType};
+use phidias_engine::machine::free_disk;
 use phidias_engine::memory::DoesNotFit;
 use phidias_engine::pool::{Pool, PoolError};
 use phidias_engine::tensor::DType;
@@ -44,6 +45,18 @@ pub enum Error {
     AlreadyPacked { path: PathBuf, found: &'static str },
     #[error("{}: already there; name a folder that does not exist", path.display())]
     Exists { path: PathBuf },
+    #[error("{}: needs {needed} bytes, the file system has {available} free", path.display())]
+    DiskSpace {
+        path: PathBuf,
+        needed: u64,
+        available: u64,
+    },
+    #[error("{asked} layers: expected 1 to {max}, the layers of {preset}")]
+    Layers {
+        preset: &'static str,
+        asked: usize,
+        max: usize,
+    },
     #[error("{}: {source}", path.display())]
     Io {
         path: PathBuf,
@@ -538,6 +551,11 @@ fn quantized(
                     path.display()
                 ));
             }
+            Err(full @ Error::DiskSpace { .. }) => {
+                *note = Some(format!(
+                    "weights in {format} could not be kept for the next start: {full}"
+                ));
+            }
             Err(other) => return Err(other),
         }
     }
@@ -558,8 +576,21 @@ fn in_memory(
     )?)
 }
 
-/// Writes under a temporary name and renames: a reader sees the whole file or none.
-fn write_file(
+/// Refuses a file that the file system of `folder` has no room for.
+fn check_room(folder: &Path, path: &Path, needed: u64) -> Result<(), Error> {
+    match free_disk(folder) {
+        Some(available) if available < needed => Err(Error::DiskSpace {
+            path: path.to_owned(),
+            needed,
+            available,
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// Writes under a temporary name and renames: a reader sees the whole file or none. A disk without
+/// room for it is refused before the first byte.
+pub(crate) fn write_file(
     file: &Path,
     plan: &Prepack<'_>,
     pool: &Pool,
@@ -572,6 +603,7 @@ fn write_file(
         source,
     };
     fs::create_dir_all(folder).map_err(io)?;
+    check_room(folder, file, plan.bytes() as u64)?;
     let mut temporary = not_private(tempfile::Builder::new().prefix(".quantizing-"), 0o666)
         .tempfile_in(folder)
         .map_err(io)?;
@@ -644,7 +676,8 @@ fn source_key(folder: &Path) -> Option<String> {
 /// Writes `out` as a prepacked folder: the weights of `folder` in `format`, and the small files
 /// beside them as they are. The folder appears whole or not at all.
 /// # Errors
-/// A folder that is there already, one that is packed already, a full disk, cancellation.
+/// A folder that is there already, one that is packed already, a disk without room for it (before
+/// anything is written) or that fills up meanwhile, cancellation.
 pub fn quantize_folder(
     folder: &Path,
     out: &Path,
@@ -713,7 +746,17 @@ pub fn new_folder(out: &Path, fill: impl FnOnce(&Path) -> Result<(), Error>) -> 
     let temporary = not_private(tempfile::Builder::new().prefix(".phidias-"), 0o777)
         .tempdir_in(parent)
         .map_err(io)?;
-    fill(temporary.path())?;
+    fill(temporary.path()).map_err(|error| match error {
+        // The temporary name would tell the user nothing.
+        Error::DiskSpace {
+            needed, available, ..
+        } => Error::DiskSpace {
+            path: out.to_owned(),
+            needed,
+            available,
+        },
+        other => other,
+    })?;
     fs::rename(temporary.path(), out).map_err(io)?;
     // Renamed away: nothing is left to remove.
     let _ = temporary.keep();
@@ -744,4 +787,22 @@ fn copy_small_files(from: &Path, to: &Path) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_without_room_is_refused_with_both_numbers() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("model.safetensors");
+        check_room(folder.path(), &file, 1).unwrap();
+        let error = check_room(folder.path(), &file, u64::MAX).unwrap_err();
+        assert!(
+            matches!(&error, Error::DiskSpace { needed: u64::MAX, available, path }
+                if *available > 0 && *path == file),
+            "{error}"
+        );
+    }
 }

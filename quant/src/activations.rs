@@ -94,6 +94,7 @@ impl Activations {
 /// A value that is not finite makes its block's scale NaN, so that it cannot pass unseen.
 /// # Panics
 /// When `x` does not fill `out`'s blocks (short only in the last one).
+#[inline]
 pub fn quantize(x: &[f32], out: RowMut<'_>) {
     assert_eq!(
         x.len().div_ceil(BLOCK),

@@ -53,7 +53,7 @@ pub struct Global {
     #[arg(long, global = true, value_enum, default_value_t = Device::Auto)]
     pub device: Device,
     /// Threads [default: physical cores, within the affinity mask and the cgroup's quota]
-    #[arg(long, global = true, value_name = "N")]
+    #[arg(long, global = true, value_name = "N", value_parser = threads)]
     pub threads: Option<usize>,
     /// Print nothing but the answer and errors
     #[arg(long, short, global = true)]
@@ -284,6 +284,12 @@ fn kv_type(name: &str) -> Result<KvType, String> {
         .into_iter()
         .find(|t| t.name() == name)
         .ok_or_else(unknown)
+}
+
+fn threads(text: &str) -> Result<usize, String> {
+    let max = phidias::engine::pool::MAX_THREADS;
+    let count = text.parse().ok().filter(|n| (1..=max).contains(n));
+    count.ok_or_else(|| format!("expected 1 to {max}"))
 }
 
 fn logit_bias(text: &str) -> Result<(u32, f32), String> {

@@ -22,7 +22,7 @@ pub fn logits(args: &Logits, global: &Global) -> Result<()> {
     };
     let model = setup.open(&origin, Some(args.running.format.unwrap_or(default)))?;
     let ids = match &args.prompt {
-        Some(prompt) => prompt_ids(model.text()?, prompt, args.raw)?,
+        Some(prompt) => prompt_ids(&model, prompt, args.raw)?,
         None => args.tokens.clone(),
     };
     let mut session = setup.session(&model, &args.running)?;

@@ -9,7 +9,7 @@ mod logits;
 mod open;
 mod quantize;
 mod run;
-//mod synth;
+mod synth;
 
 use anyhow::Result;
 use args::{Arguments, Command};
@@ -23,7 +23,7 @@ pub fn run(arguments: Arguments) -> Result<()> {
         Command::Quantize(args) => quantize::quantize(&args, &global),
         Command::Inspect(args) => inspect::inspect(&args, &global),
         Command::Logits(args) => logits::logits(&args, &global),
-        Command::Synth(_) => todo!(),
+        Command::Synth(args) => synth::synth(&args, &global),
         Command::Eval(args) => eval::eval(&args, &global),
     }
 }

@@ -3,13 +3,11 @@
 use super::args::{Device, Global, RopeCrossing, Running, Sampling};
 use super::console::{Bar, Console, Unit, cancel_on_ctrl_c};
 use anyhow::{Context, Result, bail};
-use phidias::engine::generate::GenerateOptions;
 use phidias::engine::machine::Machine;
-use phidias::engine::sampling::SamplingParams;
 use phidias::engine::{Cancel, Isa, Kernels};
 use phidias::models::session::Prefill;
 use phidias::models::{Crossing, Source};
-use phidias::{Model, OpenOptions, Session, SessionOptions, WeightFormat};
+use phidias::{GenerateOptions, Model, OpenOptions, Session, SessionOptions, WeightFormat};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -32,13 +30,6 @@ impl Setup {
     pub fn new(global: &Global) -> Result<Self> {
         if global.device == Device::Cuda {
             bail!("--device cuda: this build computes on the CPU only");
-        }
-        if let Some(0 | 1025..) = global.threads {
-            bail!(
-                "--threads {}: expected 1 to {}",
-                global.threads.unwrap_or(0),
-                phidias::engine::pool::MAX_THREADS
-            );
         }
         let kernels = match global.isa {
             None => Kernels::best(),
@@ -192,38 +183,33 @@ impl Setup {
 
 /// The options of an answer: what the command line says, else what the model's own file says.
 pub fn generate_options(model: &Model, sampling: &Sampling, console: Console) -> GenerateOptions {
-    let own = model.generation();
-    let temperature = sampling.temp.or(own.temperature).unwrap_or(0.0);
-    let seed = sampling.seed.unwrap_or_else(|| {
-        // Time and process are random enough for another story each time.
-        let time = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-        let seed = time.map_or(0, |t| t.as_nanos() as u64) ^ u64::from(std::process::id()) << 32;
-        let seed = seed % 1_000_000_007;
-        if temperature > 0.0 {
-            console.note(format_args!("seed: {seed}"));
-        }
-        seed
-    });
-    GenerateOptions {
-        max_new_tokens: sampling.max_tokens,
-        stop_tokens: model.stop_tokens().clone(),
-        stop_strings: sampling.stop.clone(),
-        sampling: SamplingParams {
-            temperature,
-            top_k: sampling.top_k.or(own.top_k).unwrap_or(0),
-            top_p: sampling.top_p.or(own.top_p).unwrap_or(1.0),
-            min_p: sampling.min_p.or(own.min_p).unwrap_or(0.0),
-            repeat_penalty: sampling
-                .repeat_penalty
-                .or(own.repetition_penalty)
-                .unwrap_or(1.0),
-            frequency_penalty: sampling.frequency_penalty,
-            presence_penalty: sampling.presence_penalty,
-            seed,
-            logit_bias: sampling.logit_bias.clone(),
-            ..SamplingParams::default()
-        },
+    let mut options = phidias::default_options(model);
+    options.max_new_tokens = sampling.max_tokens;
+    options.stop_strings = sampling.stop.clone();
+    let chosen = &mut options.sampling;
+    fn given<T: Copy>(to: &mut T, value: Option<T>) {
+        *to = value.unwrap_or(*to);
     }
+    given(&mut chosen.temperature, sampling.temp);
+    given(&mut chosen.top_k, sampling.top_k);
+    given(&mut chosen.top_p, sampling.top_p);
+    given(&mut chosen.min_p, sampling.min_p);
+    given(&mut chosen.repeat_penalty, sampling.repeat_penalty);
+    chosen.frequency_penalty = sampling.frequency_penalty;
+    chosen.presence_penalty = sampling.presence_penalty;
+    chosen.logit_bias = sampling.logit_bias.clone();
+    chosen.seed = sampling.seed.unwrap_or_else(random_seed);
+    if sampling.seed.is_none() && chosen.temperature > 0.0 {
+        console.note(format_args!("seed: {}", chosen.seed));
+    }
+    options
+}
+
+/// Another one each time; short enough to type again.
+fn random_seed() -> u64 {
+    let time = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let nanos = time.map_or(0, |t| t.as_nanos() as u64);
+    (nanos ^ u64::from(std::process::id()) << 32) % 1_000_000_007
 }
 
 #[cfg(feature = "fable")]

@@ -3,9 +3,10 @@
 use super::args::{Global, Run};
 use super::open::{Setup, generate_options};
 use anyhow::{Context, Result, bail};
+use phidias::Model;
 use phidias::engine::generate::{Event, FinishReason, Outcome, generate};
 use phidias::models::Text;
-use phidias::models::text::{Detokenizer, GenerationPrompt, Message, Special};
+use phidias::models::text::{Detokenizer, Special};
 use serde_json::{Value, json};
 use std::fs;
 use std::io::{self, Read, Write};
@@ -17,7 +18,7 @@ pub fn run(args: &Run, global: &Global) -> Result<()> {
     let (model, from_stdin) = positional(&args.model)?;
     let prompt = prompt(args, from_stdin)?;
     let model = setup.open(&setup.locate(model)?, args.running.format)?;
-    let ids = prompt_ids(model.text()?, &prompt, args.raw)?;
+    let ids = prompt_ids(&model, &prompt, args.raw)?;
     let mut options = generate_options(&model, &args.sampling, setup.console);
     options.sampling.logprobs = args.logprobs;
     let mut session = setup.session(&model, &args.running)?;
@@ -27,6 +28,7 @@ pub fn run(args: &Run, global: &Global) -> Result<()> {
         json: args.json,
         text: String::new(),
         tokens: Vec::new(),
+        started: false,
         failed: None,
     };
     let outcome = generate(
@@ -37,7 +39,7 @@ pub fn run(args: &Run, global: &Global) -> Result<()> {
         &setup.cancel,
         |event| out.event(event),
     );
-    out.end()?;
+    out.end(outcome.is_ok())?;
     let outcome = outcome?;
     if args.json {
         let object = out.object(&outcome, &options.stop_strings);
@@ -87,19 +89,12 @@ fn prompt(args: &Run, from_stdin: bool) -> Result<String> {
 }
 
 /// The prompt's tokens: in the chat template, or as it is.
-pub fn prompt_ids(text: &Text, prompt: &str, raw: bool) -> Result<Vec<u32>> {
-    let rendered;
-    let prompt = if raw {
-        prompt
-    } else {
-        rendered = text
-            .template
-            .render(&[Message::user(prompt)], GenerationPrompt::Add)?;
-        &rendered
-    };
-    Ok(text
-        .tokenizer
-        .encode(prompt, text.tokenizer.default_bos())?)
+pub fn prompt_ids(model: &Model, prompt: &str, raw: bool) -> Result<Vec<u32>> {
+    if !raw {
+        return Ok(phidias::question_ids(model, prompt)?);
+    }
+    let tokenizer = &model.text()?.tokenizer;
+    Ok(tokenizer.encode(prompt, tokenizer.default_bos())?)
 }
 
 /// A chat answer is a text of its own; a raw one continues the prompt.
@@ -116,6 +111,7 @@ struct Output {
     json: bool,
     text: String,
     tokens: Vec<Value>,
+    started: bool,
     failed: Option<io::Error>,
 }
 
@@ -144,6 +140,7 @@ impl Output {
             self.text += &text;
             return ControlFlow::Continue(());
         }
+        self.started |= !text.is_empty();
         match self
             .stdout
             .write_all(text.as_bytes())
@@ -157,12 +154,13 @@ impl Output {
         }
     }
 
-    /// The last line's end, or what went wrong with stdout.
-    fn end(&mut self) -> Result<()> {
+    /// The last line's end, or what went wrong with stdout. An answer that failed before its first
+    /// word leaves stdout empty.
+    fn end(&mut self, answered: bool) -> Result<()> {
         if let Some(error) = self.failed.take() {
             return Err(error).context("stdout");
         }
-        if !self.json {
+        if !self.json && (answered || self.started) {
             writeln!(self.stdout).context("stdout")?;
         }
         Ok(())

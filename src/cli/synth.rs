@@ -26,6 +26,11 @@ pub fn synth(args: &Synth, global: &Global) -> Result<()> {
         progress: Some(&mut progress),
     };
     synthesize(preset, &args.out, options)?;
-    setup.console.note(format_args!("{}: {} in {}", args.out.display(), Size(written), args.format));
+    setup.console.note(format_args!(
+        "{}: {} in {}",
+        args.out.display(),
+        Size(written),
+        args.format
+    ));
     Ok(())
 }

@@ -14,8 +14,38 @@ use phidias_quant::{ALIGN, AlignedBytes, Format, PackError, PackedLayout, bf16, 
 use rayon::prelude::*;
 use serde_json::json;
 use std::collections::BTreeMap;
+use std::fmt;
 use std::io::{self, Write};
 use std::path::Path;
+
+/// Where the elements of a new tensor come from: a mapped [`Tensor`], or a rule that makes them
+/// as they are asked for. Several threads ask at once.
+pub trait Values: fmt::Debug + Sync {
+    /// What the elements are.
+    fn dtype(&self) -> DType;
+    /// Shape; `[rows, cols]` of a matrix.
+    fn shape(&self) -> &[usize];
+    /// The bytes, where they stand in memory.
+    fn raw(&self) -> Option<&[u8]>;
+    /// Widens `out.len()` elements from `first` on to f32, exactly; `false` when packed.
+    #[must_use]
+    fn widen(&self, first: usize, out: &mut [f32]) -> bool;
+}
+
+impl Values for Tensor {
+    fn dtype(&self) -> DType {
+        self.dtype()
+    }
+    fn shape(&self) -> &[usize] {
+        self.shape()
+    }
+    fn raw(&self) -> Option<&[u8]> {
+        Some(self.bytes())
+    }
+    fn widen(&self, first: usize, out: &mut [f32]) -> bool {
+        self.widen(first, out)
+    }
+}
 
 /// What happens to a tensor on its way into the new checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +69,17 @@ pub struct Entry {
     pub treatment: Treatment,
 }
 
+/// One tensor of the new checkpoint and the values it is made from.
+#[derive(Clone, Debug)]
+pub struct Item<'a> {
+    /// Its name there.
+    pub name: String,
+    /// What it is made from.
+    pub values: &'a dyn Values,
+    /// How.
+    pub treatment: Treatment,
+}
+
 /// A checkpoint about to be written: every size is known before the first byte.
 #[derive(Debug)]
 pub struct Prepack<'a> {
@@ -50,7 +91,7 @@ pub struct Prepack<'a> {
 #[derive(Debug)]
 struct Part<'a> {
     name: String,
-    tensor: &'a Tensor,
+    values: &'a dyn Values,
     treatment: Treatment,
     layout: Option<PackedLayout>,
     bytes: usize,
@@ -60,44 +101,63 @@ struct Part<'a> {
 pub type Progress<'a> = &'a mut dyn FnMut(usize, usize);
 
 impl<'a> Prepack<'a> {
-    /// Plans the new checkpoint.
+    /// Plans a new checkpoint made from tensors of another one.
     /// # Errors
     /// A missing source tensor, or one that cannot be treated as asked.
     pub fn plan(source: &'a Checkpoint, entries: Vec<Entry>) -> Result<Self> {
-        let mut parts = Vec::new();
-        for Entry {
-            name,
-            source: from,
-            treatment,
-        } in entries
-        {
-            let tensor = source
-                .get(&from)
-                .ok_or_else(|| CheckpointError::MissingTensor {
+        let items: Result<_> = (entries.into_iter())
+            .map(|entry| match source.get(&entry.source) {
+                Some(tensor) => Ok(Item {
+                    name: entry.name,
+                    values: tensor,
+                    treatment: entry.treatment,
+                }),
+                None => Err(CheckpointError::MissingTensor {
                     path: source.path().to_owned(),
-                    tensor: from.clone(),
-                })?;
-            let dense = tensor.elements().is_some();
+                    tensor: entry.source,
+                }),
+            })
+            .collect();
+        Self::of(source.path(), items?)
+    }
+
+    /// Plans a new checkpoint of any values; `path` is for messages.
+    /// # Errors
+    /// Values that cannot be treated as asked.
+    pub fn of(path: &Path, items: Vec<Item<'a>>) -> Result<Self> {
+        let mut parts = Vec::new();
+        for Item {
+            name,
+            values,
+            treatment,
+        } in items
+        {
+            let dense = !matches!(values.dtype(), DType::Packed(_));
+            let elements: usize = values.shape().iter().product();
             let wrong = |expected| CheckpointError::DType {
-                path: source.path().to_owned(),
-                tensor: from.clone(),
+                path: path.to_owned(),
+                tensor: name.clone(),
                 expected,
-                found: tensor.dtype(),
+                found: values.dtype(),
             };
             let mut layout = None;
             let bytes = match treatment {
-                Treatment::Keep => tensor.bytes().len(),
+                Treatment::Keep => match values.raw() {
+                    Some(bytes) => bytes.len(),
+                    None if dense => elements * values.dtype().align(),
+                    None => return Err(wrong("bytes in memory")),
+                },
                 Treatment::Cast(dtype) if dense && !matches!(dtype, DType::Packed(_)) => {
-                    tensor.bytes().len() / tensor.dtype().align() * dtype.align()
+                    elements * dtype.align()
                 }
                 Treatment::Cast(_) => return Err(wrong("F32, F16 or BF16")),
                 Treatment::Pack(format) => {
-                    let &[rows, cols] = tensor.shape() else {
+                    let &[rows, cols] = values.shape() else {
                         return Err(CheckpointError::Shape {
-                            path: source.path().to_owned(),
-                            tensor: from.clone(),
+                            path: path.to_owned(),
+                            tensor: name.clone(),
                             expected: vec![0, 0],
-                            found: tensor.shape().to_vec(),
+                            found: values.shape().to_vec(),
                         });
                     };
                     if !dense {
@@ -105,7 +165,7 @@ impl<'a> Prepack<'a> {
                     }
                     let l = PackedLayout::new(format, rows, cols).map_err(|source| {
                         CheckpointError::Unpackable {
-                            tensor: from.clone(),
+                            tensor: name.clone(),
                             format: format.name(),
                             source,
                         }
@@ -116,7 +176,7 @@ impl<'a> Prepack<'a> {
             };
             parts.push(Part {
                 name,
-                tensor,
+                values,
                 treatment,
                 layout,
                 bytes,
@@ -143,7 +203,7 @@ impl<'a> Prepack<'a> {
     pub fn describes(&self, checkpoint: &Checkpoint) -> bool {
         self.parts.iter().all(|part| {
             checkpoint.get(&part.name).is_some_and(|found| {
-                found.dtype() == part.dtype() && found.shape() == part.tensor.shape()
+                found.dtype() == part.dtype() && found.shape() == part.values.shape()
             })
         })
     }
@@ -217,9 +277,9 @@ fn header(parts: &[Part<'_>]) -> Vec<u8> {
     let mut offset = 0;
     for part in parts {
         let (dtype, shape) = match part.dtype() {
-            DType::F32 => ("F32", part.tensor.shape().to_vec()),
-            DType::F16 => ("F16", part.tensor.shape().to_vec()),
-            DType::Bf16 => ("BF16", part.tensor.shape().to_vec()),
+            DType::F32 => ("F32", part.values.shape().to_vec()),
+            DType::F16 => ("F16", part.values.shape().to_vec()),
+            DType::Bf16 => ("BF16", part.values.shape().to_vec()),
             DType::Packed(_) => ("U8", vec![part.bytes]),
         };
         let range = [offset, offset + part.bytes];
@@ -238,47 +298,46 @@ fn header(parts: &[Part<'_>]) -> Vec<u8> {
 
 /// Bytes handed to the writer at a time, so that memory stays bounded and progress is seen.
 const STEP: usize = 4 << 20;
+/// Bytes that one thread converts at a time; a step has enough of them for every thread.
+const RUN: usize = 64 << 10;
 
 impl Part<'_> {
-    /// What it is stored as in the new checkpoint.
+    /// What the new tensor is stored as.
     fn dtype(&self) -> DType {
         match self.treatment {
-            Treatment::Keep => self.tensor.dtype(),
+            Treatment::Keep => self.values.dtype(),
             Treatment::Cast(dtype) => dtype,
             Treatment::Pack(format) => DType::Packed(format),
         }
     }
 
     fn write(&self, pool: &Pool, out: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
-        match (self.treatment, self.layout) {
-            (Treatment::Pack(_), Some(layout)) => self.pack(&layout, pool, out),
-            (Treatment::Cast(dtype), _) if dtype != self.tensor.dtype() => self.cast(dtype, out),
-            _ => self.tensor.bytes().chunks(STEP).try_for_each(out),
+        match (self.layout, self.values.raw()) {
+            (Some(layout), _) => self.pack(&layout, pool, out),
+            (None, Some(bytes)) if self.dtype() == self.values.dtype() => {
+                bytes.chunks(STEP).try_for_each(out)
+            }
+            (None, _) => self.cast(pool, out),
         }
     }
 
-    fn cast(&self, dtype: DType, out: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
-        let count = self.bytes / dtype.align();
-        let mut values = vec![0.0; (STEP / 4).min(count)];
-        let mut first = 0;
-        while first < count {
-            let n = values.len().min(count - first);
-            let values = &mut values[..n];
-            assert!(self.tensor.widen(first, values), "planned as dense");
-            let bytes: Vec<u8> = match dtype {
-                DType::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-                DType::F16 => values
-                    .iter()
-                    .flat_map(|v| f16::from_f32(*v).to_le_bytes())
-                    .collect(),
-                DType::Bf16 => values
-                    .iter()
-                    .flat_map(|v| bf16::from_f32(*v).to_le_bytes())
-                    .collect(),
-                DType::Packed(_) => unreachable!("refused by the plan"),
-            };
-            out(&bytes)?;
-            first += n;
+    fn cast(&self, pool: &Pool, out: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        let (dtype, size) = (self.dtype(), self.dtype().align());
+        let mut bytes = vec![0; STEP.min(self.bytes)];
+        for start in (0..self.bytes).step_by(STEP) {
+            let bytes = &mut bytes[..STEP.min(self.bytes - start)];
+            pool.install(|| {
+                bytes.par_chunks_mut(RUN).enumerate().for_each_init(
+                    Vec::new,
+                    |values: &mut Vec<f32>, (i, out)| {
+                        values.resize(out.len() / size, 0.0);
+                        let first = (start + i * RUN) / size;
+                        assert!(self.values.widen(first, values), "planned as dense");
+                        narrow(values, dtype, out);
+                    },
+                );
+            });
+            out(bytes)?;
         }
         Ok(())
     }
@@ -304,7 +363,7 @@ impl Part<'_> {
                     .try_for_each_init(Vec::new, |rows, (i, out)| {
                         let first = (panel + i) * PANEL_ROWS;
                         rows.resize(PANEL_ROWS.min(layout.rows() - first) * cols, 0.0);
-                        assert!(self.tensor.widen(first * cols, rows), "planned as dense");
+                        assert!(self.values.widen(first * cols, rows), "planned as dense");
                         pack_panel(layout, rows, out).map_err(|e| match e {
                             PackError::Weight { row, block } => PackError::Weight {
                                 row: first + row,
@@ -323,5 +382,20 @@ impl Part<'_> {
             panel += count;
         }
         Ok(())
+    }
+}
+
+/// `values` as `dtype`, little endian, rounded to nearest even where it is narrower.
+fn narrow(values: &[f32], dtype: DType, out: &mut [u8]) {
+    fn each<const N: usize>(values: &[f32], out: &mut [u8], to: impl Fn(f32) -> [u8; N]) {
+        for (out, v) in out.as_chunks_mut().0.iter_mut().zip(values) {
+            *out = to(*v);
+        }
+    }
+    match dtype {
+        DType::F32 => each(values, out, f32::to_le_bytes),
+        DType::F16 => each(values, out, |v| f16::from_f32(v).to_le_bytes()),
+        DType::Bf16 => each(values, out, |v| bf16::from_f32(v).to_le_bytes()),
+        DType::Packed(_) => unreachable!("refused by the plan"),
     }
 }

@@ -5,6 +5,8 @@ use std::fmt;
 use std::str::FromStr;
 
 mod attention;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 #[cfg(test)]
 mod check;
 mod gate;
@@ -21,17 +23,20 @@ pub use attention::{AttentionState, AttentionTask};
 pub enum Isa {
     /// Plain Rust: the definition of every kernel, for every machine.
     Scalar,
+    /// AVX2 with FMA and F16C.
+    Avx2,
 }
 
 impl Isa {
     /// Every instruction set this build has a table for, the plainest first.
-    pub const ALL: [Self; 1] = [Self::Scalar];
+    pub const ALL: [Self; 2] = [Self::Scalar, Self::Avx2];
 
     /// The name on the command line and in reports.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::Scalar => "scalar",
+            Self::Avx2 => "avx2",
         }
     }
 
@@ -103,6 +108,10 @@ impl Kernels {
     pub fn for_isa(isa: Isa) -> Option<&'static Self> {
         match isa {
             Isa::Scalar => Some(&scalar::KERNELS),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => avx2::table(),
+            #[cfg(not(target_arch = "x86_64"))]
+            Isa::Avx2 => None,
         }
     }
 

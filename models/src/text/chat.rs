@@ -112,7 +112,9 @@ impl Builtin {
         Self::Phi35Mini,
     ];
 
-    fn source(self) -> &'static str {
+    /// The template's text.
+    #[must_use]
+    pub fn source(self) -> &'static str {
         match self {
             Self::Phi3Mini => include_str!("templates/phi3_mini.jinja"),
             Self::Phi3Medium => include_str!("templates/phi3_medium.jinja"),

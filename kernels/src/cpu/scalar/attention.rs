@@ -4,7 +4,8 @@ use super::super::attention::StateMut;
 use super::{Element, dot};
 use std::ops::Range;
 
-pub(super) fn attend<T: Element>(
+#[inline(always)]
+pub(in crate::cpu) fn attend<T: Element>(
     queries: &[f32],
     visible: &[Range<usize>],
     keys: &[T],

@@ -3,9 +3,9 @@
 use super::{Isa, Kernels};
 use phidias_quant::{bf16, f16};
 
-mod attention;
+pub(super) mod attention;
 mod gemm;
-mod norm;
+pub(super) mod norm;
 
 pub(super) const KERNELS: Kernels = Kernels {
     isa: Isa::Scalar,
@@ -23,7 +23,8 @@ pub(super) const KERNELS: Kernels = Kernels {
     attend_bf16: attention::attend::<bf16>,
 };
 
-fn rope(heads: &mut [f32], cos: &[f32], sin: &[f32]) {
+#[inline(always)]
+pub(super) fn rope(heads: &mut [f32], cos: &[f32], sin: &[f32]) {
     let half = cos.len();
     for head in heads.chunks_exact_mut(2 * half) {
         let (a, b) = head.split_at_mut(half);
@@ -35,7 +36,8 @@ fn rope(heads: &mut [f32], cos: &[f32], sin: &[f32]) {
     }
 }
 
-fn silu_mul(gate: &[f32], up: &[f32], y: &mut [f32]) {
+#[inline(always)]
+pub(super) fn silu_mul(gate: &[f32], up: &[f32], y: &mut [f32]) {
     for ((y, g), u) in y.iter_mut().zip(gate).zip(up) {
         *y = u * (g / (1.0 + (-g).exp()));
     }

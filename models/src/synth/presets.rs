@@ -1,0 +1,193 @@
+//! The published shapes.
+
+use crate::model::WeightFormat;
+use serde_json::{Map, Value, json};
+use std::fmt;
+use std::str::FromStr;
+
+/// A model of the family: its name and what differs in its `config.json`.
+///
+/// Source: the `config.json` of `microsoft/Phi-3-mini-4k-instruct`, `Phi-3-mini-128k-instruct`,
+/// `Phi-3-medium-4k-instruct`, `Phi-3-medium-128k-instruct` and `Phi-3.5-mini-instruct` on
+/// <https://huggingface.co>.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Preset {
+    pub(super) name: &'static str,
+    pub(super) hidden_size: usize,
+    pub(super) intermediate_size: usize,
+    pub(super) layers: usize,
+    pub(super) heads: usize,
+    pub(super) kv_heads: usize,
+    pub(super) max_position_embeddings: usize,
+    pub(super) sliding_window: usize,
+    /// Key in `longrope.json`, for those that extend the original length.
+    pub(super) factors: Option<&'static str>,
+}
+
+const MINI_4K: Preset = Preset {
+    name: "phi-3-mini-4k",
+    hidden_size: 3072,
+    intermediate_size: 8192,
+    layers: 32,
+    heads: 32,
+    kv_heads: 32,
+    max_position_embeddings: ORIGINAL_POSITIONS,
+    sliding_window: 2047,
+    factors: None,
+};
+
+const MEDIUM_4K: Preset = Preset {
+    name: "phi-3-medium-4k",
+    hidden_size: 5120,
+    intermediate_size: 17_920,
+    layers: 40,
+    heads: 40,
+    kv_heads: 10,
+    ..MINI_4K
+};
+
+const MINI_128K: Preset = Preset {
+    name: "phi-3-mini-128k",
+    max_position_embeddings: 131_072,
+    sliding_window: 262_144,
+    factors: Some("mini-128k"),
+    ..MINI_4K
+};
+
+const MEDIUM_128K: Preset = Preset {
+    name: "phi-3-medium-128k",
+    max_position_embeddings: 131_072,
+    sliding_window: 131_072,
+    factors: Some("3.5-mini"),
+    ..MEDIUM_4K
+};
+
+const MINI_35: Preset = Preset {
+    name: "phi-3.5-mini",
+    factors: Some("3.5-mini"),
+    ..MINI_128K
+};
+
+const ORIGINAL_POSITIONS: usize = 4096;
+const BOS: u32 = 1;
+const PAD: u32 = 32_000;
+
+/// LongRoPE factors, one for each pair of dimensions of a head of 96.
+///
+/// `mini-128k` and `3.5-mini` are the published numbers (the former as revised in July 2024).
+/// Phi-3-medium-128k's were not at hand; it gets those of 3.5-mini, stretched from 48 to 64 by
+/// linear interpolation. They are as smooth and as large, and no speed depends on them.
+const LONGROPE: &str = include_str!("longrope.json");
+
+impl Preset {
+    /// Every preset there is.
+    pub const ALL: [Self; 5] = [MINI_4K, MINI_128K, MEDIUM_4K, MEDIUM_128K, MINI_35];
+
+    /// Its name on the command line.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// Layers of the published model.
+    #[must_use]
+    pub fn layers(&self) -> usize {
+        self.layers
+    }
+
+    /// `config.json`, with the fields of the published ones.
+    pub(super) fn config(&self, layers: usize, format: WeightFormat) -> Value {
+        json!({
+            "architectures": ["Phi3ForCausalLM"],
+            "attention_bias": false,
+            "attention_dropout": 0.0,
+            "bos_token_id": BOS,
+            "embd_pdrop": 0.0,
+            "eos_token_id": PAD,
+            "hidden_act": "silu",
+            "hidden_size": self.hidden_size,
+            "initializer_range": 0.02,
+            "intermediate_size": self.intermediate_size,
+            "max_position_embeddings": self.max_position_embeddings,
+            "model_type": "phi3",
+            "num_attention_heads": self.heads,
+            "num_hidden_layers": layers,
+            "num_key_value_heads": self.kv_heads,
+            "original_max_position_embeddings": ORIGINAL_POSITIONS,
+            "pad_token_id": PAD,
+            "resid_pdrop": 0.0,
+            "rms_norm_eps": 1e-5,
+            "rope_scaling": self.rope_scaling(),
+            "rope_theta": 10_000.0,
+            "sliding_window": self.sliding_window,
+            "tie_word_embeddings": false,
+            "torch_dtype": if format == WeightFormat::F32 { "float32" } else { "bfloat16" },
+            "transformers_version": "4.41.2",
+            "use_cache": true,
+            "vocab_size": 32_064,
+        })
+    }
+
+    fn rope_scaling(&self) -> Value {
+        let Some(key) = self.factors else {
+            return Value::Null;
+        };
+        let lists: Value = serde_json::from_str(LONGROPE).expect("the file beside this one");
+        let count = self.hidden_size / self.heads / 2;
+        let stretched = |name: &str| {
+            let list: Vec<f64> = (lists[key][name].as_array().into_iter().flatten())
+                .filter_map(Value::as_f64)
+                .collect();
+            let last = list.len() - 1;
+            let at = |i: usize| {
+                // Exactly `list[i]` when the count is the list's.
+                let (whole, part) = (i * last / (count - 1), i * last % (count - 1));
+                let next = list[(whole + 1).min(last)];
+                list[whole] + (next - list[whole]) * part as f64 / (count - 1) as f64
+            };
+            json!((0..count).map(at).collect::<Vec<_>>())
+        };
+        let mut scaling = Map::new();
+        for name in ["long_factor", "short_factor"] {
+            scaling.insert(name.into(), stretched(name));
+        }
+        scaling.insert("type".into(), "longrope".into());
+        Value::Object(scaling)
+    }
+}
+
+/// `generation_config.json`: an answer ends with `<|end|>`, a new turn or the end of the text.
+pub(super) fn generation() -> Value {
+    json!({
+        "_from_model_config": true,
+        "bos_token_id": BOS,
+        "eos_token_id": [32_007, 32_001, 32_000],
+        "pad_token_id": PAD,
+        "transformers_version": "4.41.2",
+    })
+}
+
+impl fmt::Display for Preset {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name)
+    }
+}
+
+/// A name that is not a preset.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("unknown preset '{found}'; expected one of {}", Preset::ALL.map(|p| p.name).join(", "))]
+pub struct UnknownPreset {
+    /// The name.
+    pub found: String,
+}
+
+impl FromStr for Preset {
+    type Err = UnknownPreset;
+    fn from_str(s: &str) -> Result<Self, UnknownPreset> {
+        (Self::ALL.into_iter())
+            .find(|p| p.name == s)
+            .ok_or_else(|| UnknownPreset {
+                found: s.to_owned(),
+            })
+    }
+}

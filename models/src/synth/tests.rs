@@ -1,0 +1,257 @@
+use super::*;
+use crate::model::{Model, OpenOptions, Source, quantize_folder};
+use crate::session::{Session, SessionOptions};
+use crate::text::{Bos, Builtin, ChatTemplate, GenerationPrompt, Message, Special, Tokenizer};
+use phidias_engine::checkpoint::CheckpointError;
+use std::collections::HashSet;
+use std::sync::Arc;
+use tempfile::TempDir;
+
+/// Small in every dimension but the vocabulary, with grouped heads and LongRoPE.
+const TINY: Preset = Preset {
+    name: "tiny",
+    hidden_size: 128,
+    intermediate_size: 224,
+    layers: 3,
+    heads: 4,
+    kv_heads: 2,
+    ..Preset::ALL[3]
+};
+
+fn made(format: WeightFormat, change: impl FnOnce(&mut SynthOptions<'_>)) -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let mut options = SynthOptions {
+        format,
+        threads: Some(2),
+        ..SynthOptions::default()
+    };
+    change(&mut options);
+    synthesize(TINY, &folder.path().join("m"), options).unwrap();
+    folder
+}
+
+fn weights(folder: &TempDir) -> Vec<u8> {
+    fs::read(folder.path().join("m").join(SINGLE)).unwrap()
+}
+
+fn logits(model: &Arc<Model>, prompt: &[u32]) -> Vec<f32> {
+    let mut session = Session::new(Arc::clone(model), &SessionOptions::default()).unwrap();
+    session.extend(prompt).unwrap().to_vec()
+}
+
+fn argmax(logits: &[f32]) -> usize {
+    (0..logits.len())
+        .max_by(|&a, &b| logits[a].total_cmp(&logits[b]))
+        .unwrap()
+}
+
+#[test]
+fn every_format_opens_as_itself_and_answers() {
+    for format in WeightFormat::ALL {
+        let folder = made(format, |o| o.layers = Some(1));
+        let out = folder.path().join("m");
+        let model = Model::open(&out, OpenOptions::default()).unwrap();
+        assert_eq!(model.format(), format);
+        assert_eq!(model.config().num_hidden_layers, 1);
+        assert!(model.note().is_none(), "nothing was converted");
+        let logits = logits(&Arc::new(model), &[1, 5, 9]);
+        assert!(logits.iter().all(|v| v.is_finite()), "{format}");
+    }
+}
+
+#[test]
+fn bytes_depend_on_seed_and_layers_but_not_on_threads() {
+    let one = weights(&made(WeightFormat::Bf16, |o| o.threads = Some(1)));
+    let three = weights(&made(WeightFormat::Bf16, |o| o.threads = Some(3)));
+    assert!(one == three);
+    let other = weights(&made(WeightFormat::Bf16, |o| o.seed = 1));
+    assert!(one.len() == other.len() && one != other);
+    let q4 = |threads| weights(&made(WeightFormat::Q4, |o| o.threads = Some(threads)));
+    assert!(q4(1) == q4(2));
+}
+
+/// One model, whatever it is stored in.
+#[test]
+fn every_format_is_the_bf16_folder_quantized() {
+    let bf16 = made(WeightFormat::Bf16, |_| ());
+    for format in [WeightFormat::Q4, WeightFormat::Q8] {
+        let out = bf16.path().join(format.name());
+        quantize_folder(
+            &bf16.path().join("m"),
+            &out,
+            format,
+            &mut OpenOptions::default(),
+        )
+        .unwrap();
+        let direct = made(format, |_| ());
+        assert!(weights(&direct) == fs::read(out.join(SINGLE)).unwrap());
+    }
+    let f32 = made(WeightFormat::F32, |_| ());
+    let (narrow, wide) = (
+        Source::open(&bf16.path().join("m")).unwrap().checkpoint,
+        Source::open(&f32.path().join("m")).unwrap().checkpoint,
+    );
+    for (name, tensor) in narrow.tensors() {
+        let mut values = vec![[0.0; 2]; tensor.shape().iter().product()];
+        for (i, source) in [tensor, wide.get(name).unwrap()].into_iter().enumerate() {
+            let mut column = vec![0.0; values.len()];
+            assert!(source.widen(0, &mut column));
+            values.iter_mut().zip(column).for_each(|(v, c)| v[i] = c);
+        }
+        assert!(values.iter().all(|[a, b]| a.to_bits() == b.to_bits()));
+    }
+}
+
+#[test]
+fn values_have_the_mean_and_deviation_that_was_asked() {
+    let spec = Spec {
+        name: "model.layers.0.mlp.gate_up_proj.weight".into(),
+        shape: vec![1024, 256],
+        role: Role::Matrix,
+    };
+    let mut values = vec![0.0; 1024 * 256];
+    let drawn = Drawn::new(&spec, 4, 7);
+    assert!(drawn.widen(0, &mut values));
+    let n = values.len() as f64;
+    let moment = |p| {
+        values
+            .iter()
+            .map(|v| f64::from(v * 16.0).powi(p))
+            .sum::<f64>()
+            / n
+    };
+    // Four standard errors of n draws: 4/sqrt(n), and 4 sqrt(1.7/n) for the variance, 1.7 being
+    // the fourth moment of Irwin-Hall less one; a little more for the rounding to bf16.
+    assert!(moment(1).abs() < 0.008, "{}", moment(1));
+    assert!((moment(2) - 1.0).abs() < 0.012, "{}", moment(2));
+    // Any range is the same as in the whole; another name, seed or place is another draw.
+    let mut part = vec![0.0; 100];
+    assert!(drawn.widen(777, &mut part));
+    assert_eq!(part, values[777..877]);
+    let same = part.iter().zip(&values).filter(|(a, b)| a == b).count();
+    assert!(same < 5, "{same}");
+}
+
+#[test]
+fn logits_spread_and_depend_on_the_prompt() {
+    let folder = made(WeightFormat::Bf16, |_| ());
+    let model = Model::open(&folder.path().join("m"), OpenOptions::default()).unwrap();
+    let model = Arc::new(model);
+    let mut winners = HashSet::new();
+    for prompt in 0..8 {
+        // The same last token, so that what differs comes through attention.
+        let prompt: Vec<u32> = [1, 300 + prompt, 900 * prompt, 31_000 - prompt, 4_000].into();
+        let logits = logits(&model, &prompt);
+        let n = logits.len() as f64;
+        let mean = logits.iter().map(|v| f64::from(*v)).sum::<f64>() / n;
+        let variance = (logits.iter())
+            .map(|v| (f64::from(*v) - mean).powi(2))
+            .sum::<f64>()
+            / n;
+        let std = variance.sqrt();
+        assert!((1.0..6.0).contains(&std), "{std}");
+        winners.insert(argmax(&logits));
+    }
+    assert!(winners.len() >= 4, "{winners:?}");
+}
+
+#[test]
+fn the_tokenizer_gives_text_back() {
+    let folder = made(WeightFormat::Q4, |o| o.layers = Some(1));
+    let tokenizer = Tokenizer::open(&folder.path().join("m")).unwrap().unwrap();
+    for text in [
+        "The quick brown fox jumps over the lazy dog.",
+        "Hello, world!  Two spaces, 3.14, e-mail@example.org\nand a\ttab; naïve Šimon 你好 🙂",
+        " leading and trailing ",
+        "",
+    ] {
+        let ids = tokenizer.encode(text, Bos::Omit).unwrap();
+        assert_eq!(tokenizer.decode(&ids, Special::Keep).unwrap(), text);
+    }
+    let english = "There was once a miller who had a beautiful daughter and nothing else besides";
+    let tokens = tokenizer.encode(english, Bos::Omit).unwrap().len();
+    assert!(tokens * 2 < english.len(), "{tokens}");
+    let template = ChatTemplate::open(&folder.path().join("m"), Builtin::Phi3Small).unwrap();
+    let prompt = template
+        .render(&[Message::user("Hi")], GenerationPrompt::Add)
+        .unwrap();
+    let ids = tokenizer.encode(&prompt, Bos::Omit).unwrap();
+    assert_eq!((ids[0], ids[ids.len() - 1]), (32_010, 32_001));
+    assert!(ids.contains(&32_007));
+}
+
+#[test]
+fn presets_have_the_published_sizes() {
+    // 3.8 and 14 billion parameters, as the model cards round them.
+    let parameters = |name: &str| {
+        let preset: Preset = name.parse().unwrap();
+        let json = pretty(&preset.config(preset.layers, WeightFormat::Bf16));
+        let config = Config::from_json(Path::new(name), &json).unwrap();
+        assert_eq!(config.rope.long.is_some(), !name.ends_with("4k"));
+        if let Some(long) = &config.rope.long {
+            assert_eq!(long.long_factor.len(), config.head_dim / 2);
+            assert_eq!(long.original_max_position_embeddings, 4096);
+        }
+        (phi3::specs(&config).iter())
+            .map(|s| s.shape.iter().product::<usize>())
+            .sum::<usize>()
+    };
+    for name in ["phi-3-mini-4k", "phi-3-mini-128k", "phi-3.5-mini"] {
+        assert_eq!(parameters(name), 3_821_079_552);
+    }
+    for name in ["phi-3-medium-4k", "phi-3-medium-128k"] {
+        assert_eq!(parameters(name), 13_960_238_080);
+    }
+    let preset: Preset = "phi-3.5-mini".parse().unwrap();
+    let config = preset.config(1, WeightFormat::Bf16);
+    let scaling = &config["rope_scaling"];
+    assert_eq!(scaling["long_factor"][0], 1.0800000429153442);
+    assert_eq!(scaling["long_factor"][47], 64.83999633789062);
+    assert_eq!(scaling["short_factor"][15], 1.2899998426437378);
+}
+
+#[test]
+fn refusals_name_what_was_asked() {
+    let error = "phi-4".parse::<Preset>().unwrap_err().to_string();
+    assert!(
+        Preset::ALL.iter().all(|p| error.contains(p.name)),
+        "{error}"
+    );
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("m");
+    for asked in [0, 4, usize::MAX] {
+        let options = SynthOptions {
+            layers: Some(asked),
+            ..SynthOptions::default()
+        };
+        let error = synthesize(TINY, &out, options).unwrap_err();
+        assert!(
+            matches!(error, Error::Layers { asked: a, max: 3, .. } if a == asked),
+            "{error}"
+        );
+    }
+    // Four hundred terabytes: planned, compared with the disk, refused.
+    let large = Preset {
+        hidden_size: 65_536,
+        intermediate_size: 1 << 20,
+        layers: 1000,
+        ..TINY
+    };
+    let error = synthesize(large, &out, SynthOptions::default()).unwrap_err();
+    assert!(
+        matches!(&error, Error::DiskSpace { path, needed, available }
+            if *path == out && *needed > 400_000_000_000_000 && available < needed),
+        "{error}"
+    );
+    let options = SynthOptions::default();
+    options.cancel.cancel();
+    let error = synthesize(TINY, &out, options).unwrap_err();
+    assert!(matches!(
+        error,
+        Error::Checkpoint(CheckpointError::Cancelled)
+    ));
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    fs::create_dir(&out).unwrap();
+    let error = synthesize(TINY, &out, SynthOptions::default()).unwrap_err();
+    assert!(matches!(error, Error::Exists { .. }), "{error}");
+}

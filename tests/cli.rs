@@ -1,0 +1,686 @@
+//! The program as its users meet it: exit codes, streams, files, signals.
+//!
+//! Everything runs on the built-in demonstration model or on the fixtures; nothing needs a network.
+#![cfg(feature = "fable")]
+
+use safetensors::SafeTensors;
+use serde_json::Value;
+use std::fs;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+/// The program, with its caches in `home` and no network.
+fn phidias(home: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_phidias"));
+    command
+        .env("PHIDIAS_CACHE", home.join("cache"))
+        .env("HF_HOME", home.join("hf"))
+        .env("HF_HUB_OFFLINE", "1");
+    for variable in ["PHIDIAS_ISA", "HF_ENDPOINT", "HF_TOKEN"] {
+        command.env_remove(variable);
+    }
+    command.stdin(Stdio::null());
+    command
+}
+
+fn home() -> tempfile::TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fixtures")
+        .join(name)
+}
+
+struct Ran {
+    code: Option<i32>,
+    out: String,
+    err: String,
+}
+
+fn ran(output: Output) -> Ran {
+    let text = |bytes| String::from_utf8(bytes).expect("UTF-8 on every stream");
+    let ran = Ran {
+        code: output.status.code(),
+        out: text(output.stdout),
+        err: text(output.stderr),
+    };
+    assert!(!ran.err.contains("panicked"), "{}", ran.err);
+    ran
+}
+
+fn run(home: &Path, arguments: &[&str]) -> Ran {
+    ran(phidias(home).args(arguments).output().unwrap())
+}
+
+fn succeed(home: &Path, arguments: &[&str]) -> Ran {
+    let ran = run(home, arguments);
+    assert_eq!(ran.code, Some(0), "{arguments:?}\n{}", ran.err);
+    ran
+}
+
+/// Runs and expects an exit code and words of the message.
+fn fail(home: &Path, code: i32, arguments: &[&str], words: &[&str]) {
+    let ran = run(home, arguments);
+    assert_eq!(ran.code, Some(code), "{arguments:?}\n{}", ran.err);
+    assert_eq!(ran.out, "", "{arguments:?}");
+    for word in words {
+        assert!(
+            ran.err.contains(word),
+            "{arguments:?}: expected '{word}' in:\n{}",
+            ran.err
+        );
+    }
+}
+
+#[test]
+fn the_first_command_answers_with_no_download() {
+    let home = home();
+    let ran = succeed(
+        home.path(),
+        &["run", "-p", "Tell me a story about a fox.", "--seed", "1"],
+    );
+    assert!(ran.out.split_whitespace().count() > 20, "{}", ran.out);
+    assert!(ran.out.ends_with('\n'));
+    let demonstration: Vec<_> = ran
+        .err
+        .lines()
+        .filter(|l| l.contains("demonstration model"))
+        .collect();
+    assert_eq!(demonstration.len(), 1, "{}", ran.err);
+    for word in [
+        "weights, ",
+        " kernels, ",
+        " thread",
+        "memory: weights",
+        "KV cache",
+        "tokens/s",
+    ] {
+        assert!(ran.err.contains(word), "no '{word}' in:\n{}", ran.err);
+    }
+    let quiet = succeed(
+        home.path(),
+        &[
+            "run",
+            "-p",
+            "Tell me a story about a fox.",
+            "--seed",
+            "1",
+            "--quiet",
+        ],
+    );
+    assert_eq!((quiet.out, quiet.err), (ran.out, String::new()));
+}
+
+#[test]
+fn the_same_seed_tells_the_same_story_with_any_number_of_threads() {
+    let home = home();
+    let story = |more: &[&str]| {
+        let arguments = [
+            &["run", "-p", "Tell me about a king.", "-n", "60", "-q"],
+            more,
+        ]
+        .concat();
+        succeed(home.path(), &arguments).out
+    };
+    let one = story(&["--seed", "9", "--threads", "1"]);
+    assert_eq!(one, story(&["--seed", "9", "--threads", "3"]));
+    assert_eq!(
+        one,
+        story(&["--seed", "9", "--threads", "1", "--ctx", "200"])
+    );
+    assert_ne!(one, story(&["--seed", "10"]));
+}
+
+#[test]
+fn prompts_come_from_words_files_and_stdin() {
+    let home = home();
+    let file = home.path().join("prompt.txt");
+    fs::write(&file, "Once upon a time").unwrap();
+    let common = ["--raw", "-n", "12", "--temp", "0", "-q"];
+    let words = succeed(
+        home.path(),
+        &[&["run", "-p", "Once upon a time"], &common[..]].concat(),
+    )
+    .out;
+    let from_file = succeed(
+        home.path(),
+        &[&["run", "-f", file.to_str().unwrap()], &common[..]].concat(),
+    )
+    .out;
+    let mut child = phidias(home.path());
+    let mut child = child
+        .args([&["run", "-"], &common[..]].concat())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(b"Once upon a time")
+        .unwrap();
+    let from_stdin = child.wait_with_output().unwrap();
+    assert_eq!(words, from_file);
+    assert_eq!(words.as_bytes(), from_stdin.stdout);
+    // A raw answer continues the text, space included.
+    assert!(words.starts_with([' ', ',']), "{words:?}");
+}
+
+#[test]
+fn json_has_the_text_the_ids_and_the_log_probabilities() {
+    let home = home();
+    let arguments = [
+        "run",
+        "-p",
+        "Tell me a story.",
+        "-n",
+        "5",
+        "--temp",
+        "0",
+        "--json",
+        "--logprobs",
+        "2",
+    ];
+    let object: Value = serde_json::from_str(&succeed(home.path(), &arguments).out).unwrap();
+    assert_eq!(object["generated_tokens"], 5);
+    assert_eq!(object["finish"], "length");
+    assert_eq!(object["ids"].as_array().unwrap().len(), 5);
+    assert!(!object["text"].as_str().unwrap().is_empty());
+    let first = &object["logprobs"][0];
+    assert_eq!(first["top"][0]["id"], object["ids"][0]);
+    assert!(first["logprob"].as_f64().unwrap() <= 0.0);
+}
+
+#[test]
+fn a_stop_string_ends_the_answer_before_it() {
+    let home = home();
+    let plain = succeed(
+        home.path(),
+        &[
+            "run",
+            "-p",
+            "Tell me a story.",
+            "-n",
+            "40",
+            "--temp",
+            "0",
+            "-q",
+        ],
+    )
+    .out;
+    let word = plain.split_whitespace().nth(4).unwrap();
+    let cut = succeed(
+        home.path(),
+        &[
+            "run",
+            "-p",
+            "Tell me a story.",
+            "-n",
+            "40",
+            "--temp",
+            "0",
+            "-q",
+            "--stop",
+            word,
+        ],
+    )
+    .out;
+    assert_eq!(
+        cut.trim_end(),
+        plain[..plain.find(word).unwrap()].trim_end()
+    );
+}
+
+#[test]
+fn bad_usage_is_exit_code_2() {
+    let home = home();
+    for arguments in [
+        &["nonsense"][..],
+        &[],
+        &["run", "--nonsense"],
+        &["run", "-p", "x", "-n", "many"],
+        &["run", "-p", "x", "--threads", "0"],
+        &["run", "-p", "x", "--threads", "99999999999999999999"],
+        &["run", "-p", "x", "--isa", "sse9"],
+        &["run", "-p", "x", "--format", "q3"],
+        &["run", "-p", "x", "--kv", "int2"],
+        &["run", "-p", "x", "--logit-bias", "5"],
+        &["run", "-p", "x", "-f", "y"],
+        &["logits", "--out", "x"],
+        &["logits", "--tokens", "1,x", "--out", "x"],
+        &["quantize", "somewhere"],
+        &["eval"],
+    ] {
+        assert_eq!(run(home.path(), arguments).code, Some(2), "{arguments:?}");
+    }
+    let isa = ran(phidias(home.path())
+        .args(["run", "-p", "x"])
+        .env("PHIDIAS_ISA", "sse9")
+        .output()
+        .unwrap());
+    assert_eq!(isa.code, Some(2));
+    assert!(
+        isa.err
+            .contains("unknown instruction set 'sse9'; this build has: scalar"),
+        "{}",
+        isa.err
+    );
+}
+
+#[test]
+fn failures_are_exit_code_1_and_say_what_was_found() {
+    let home = home();
+    let at = |name: &str| home.path().join(name).to_str().unwrap().to_owned();
+    fs::write(at("bytes"), b"caf\xe9").unwrap();
+    fs::create_dir(at("empty")).unwrap();
+    fs::write(at("short"), "A tale.").unwrap();
+    let h = home.path();
+    fail(
+        h,
+        1,
+        &["run", &at("nowhere/at/all"), "-p", "x"],
+        &["nowhere/at/all", "no such folder"],
+    );
+    fail(h, 1, &["run", &at("empty"), "-p", "x"], &["config.json"]);
+    fail(h, 1, &["run", &at("short"), "-p", "x"], &["short"]);
+    fail(
+        h,
+        1,
+        &["run", "-f", &at("bytes")],
+        &["bytes: the prompt is not UTF-8", "at 3"],
+    );
+    fail(h, 1, &["run", "-f", &at("missing")], &["missing"]);
+    fail(h, 1, &["run"], &["no prompt"]);
+    fail(h, 1, &["run", "-", "-p", "x"], &["stdin"]);
+    fail(
+        h,
+        1,
+        &["run", "-p", "Tell me a story about a fox.", "--ctx", "8"],
+        &["context of 8", "found"],
+    );
+    fail(
+        h,
+        1,
+        &["run", "-p", "x", "--ctx", "100000000"],
+        &["context of 100000000", "expected 1 to"],
+    );
+    fail(
+        h,
+        1,
+        &["run", "-p", "x", "--temp", "-1"],
+        &["temperature", "-1"],
+    );
+    fail(
+        h,
+        1,
+        &["run", "-p", "x", "--top-p", "NaN"],
+        &["top_p", "NaN"],
+    );
+    fail(
+        h,
+        1,
+        &["run", "-p", "x", "--device", "cuda"],
+        &["--device cuda"],
+    );
+    fail(
+        h,
+        1,
+        &["logits", "--tokens", "4000000", "--out", &at("l")],
+        &["4000000", "vocabulary of"],
+    );
+    fail(
+        h,
+        1,
+        &["logits", "--tokens", "1", "--out", &at("no/such/folder")],
+        &["no/such/folder"],
+    );
+    fail(h, 1, &["eval", "--text", &at("missing")], &["missing"]);
+    fail(h, 1, &["eval", "--text", &at("bytes")], &["not UTF-8"]);
+    fail(
+        h,
+        1,
+        &[
+            "eval",
+            "--text",
+            &at("short"),
+            "--against",
+            fixture("phi35-mini-tiny").to_str().unwrap(),
+        ],
+        &["vocabulary"],
+    );
+    fail(
+        h,
+        1,
+        &[
+            "run",
+            fixture("phi35-mini-tiny").to_str().unwrap(),
+            "-p",
+            "x",
+        ],
+        &["no tokenizer.json", "--tokens"],
+    );
+    fail(
+        h,
+        1,
+        &["run", "some-org/some-model", "-p", "x"],
+        &["some-org/some-model"],
+    );
+    assert!(!Path::new(&at("l")).exists());
+}
+
+#[test]
+fn logits_are_written_as_documented() {
+    let home = home();
+    let out = home.path().join("logits.safetensors");
+    let (model, path) = (fixture("phi35-mini-tiny"), out.to_str().unwrap());
+    succeed(
+        home.path(),
+        &[
+            "logits",
+            model.to_str().unwrap(),
+            "--tokens",
+            "5,6,7,8",
+            "--format",
+            "f32",
+            "--out",
+            path,
+        ],
+    );
+    let bytes = fs::read(&out).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let ids = file.tensor("input_ids").unwrap();
+    let ids: Vec<i64> = ids
+        .data()
+        .chunks_exact(8)
+        .map(|b| i64::from_le_bytes(b.try_into().unwrap()))
+        .collect();
+    assert_eq!(ids, [5, 6, 7, 8]);
+    let logits = file.tensor("logits").unwrap();
+    assert_eq!(logits.shape(), [4, 512]);
+    let written: Vec<f32> = logits
+        .data()
+        .chunks_exact(4)
+        .map(|b| f32::from_le_bytes(b.try_into().unwrap()))
+        .collect();
+    let options = phidias::OpenOptions {
+        format: Some(phidias::WeightFormat::F32),
+        ..Default::default()
+    };
+    let model = std::sync::Arc::new(phidias::Model::open(&model, options).unwrap());
+    let mut session = phidias::Session::new(model, &Default::default()).unwrap();
+    session
+        .extend_all(&[5, 6, 7, 8], |row, logits| {
+            assert_eq!(logits, &written[row * 512..][..512], "row {row}")
+        })
+        .unwrap();
+}
+
+#[test]
+fn a_quantized_folder_runs_and_nothing_is_overwritten() {
+    let home = home();
+    let (source, q4) = (fixture("phi3-medium-128k-tiny"), home.path().join("q4"));
+    let (source, q4) = (source.to_str().unwrap(), q4.to_str().unwrap());
+    succeed(home.path(), &["quantize", source, q4, "--format", "q4"]);
+    for file in ["config.json", "generation_config.json", "model.safetensors"] {
+        assert!(Path::new(q4).join(file).exists(), "{file}");
+    }
+    let l = |model: &str, name: &str| {
+        let out = home.path().join(name);
+        succeed(
+            home.path(),
+            &[
+                "logits",
+                model,
+                "--tokens",
+                "1,2,3",
+                "--format",
+                "q4",
+                "--out",
+                out.to_str().unwrap(),
+            ],
+        );
+        fs::read(out).unwrap()
+    };
+    assert_eq!(
+        l(source, "a"),
+        l(q4, "b"),
+        "quantizing while loading and quantizing to a folder differ"
+    );
+    fail(
+        home.path(),
+        1,
+        &["quantize", source, q4, "--format", "q8"],
+        &["q4", "already there"],
+    );
+    fail(
+        home.path(),
+        1,
+        &["quantize", q4, &format!("{q4}x"), "--format", "q8"],
+        &["already", "quantize the original"],
+    );
+    fail(
+        home.path(),
+        1,
+        &[
+            "logits", q4, "--tokens", "1", "--format", "q8", "--out", "x",
+        ],
+        &["q4", "q8"],
+    );
+    let report: Value =
+        serde_json::from_str(&succeed(home.path(), &["inspect", q4, "--json"]).out).unwrap();
+    assert_eq!(report["format"], "q4");
+    assert_eq!(report["plan"]["fits"], true);
+    assert!(
+        report["tensors"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .any(|t| t["format"] == "q4")
+    );
+    assert!(
+        succeed(home.path(), &["inspect", q4])
+            .out
+            .contains("qkv_proj")
+    );
+}
+
+/// A full disk, played by the limit on file sizes: no half file under the final name, nothing left.
+#[test]
+#[cfg(unix)]
+fn a_full_disk_leaves_nothing_behind() {
+    let home = home();
+    let folder = home.path().join("out");
+    fs::create_dir(&folder).unwrap();
+    let script = format!(
+        "trap '' XFSZ; ulimit -f 100; exec '{}' quantize '{}' '{}' --format q8",
+        env!("CARGO_BIN_EXE_phidias"),
+        fixture("phi3-medium-128k-tiny").display(),
+        folder.join("q8").display()
+    );
+    let ran = ran(Command::new("bash").args(["-c", &script]).output().unwrap());
+    assert_eq!(ran.code, Some(1), "{}", ran.err);
+    assert!(ran.err.contains("model.safetensors"), "{}", ran.err);
+    assert_eq!(
+        fs::read_dir(&folder).unwrap().count(),
+        0,
+        "something is left"
+    );
+}
+
+#[test]
+fn eval_compares_formats() {
+    let home = home();
+    let text = home.path().join("text");
+    fs::write(
+        &text,
+        "Once upon a time there was a king who had three sons. The eldest went into the wood.",
+    )
+    .unwrap();
+    let text = text.to_str().unwrap();
+    let object: Value = serde_json::from_str(
+        &succeed(
+            home.path(),
+            &[
+                "eval",
+                "--text",
+                text,
+                "--format",
+                "q4",
+                "--against-format",
+                "f32",
+                "--json",
+            ],
+        )
+        .out,
+    )
+    .unwrap();
+    for key in [
+        "tokens",
+        "bytes",
+        "nll",
+        "perplexity",
+        "bits_per_byte",
+        "kl_mean",
+        "kl_p99",
+        "top1_agreement",
+    ] {
+        assert!(object[key].is_number(), "{key}: {object}");
+    }
+    assert!(object["kl_mean"].as_f64().unwrap() > 0.0);
+    let perplexity = object["perplexity"].as_f64().unwrap();
+    assert!((perplexity.ln() - object["nll"].as_f64().unwrap()).abs() < 1e-9);
+    let same: Value = serde_json::from_str(
+        &succeed(
+            home.path(),
+            &["eval", "--text", text, "--against-format", "bf16", "--json"],
+        )
+        .out,
+    )
+    .unwrap();
+    assert_eq!(
+        (same["kl_mean"].as_f64(), same["top1_agreement"].as_f64()),
+        (Some(0.0), Some(1.0))
+    );
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_error() {
+    let home = home();
+    let mut child = phidias(home.path());
+    let mut child = child
+        .args([
+            "run",
+            "-p",
+            "Tell me a long story.",
+            "-n",
+            "300",
+            "--seed",
+            "3",
+            "-q",
+        ])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child
+        .stdout
+        .take()
+        .unwrap()
+        .read_exact(&mut [0; 1])
+        .unwrap();
+    let ran = ran(child.wait_with_output().unwrap());
+    assert_eq!((ran.code, ran.err.as_str()), (Some(0), ""));
+}
+
+#[test]
+#[cfg(unix)]
+fn ctrl_c_ends_cleanly_after_the_current_token() {
+    let home = home();
+    let mut child = phidias(home.path());
+    // Without the model's own end, so that it runs until it is stopped.
+    let mut child = child
+        .args([
+            "run",
+            "-p",
+            "Once upon a time",
+            "--raw",
+            "-n",
+            "100000",
+            "--ctx",
+            "1024",
+            "--seed",
+            "3",
+            "--logit-bias",
+            "2=-100",
+        ])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdout = child.stdout.take().unwrap();
+    stdout.read_exact(&mut [0; 1]).unwrap();
+    Command::new("kill")
+        .args(["-INT", &child.id().to_string()])
+        .status()
+        .unwrap();
+    let mut rest = String::new();
+    stdout.read_to_string(&mut rest).unwrap();
+    let ran = ran(child.wait_with_output().unwrap());
+    assert_eq!(ran.code, Some(0), "{}", ran.err);
+    assert!(rest.ends_with('\n'), "{rest:?}");
+    assert!(ran.err.contains("answer:"), "{}", ran.err);
+}
+
+#[test]
+fn chat_keeps_its_cache_between_turns_and_survives_nonsense() {
+    let home = home();
+    let mut child = phidias(home.path());
+    let mut child = child
+        .args(["chat", "-n", "20", "--temp", "0", "--ctx", "200"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let long = "a very long question ".repeat(100);
+    let lines = format!(
+        "Tell me a story about a fox.\n\n/nonsense\n/image x.png\nAnd a bear?\n{long}\nAnd a king?\n/clear\n/help\nTell me a story about a fox.\n/exit\nnot reached\n"
+    );
+    child
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(lines.as_bytes())
+        .unwrap();
+    let ran = ran(child.wait_with_output().unwrap());
+    assert_eq!(ran.code, Some(0), "{}", ran.err);
+    let turns: Vec<_> = ran
+        .err
+        .lines()
+        .filter(|l| l.starts_with("[prompt: "))
+        .collect();
+    assert_eq!(turns.len(), 4, "{}", ran.err);
+    let prompt = |turn: &str| {
+        turn["[prompt: ".len()..]
+            .split(' ')
+            .next()
+            .unwrap()
+            .parse::<usize>()
+            .unwrap()
+    };
+    // The second turn feeds its own tokens only, not the first turn's answer of 20.
+    assert!(prompt(turns[1]) < prompt(turns[0]) + 5, "{turns:?}");
+    assert!(ran.err.contains("/nonsense: no such command"));
+    assert!(
+        ran.err.contains("the context of 200 tokens is full"),
+        "{}",
+        ran.err
+    );
+    // After /clear the same question gets the same greedy answer.
+    let answers: Vec<_> = ran.out.lines().collect();
+    assert_eq!(answers.first(), answers.last());
+}
