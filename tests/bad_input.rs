@@ -7,9 +7,7 @@ mod common;
 
 use common::*;
 use phidias::engine::checkpoint::CheckpointError;
-use phidias::engine::generate::{
-    Detokenize, Event, GenerateError, GenerateOptions, Sequence, generate,
-};
+use phidias::engine::generate::{Detokenize, Event, GenerateError, GenerateOptions, generate};
 use phidias::engine::machine::Machine;
 use phidias::engine::sampling::SampleError;
 use phidias::engine::{AlignedBytes, Bytes, Cancel};
@@ -175,6 +173,45 @@ fn a_generation_config_out_of_range() {
         folder.path(),
         None,
         &["generation_config.json", "top_p", "3"],
+    );
+}
+
+#[test]
+fn a_tokenizer_for_another_vocabulary_or_none_at_all() {
+    let folder = good();
+    let file = folder.path().join("tokenizer.json");
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizer");
+    // 32011 ids for 61 rows of the embedding.
+    fs::copy(fixtures.join("tokenizer.json"), &file).unwrap();
+    refused(folder.path(), None, &["tokenizer.json", "61"]);
+    for text in ["", "{", "[]", "{}", "{\"version\": \"1.0\", \"model\": {}}"] {
+        fs::write(&file, text).unwrap();
+        refused(folder.path(), None, &["tokenizer.json"]);
+    }
+    // Without one the model opens, for token ids.
+    fs::remove_file(&file).unwrap();
+    open(folder.path(), WeightFormat::F32);
+}
+
+/// The answer ends at `<|end|>` although the configuration names another token only.
+#[test]
+fn the_end_of_a_turn_is_in_the_stop_set() {
+    let mut config = config();
+    config["vocab_size"] = json!(32064);
+    config["eos_token_id"] = json!(32000);
+    let folder = TempDir::new().unwrap();
+    write_model(folder.path(), &config, &weights(&config, "BF16", 1));
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizer");
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        fs::copy(fixtures.join(name), folder.path().join(name)).unwrap();
+    }
+    let generation = json!({ "eos_token_id": [32001] }).to_string();
+    fs::write(folder.path().join("generation_config.json"), generation).unwrap();
+    let model = open(folder.path(), WeightFormat::Bf16);
+    let stop = model.stop_tokens();
+    assert!(
+        [32000, 32001, 32007].iter().all(|id| stop.contains(id)),
+        "{stop:?}"
     );
 }
 
@@ -875,25 +912,6 @@ fn a_context_that_does_not_fit_in_memory() {
     assert_eq!(session.cache().bytes(), 0);
 }
 
-/// A session as the generation loop takes it.
-struct Running(Session);
-
-impl Sequence for Running {
-    type Error = Error;
-    fn ids(&self) -> &[u32] {
-        self.0.ids()
-    }
-    fn vocab(&self) -> usize {
-        self.0.model().config().vocab_size
-    }
-    fn context(&self) -> usize {
-        self.0.context()
-    }
-    fn extend(&mut self, tokens: &[u32]) -> Result<&[f32], Error> {
-        self.0.extend(tokens)
-    }
-}
-
 /// Ids as text.
 struct Numbers;
 
@@ -909,13 +927,13 @@ impl Detokenize for Numbers {
 
 type Generated = Result<phidias::engine::generate::Outcome, GenerateError<Error, std::fmt::Error>>;
 
-fn answer(session: Session, prompt: &[u32]) -> Generated {
+fn answer(mut session: Session, prompt: &[u32]) -> Generated {
     let options = GenerateOptions {
         max_new_tokens: 3,
         ..GenerateOptions::default()
     };
     generate(
-        &mut Running(session),
+        &mut session,
         prompt,
         &options,
         &mut Numbers,

@@ -20,6 +20,8 @@ pub enum ConfigError {
         path: PathBuf,
         source: std::io::Error,
     },
+    #[error("{}: no such file: not a model folder", path.display())]
+    NoConfig { path: PathBuf },
     #[error("{}: not a JSON object: {reason}", path.display())]
     Json { path: PathBuf, reason: String },
     #[error("{}: field '{field}' is missing", path.display())]
@@ -260,9 +262,12 @@ impl Config {
     /// [`ConfigError`].
     pub fn open(folder: &Path) -> Result<Self> {
         let path = folder.join("config.json");
-        let text = fs::read(&path).map_err(|source| ConfigError::Io {
-            path: path.clone(),
-            source,
+        let text = fs::read(&path).map_err(|source| match source.kind() {
+            std::io::ErrorKind::NotFound => ConfigError::NoConfig { path: path.clone() },
+            _ => ConfigError::Io {
+                path: path.clone(),
+                source,
+            },
         })?;
         Self::from_json(&path, &text)
     }
