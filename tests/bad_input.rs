@@ -119,9 +119,9 @@ fn a_file_instead_of_a_folder() {
 fn a_folder_that_is_no_model() {
     let folder = TempDir::new().unwrap();
     fs::write(folder.path().join("notes.txt"), "not a model").unwrap();
-    let error = refused(folder.path(), None, &["config.json"]);
+    let error = refused(folder.path(), None, &["config.json", "not a model"]);
     assert!(
-        matches!(error, Error::Config(ConfigError::Io { .. })),
+        matches!(error, Error::Config(ConfigError::NoConfig { .. })),
         "{error:?}"
     );
     fs::write(folder.path().join("config.json"), config().to_string()).unwrap();

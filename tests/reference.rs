@@ -4,6 +4,8 @@
 //! Runs on `tests/fixtures`, and on the folder that `PHIDIAS_FIXTURES` names when it is set.
 //! Nothing here is keyed to known values: a fixture is whatever its own files say.
 
+use phidias::engine::tensor::Buffer;
+use phidias::engine::{Isa, Kernels};
 use phidias::models::transformer::Point;
 use phidias::{Model, OpenOptions, Session, SessionOptions, WeightFormat};
 use safetensors::SafeTensors;
@@ -102,15 +104,17 @@ fn open(folder: &Path) -> Arc<Model> {
     Arc::new(Model::open(folder, options).unwrap_or_else(|e| panic!("{}: {e}", folder.display())))
 }
 
-fn session(model: &Arc<Model>) -> Session {
-    Session::new(
-        Arc::clone(model),
-        &SessionOptions {
+/// A session on every table of kernels that this CPU can run.
+fn sessions(model: &Arc<Model>) -> impl Iterator<Item = Session> {
+    let tables = Isa::ALL.into_iter().filter_map(Kernels::for_isa);
+    tables.map(|kernels| {
+        let options = SessionOptions {
             chunk: 16,
+            kernels: Some(kernels),
             ..SessionOptions::default()
-        },
-    )
-    .unwrap()
+        };
+        Session::new(Arc::clone(model), &options).unwrap()
+    })
 }
 
 fn relative_error(a: &[f32], b: &[f32]) -> f64 {
@@ -129,102 +133,101 @@ fn argmax(values: &[f32]) -> usize {
     (0..values.len()).fold(0, |best, i| if values[i] > values[best] { i } else { best })
 }
 
-#[test]
-fn logits_at_every_position() {
+/// Every prompt of every fixture, on every table.
+fn each_case(mut check: impl FnMut(&str, &Expected, &str, Session)) {
     for folder in language_models() {
         let (expected, model) = (Expected::read(&folder), open(&folder));
-        let mut worst = 0.0f64;
         for prompt in expected.prompts() {
-            let mut rows = 0;
-            session(&model)
-                .extend_all(
-                    &expected.ids[&format!("{prompt}.input_ids")],
-                    |position, logits| {
-                        let want = expected.row(&format!("{prompt}.logits"), position);
-                        let error = relative_error(logits, want);
-                        worst = worst.max(error);
-                        let at = format!("{} {prompt} position {position}", folder.display());
-                        assert!(error <= TOLERANCE, "{at}: relative error {error:e}");
-                        assert_eq!(argmax(logits), argmax(want), "{at}: argmax");
-                        assert_eq!(position, rows);
-                        rows += 1;
-                    },
-                )
-                .unwrap();
-            assert_eq!(rows, expected.tensors[&format!("{prompt}.logits")].0[0]);
+            for session in sessions(&model) {
+                let isa = session.cpu().kernels().isa();
+                let name = format!("{} {prompt} on {isa}", folder.display());
+                check(&name, &expected, &prompt, session);
+            }
         }
-        println!(
-            "{}: worst relative error of logits {worst:.1e}",
-            folder.display()
-        );
     }
+}
+
+#[test]
+fn logits_at_every_position() {
+    let mut worst = 0.0f64;
+    each_case(|name, expected, prompt, mut session| {
+        let mut rows = 0;
+        let ids = &expected.ids[&format!("{prompt}.input_ids")];
+        let each = |position: usize, logits: &[f32]| {
+            let want = expected.row(&format!("{prompt}.logits"), position);
+            let error = relative_error(logits, want);
+            worst = worst.max(error);
+            assert!(
+                error <= TOLERANCE,
+                "{name}, position {position}: relative error {error:e}"
+            );
+            assert_eq!(
+                argmax(logits),
+                argmax(want),
+                "{name}, position {position}: argmax"
+            );
+            assert_eq!(position, rows);
+            rows += 1;
+        };
+        session.extend_all(ids, each).unwrap();
+        assert_eq!(rows, expected.tensors[&format!("{prompt}.logits")].0[0]);
+    });
+    println!("worst relative error of logits: {worst:.1e}");
 }
 
 #[test]
 fn hidden_states() {
     let mut checked = 0;
-    for folder in language_models() {
-        let (expected, model) = (Expected::read(&folder), open(&folder));
-        for prompt in expected.prompts() {
-            if !expected
-                .tensors
-                .keys()
-                .any(|k| k.starts_with(&format!("{prompt}.hidden.")))
-            {
-                continue;
-            }
-            let mut observe =
-                |point: Point, first: usize, rows: &phidias::engine::tensor::Buffer| {
-                    let name = match point {
-                        Point::Embed => "embed".to_owned(),
-                        Point::AttentionOut(l) => format!("layer{l}_attn_out"),
-                        Point::MlpOut(l) => format!("layer{l}_mlp_out"),
-                        Point::LayerOut(l) => format!("layer{l}_out"),
-                        Point::FinalNorm => "final_norm".to_owned(),
-                    };
-                    let name = format!("{prompt}.hidden.{name}");
-                    if !expected.tensors.contains_key(&name) {
-                        return;
-                    }
-                    for t in 0..rows.rows() {
-                        let error = relative_error(rows.row(t), expected.row(&name, first + t));
-                        assert!(
-                            error <= TOLERANCE,
-                            "{} {name} position {}: {error:e}",
-                            folder.display(),
-                            first + t
-                        );
-                        checked += 1;
-                    }
-                };
-            let ids = &expected.ids[&format!("{prompt}.input_ids")];
-            session(&model)
-                .extend_observed(ids, |_, _| {}, &mut observe)
-                .unwrap();
+    each_case(|case, expected, prompt, mut session| {
+        let prefix = format!("{prompt}.hidden.");
+        if !expected.tensors.keys().any(|k| k.starts_with(&prefix)) {
+            return;
         }
-    }
+        let mut observe = |point: Point, first: usize, rows: &Buffer| {
+            let name = match point {
+                Point::Embed => "embed".to_owned(),
+                Point::AttentionOut(l) => format!("layer{l}_attn_out"),
+                Point::MlpOut(l) => format!("layer{l}_mlp_out"),
+                Point::LayerOut(l) => format!("layer{l}_out"),
+                Point::FinalNorm => "final_norm".to_owned(),
+            };
+            let name = prefix.clone() + &name;
+            if !expected.tensors.contains_key(&name) {
+                return;
+            }
+            for t in 0..rows.rows() {
+                let error = relative_error(rows.row(t), expected.row(&name, first + t));
+                assert!(
+                    error <= TOLERANCE,
+                    "{case}, {name}, position {}: {error:e}",
+                    first + t
+                );
+                checked += 1;
+            }
+        };
+        let ids = &expected.ids[&format!("{prompt}.input_ids")];
+        session
+            .extend_observed(ids, |_, _| {}, &mut observe)
+            .unwrap();
+    });
     assert!(checked > 0, "no hidden states in the fixtures");
 }
 
 #[test]
 fn greedy_continuations() {
-    for folder in language_models() {
-        let (expected, model) = (Expected::read(&folder), open(&folder));
-        for prompt in expected.prompts() {
-            let want = &expected.ids[&format!("{prompt}.greedy_ids")];
-            let mut session = session(&model);
-            let mut next = expected.ids[&format!("{prompt}.input_ids")].clone();
-            for (step, &id) in want.iter().enumerate() {
-                let logits = session.extend(&next).unwrap();
-                let at = format!("{} {prompt} step {step}", folder.display());
-                let error = relative_error(
-                    logits,
-                    expected.row(&format!("{prompt}.greedy_logits"), step),
-                );
-                assert!(error <= TOLERANCE, "{at}: relative error {error:e}");
-                assert_eq!(argmax(logits), id as usize, "{at}");
-                next = vec![id];
-            }
+    each_case(|name, expected, prompt, mut session| {
+        let want = &expected.ids[&format!("{prompt}.greedy_ids")];
+        let mut next = expected.ids[&format!("{prompt}.input_ids")].clone();
+        for (step, &id) in want.iter().enumerate() {
+            let logits = session.extend(&next).unwrap();
+            let reference = expected.row(&format!("{prompt}.greedy_logits"), step);
+            let error = relative_error(logits, reference);
+            assert!(
+                error <= TOLERANCE,
+                "{name}, step {step}: relative error {error:e}"
+            );
+            assert_eq!(argmax(logits), id as usize, "{name}, step {step}");
+            next = vec![id];
         }
-    }
+    });
 }
