@@ -11,8 +11,9 @@ use phidias::engine::generate::{Detokenize, Event, GenerateError, GenerateOption
 use phidias::engine::machine::Machine;
 use phidias::engine::sampling::SampleError;
 use phidias::engine::{AlignedBytes, Bytes, Cancel};
+use phidias::models::Source;
 use phidias::models::config::ConfigError;
-use phidias::models::model::{Source, quantize_folder};
+use phidias::models::quantize::quantize_folder;
 use phidias::{Error, Model, OpenOptions, Session, SessionOptions, WeightFormat};
 use proptest::prelude::*;
 use serde_json::{Value, json};

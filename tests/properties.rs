@@ -9,7 +9,7 @@ use phidias::engine::kv_cache::KvType;
 use phidias::engine::pool::Pool;
 use phidias::engine::tensor::{Buffer, Matrix};
 use phidias::engine::{Cancel, Elements, Kernels};
-use phidias::models::model::quantize_folder;
+use phidias::models::quantize::quantize_folder;
 use phidias::models::session::Crossing;
 use phidias::models::transformer::Transformer;
 use phidias::{Error, Model, OpenOptions, SessionOptions, WeightFormat};

@@ -3,7 +3,8 @@
 //! A small Phi-3 trained on fairy tales; `models/fable/README.md` tells how. It is read by the same
 //! code as a downloaded model: its safetensors bytes lie in the program's own pages.
 
-use crate::model::{Error, Model, OpenOptions, Source, Text};
+use crate::error::Error;
+use crate::model::{Model, OpenOptions, Source, Text};
 use phidias_engine::Bytes;
 
 /// What it is called in messages.

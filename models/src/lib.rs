@@ -6,7 +6,8 @@
 //! | [`blocks`] | attention, MLP, norm, rotary embedding |
 //! | [`transformer`] | the decoder, a layer on a screen |
 //! | [`phi3`] | tensor names, shapes and roles of Phi-3-mini, medium and 3.5-mini |
-//! | [`model`] | opening a folder, quantizing it |
+//! | [`model`] | opening a folder |
+//! | [`format`](mod@format), [`quantize`] | what the matrices are multiplied in; writing them so |
 //! | [`session`] | a sequence of tokens and its cache |
 //! | [`synth`] | folders with random weights in the published shapes |
 //! | `fable` | the demonstration model, built in |
@@ -17,15 +18,20 @@
 
 pub mod blocks;
 pub mod config;
+pub mod error;
 #[cfg(feature = "fable")]
 pub mod fable;
+pub mod format;
 pub mod model;
 pub mod phi3;
+pub mod quantize;
 pub mod session;
 pub mod synth;
 pub mod text;
 pub mod transformer;
 
 pub use config::{Config, GenerationConfig};
-pub use model::{Error, Model, OpenOptions, Source, Text, WeightFormat};
+pub use error::Error;
+pub use format::WeightFormat;
+pub use model::{Model, OpenOptions, Source, Text};
 pub use session::{Crossing, Session, SessionOptions};

@@ -2,7 +2,9 @@
 
 use crate::blocks::rope::Regime;
 use crate::config::Config;
-use crate::model::{Error, Model, WeightFormat};
+use crate::error::Error;
+use crate::format::WeightFormat;
+use crate::model::Model;
 use crate::phi3;
 use crate::text::{Detokenizer, TextError};
 use crate::transformer::{Cancelled, Observer, Pass, Workspace};

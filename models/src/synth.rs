@@ -28,8 +28,10 @@ mod vocabulary;
 pub use presets::{Preset, UnknownPreset};
 
 use crate::config::Config;
-use crate::model::{Error, WeightFormat, new_folder, write_file};
+use crate::error::Error;
+use crate::format::WeightFormat;
 use crate::phi3::{self, Role, Spec};
+use crate::quantize::{new_folder, write_file};
 use phidias_engine::Cancel;
 use phidias_engine::checkpoint::SINGLE;
 use phidias_engine::checkpoint::prepack::{Item, Prepack, Treatment, Values};

@@ -5,7 +5,7 @@ use super::console::Unit;
 use super::open::{Origin, Setup};
 use anyhow::{Result, bail};
 use phidias::engine::memory::Size;
-use phidias::models::model::quantize_folder;
+use phidias::models::quantize::quantize_folder;
 use phidias::{OpenOptions, WeightFormat};
 
 /// Writes MODEL in another format to OUT.

@@ -1,6 +1,6 @@
 //! The published shapes.
 
-use crate::model::WeightFormat;
+use crate::format::WeightFormat;
 use serde_json::{Map, Value, json};
 use std::fmt;
 use std::str::FromStr;

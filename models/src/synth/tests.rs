@@ -1,5 +1,6 @@
 use super::*;
-use crate::model::{Model, OpenOptions, Source, quantize_folder};
+use crate::model::{Model, OpenOptions, Source};
+use crate::quantize::quantize_folder;
 use crate::session::{Session, SessionOptions};
 use crate::text::{Bos, Builtin, ChatTemplate, GenerationPrompt, Message, Special, Tokenizer};
 use phidias_engine::checkpoint::CheckpointError;
