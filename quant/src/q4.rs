@@ -7,8 +7,9 @@
 //! `d = <x, q> / <q, q>`, and it leaves the error `|x|^2 - <x, q>^2 / <q, q>`; so it is enough to
 //! try the roundings that a small range of scales gives and keep the largest `<x, q>^2 / <q, q>`.
 
-use crate::{BLOCK, round};
+use crate::BLOCK;
 use half::f16;
+use wide::f32x8;
 
 /// The nibble that stands for zero.
 pub const ZERO: i32 = 8;
@@ -46,15 +47,10 @@ pub fn quantize(x: &[f32; BLOCK]) -> Option<BlockQ4> {
     let mut best = (0.0f32, 0.0f32); // (error removed, scale)
     if amax > 0.0 && amax < f32::MAX / 16.0 {
         // Unit magnitude keeps the sums clear of overflow and of subnormals.
-        let unit = x.map(|v| v / amax);
+        let unit = eights(&x.map(|v| v / amax));
         for level in LEVELS {
             for inverse in [level, -level] {
-                let (mut xq, mut qq) = (0.0f32, 0.0f32);
-                for &v in &unit {
-                    let q = round(v * inverse).clamp(-8.0, 7.0);
-                    xq += v * q;
-                    qq += q * q;
-                }
+                let (xq, qq) = products(&unit, inverse);
                 if qq > 0.0 && xq * xq > best.0 * qq {
                     best = (xq * xq / qq, xq / qq * amax);
                 }
@@ -67,9 +63,40 @@ pub fn quantize(x: &[f32; BLOCK]) -> Option<BlockQ4> {
     }
     let step = scale.to_f32();
     let inverse = if step == 0.0 { 0.0 } else { 1.0 / step };
-    let level = |v: f32| (round((v * inverse).clamp(-8.0, 7.0)) + ZERO as f32) as u8;
-    let nibbles = std::array::from_fn(|j| level(x[j]) | level(x[j + BLOCK / 2]) << 4);
+    let levels = eights(x).map(|v| level(v * inverse).to_array());
+    let nibble = |i: usize| (levels[i / 8][i % 8] + ZERO as f32) as u8;
+    let nibbles = std::array::from_fn(|j| nibble(j) | nibble(j + BLOCK / 2) << 4);
     Some(BlockQ4 { scale, nibbles })
+}
+
+fn eights(x: &[f32; BLOCK]) -> [f32x8; BLOCK / 8] {
+    let (eights, _) = x.as_chunks::<8>();
+    std::array::from_fn(|i| f32x8::new(eights[i]))
+}
+
+/// The level of each weight in units of the scale.
+///
+/// Rounding as [`crate::round`]; minimum and maximum may lose NaN, which cannot come here.
+#[inline(always)]
+fn level(v: f32x8) -> f32x8 {
+    let magic = f32x8::splat(12_582_912.0);
+    let rounded = (v + magic) - magic;
+    rounded
+        .fast_max(f32x8::splat(-8.0))
+        .fast_min(f32x8::splat(7.0))
+}
+
+/// `<x, q>` and `<q, q>` of the levels that `inverse`, one over the scale, gives.
+#[inline(always)]
+fn products(x: &[f32x8; BLOCK / 8], inverse: f32) -> (f32, f32) {
+    let (mut xq, mut qq) = (f32x8::ZERO, f32x8::ZERO);
+    for &x in x {
+        let q = level(x * inverse);
+        xq += x * q;
+        qq += q * q;
+    }
+    // Lane by lane: every machine writes the same file.
+    (xq.to_array().iter().sum(), qq.to_array().iter().sum())
 }
 
 /// The weights a block stands for.
@@ -86,6 +113,7 @@ pub fn dequantize(block: &BlockQ4) -> [f32; BLOCK] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::round;
     use proptest::prelude::*;
 
     fn squared_error(x: &[f32; BLOCK], block: &BlockQ4) -> f64 {
