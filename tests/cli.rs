@@ -372,6 +372,40 @@ fn failures_are_exit_code_1_and_say_what_was_found() {
     assert!(!Path::new(&at("l")).exists());
 }
 
+/// A pipe is written to, and still is one afterwards.
+#[test]
+#[cfg(unix)]
+fn a_pipe_is_not_replaced_by_a_file() {
+    use std::os::unix::fs::FileTypeExt;
+    let home = home();
+    let pipe = home.path().join("pipe");
+    assert!(
+        Command::new("mkfifo")
+            .arg(&pipe)
+            .status()
+            .unwrap()
+            .success()
+    );
+    let reader = std::thread::spawn({
+        let pipe = pipe.clone();
+        move || fs::read(pipe).unwrap()
+    });
+    succeed(
+        home.path(),
+        &["logits", "--tokens", "1,2", "--out", pipe.to_str().unwrap()],
+    );
+    assert!(fs::metadata(&pipe).unwrap().file_type().is_fifo());
+    let bytes = reader.join().unwrap();
+    assert_eq!(
+        SafeTensors::deserialize(&bytes)
+            .unwrap()
+            .tensor("logits")
+            .unwrap()
+            .shape()[0],
+        2
+    );
+}
+
 #[test]
 fn logits_are_written_as_documented() {
     let home = home();

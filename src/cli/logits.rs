@@ -4,9 +4,10 @@ use super::args::{Global, Logits};
 use super::open::Setup;
 use super::run::prompt_ids;
 use anyhow::{Context, Result};
-use phidias::WeightFormat;
+use phidias::{Session, WeightFormat};
 use serde_json::json;
-use std::io::{BufWriter, Write};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
 /// Writes `input_ids [n] i64` and `logits [n, vocab] f32`.
@@ -26,45 +27,47 @@ pub fn logits(args: &Logits, global: &Global) -> Result<()> {
         None => args.tokens.clone(),
     };
     let mut session = setup.session(&model, &args.running)?;
-    let vocab = model.config().vocab_size;
     let name = || args.out.display().to_string();
-    // Under a temporary name beside it, so that a reader sees the whole file or none.
-    let parent = args
-        .out
-        .parent()
-        .filter(|p| !p.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
-    let mut file = tempfile::Builder::new()
-        .prefix(".logits-")
-        .tempfile_in(parent)
-        .with_context(name)?;
-    let mut out = BufWriter::new(file.as_file_mut());
-    out.write_all(&header(ids.len(), vocab))
-        .with_context(name)?;
-    for id in &ids {
-        out.write_all(&i64::from(*id).to_le_bytes())
+    if fs::metadata(&args.out).is_ok_and(|m| !m.is_file()) {
+        // A pipe or a device is written to; renaming over it would replace it.
+        let mut file = OpenOptions::new()
+            .write(true)
+            .open(&args.out)
+            .with_context(name)?;
+        write(&mut session, &ids, &mut file)?.with_context(name)?;
+    } else {
+        // Under a temporary name beside it, so that a reader sees the whole file or none.
+        let parent = args.out.parent().filter(|p| !p.as_os_str().is_empty());
+        let mut file = temporary()
+            .tempfile_in(parent.unwrap_or(Path::new(".")))
+            .with_context(name)?;
+        write(&mut session, &ids, file.as_file_mut())?.with_context(name)?;
+        file.persist(&args.out)
+            .map_err(|e| e.error)
             .with_context(name)?;
     }
-    let mut written = Ok(());
-    session.extend_all(&ids, |_, logits| {
-        if written.is_ok() {
-            written = logits
-                .iter()
-                .try_for_each(|v| out.write_all(&v.to_le_bytes()));
-        }
-    })?;
-    written.and_then(|()| out.flush()).with_context(name)?;
-    drop(out);
-    make_readable(file.as_file()).with_context(name)?;
-    file.persist(&args.out)
-        .map_err(|e| e.error)
-        .with_context(name)?;
     setup.console.note(format_args!(
-        "{}: {} x {vocab}",
+        "{}: logits of {} tokens",
         args.out.display(),
         ids.len()
     ));
     Ok(())
+}
+
+/// Writes the whole file: what the model says as an error of the outer result, the writer's inside.
+fn write(session: &mut Session, ids: &[u32], file: &mut File) -> Result<io::Result<()>> {
+    let mut out = BufWriter::new(file);
+    let mut written = out.write_all(&header(ids.len(), session.model().config().vocab_size));
+    let mut put = |bytes: &[u8]| {
+        if written.is_ok() {
+            written = out.write_all(bytes);
+        }
+    };
+    ids.iter().for_each(|id| put(&i64::from(*id).to_le_bytes()));
+    session.extend_all(ids, |_, logits| {
+        logits.iter().for_each(|v| put(&v.to_le_bytes()))
+    })?;
+    Ok(written.and_then(|()| out.flush()))
 }
 
 fn header(tokens: usize, vocab: usize) -> Vec<u8> {
@@ -80,14 +83,14 @@ fn header(tokens: usize, vocab: usize) -> Vec<u8> {
     bytes
 }
 
-/// Temporary files are private; a result is not.
-fn make_readable(file: &std::fs::File) -> std::io::Result<()> {
+/// A file that is not private, as temporary ones are otherwise: the user's mask decides.
+fn temporary() -> tempfile::Builder<'static, 'static> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".logits-");
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;
-        file.set_permissions(std::fs::Permissions::from_mode(0o644))?;
+        builder.permissions(fs::Permissions::from_mode(0o666));
     }
-    #[cfg(not(unix))]
-    let _ = file;
-    Ok(())
+    builder
 }
