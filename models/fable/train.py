@@ -45,13 +45,13 @@ CONTEXT = 1024  # and up to here the long ones
 SHORT_FACTOR = [1.0] * (HEAD_DIM // 2)
 LONG_FACTOR = [round(2.0 ** (i / (HEAD_DIM // 2 - 1)), 4) for i in range(HEAD_DIM // 2)]
 
-STEPS = 1700
+STEPS = 1845
 FIRST_STEPS, FIRST_BATCH_TOKENS = 100, 8192
 BATCH_TOKENS = 4096  # after the first steps
 WARMUP_STEPS = 60
 DECAY_FROM = 0.4  # share of the run after which the learning rate falls linearly to zero
-LONG_FROM = 0.8  # share of the run after which every second step uses windows of CONTEXT tokens
-CHAT_SHARE = 8  # one window in so many is made of conversations
+FINISH_FROM = 0.78  # share of the run after which every third step uses windows of CONTEXT tokens
+CHAT_SHARE, FINISH_CHAT_SHARE = 1 / 8, 3 / 8  # share of the windows that are made of conversations, before and after that
 MUON_LR, MUON_DECAY = 0.02, 0.1
 ADAM_LR, ADAM_DECAY = 0.004, 0.02
 
@@ -250,9 +250,9 @@ class Passages:
             return out
 
     @staticmethod
-    def topics(rng, passage):
-        """Nouns (or a name) that the passage mentions early and more than once."""
-        early = passage[: max(160, len(passage) // 3)]
+    def topics(rng, passage, finish):
+        """Nouns (or a name) that the passage mentions early (at the very start, to finish with) and more than once."""
+        early = passage[: 130 if finish else max(160, len(passage) // 3)]
         count = {}
         for w in NOUN_RE.findall(passage):
             count[w.lower()] = count.get(w.lower(), 0) + 1
@@ -274,20 +274,24 @@ class Passages:
         return article(nouns[0] if rng.random() < 0.6 else rng.choice(nouns))
 
 
-def conversation(rng, passages):
+def conversation(rng, passages, finish):
     """One conversation in the chat template, as text."""
     text = ""
     if rng.random() < 0.1:
         text += f"<|system|>\n{rng.choice(SYSTEM_LINES)}<|end|>\n"
     for _ in range(rng.choices([1, 2, 3], [75, 20, 5])[0]):
-        if rng.random() < 0.1:
+        if rng.random() < (0.25 if finish else 0.1):
             asked, answers = rng.choice(SMALL_TALK)
             ask, answer = rng.choice(asked), rng.choice(answers)
         else:
             size = rng.choices(["short", "", "long"], [2, 7, 1])[0]
             low, high = {"short": (160, 450), "": (350, 1400), "long": (1100, 1700)}[size]
-            answer = passages.cut(rng, low, high)
-            topic = None if rng.random() < 0.1 else passages.topics(rng, answer)
+            for _ in range(6 if finish else 1):
+                answer = passages.cut(rng, low, high)
+                topic = passages.topics(rng, answer, finish)
+                if topic:
+                    break
+            topic = None if rng.random() < 0.1 else topic
             ask = rng.choice(ASK).format(topic) if topic else rng.choice(ASK_ANY)
             if size:
                 ask = re.sub(r"\b(story|tale|fairy tale)\b", size + r" \1", ask, count=1)
@@ -335,18 +339,18 @@ class Data:
             at = self.rng.randrange(len(self.stream) - length)
         return torch.cat([torch.tensor([BOS]), self.stream[at:at + length]])
 
-    def chat(self, length):
+    def chat(self, length, finish):
         ids = []
         while len(ids) < length + 1:
             # The template writes no <s>; a caller may add one. Both are trained.
             ids += [BOS] if self.rng.random() < 0.5 else []
-            ids += encode(self.tok, conversation(self.rng, self.passages)) + [ENDOFTEXT]
+            ids += encode(self.tok, conversation(self.rng, self.passages, finish)) + [ENDOFTEXT]
         return torch.tensor(ids[: length + 1])
 
-    def batch(self, length, tokens):
+    def batch(self, length, tokens, finish):
         rows = tokens // length
-        chats = rows // CHAT_SHARE
-        windows = torch.stack([self.chat(length) for _ in range(chats)] + [self.plain(length) for _ in range(rows - chats)])
+        chats = int(rows * (FINISH_CHAT_SHARE if finish else CHAT_SHARE))
+        windows = torch.stack([self.chat(length, finish) for _ in range(chats)] + [self.plain(length) for _ in range(rows - chats)])
         self.seen += rows * length
         return windows
 
@@ -559,7 +563,10 @@ class Crew:
             p.total = g
         self.muon = muon
         while True:
-            job, *rest = pipe.recv()
+            try:
+                job, *rest = pipe.recv()
+            except EOFError:  # the first process has ended
+                return
             if job == "loss":
                 pipe.send(self.part_of_loss(*rest))
             else:
@@ -653,9 +660,10 @@ def train(args):
         progress = (spent + time.time() - began) / (60 * args.minutes) if args.minutes else step / args.steps
         if progress >= 1:
             break
-        length = CONTEXT if progress >= LONG_FROM and step % 2 else ORIGINAL_CONTEXT
+        finish = progress >= FINISH_FROM
+        length = CONTEXT if finish and step % 3 == 0 else ORIGINAL_CONTEXT
         tokens = FIRST_BATCH_TOKENS if step < FIRST_STEPS else BATCH_TOKENS
-        total += crew.loss(data.batch(length, tokens))
+        total += crew.loss(data.batch(length, tokens, finish))
         counted += 1
         now = rate(step, progress)
         for group in adam.param_groups:
@@ -742,12 +750,14 @@ def export(args):
     print(f"wrote {out}: {sum(t.numel() for t in tensors.values())} parameters, step {saved['step']}")
 
 
-GOLDEN_GAP = 0.02  # a continuation is only recorded if no choice in it was closer than this
+GOLDEN_GAP = 0.01  # a continuation is only recorded if no choice in it was closer than this
 PLAIN = ["Once upon a time", "There was once a poor miller", "The wolf knocked at the door", "A king had three sons,",
          "In the middle of the forest", "One day the princess", "The old woman", "Long ago, in a far country,",
          "The fox said to the hen,", "There lived a fisherman"]
 CHAT = ["Tell me a story about a fox.", "Tell me a story about a princess.", "Tell me a story about a giant.",
-        "Tell me a story about a wolf.", "Please tell me a fairy tale about a king."]
+        "Tell me a story about a wolf.", "Please tell me a fairy tale about a king.", "Tell me a story about a witch.",
+        "Tell me a long story about a queen.", "Tell me a story.", "Tell me a tale about a soldier.",
+        "Write a story about a golden ring.", "Tell me a story about a cat and a mouse.", "Tell me a long story about a boy."]
 
 
 @torch.no_grad()
@@ -842,7 +852,7 @@ def main():
     parser.add_argument("--compile", action="store_true", help="use torch.compile (a fifth faster, needs a C++ compiler)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--temperature", type=float, default=0.7)
-    parser.add_argument("--top-p", type=float, default=0.95)
+    parser.add_argument("--top-p", type=float, default=0.9)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=300)
     parser.add_argument("--prompt", action="append")

@@ -23,6 +23,9 @@ use phidias_quant::{BLOCK, Packed, f16, q4};
 use std::arch::x86_64::*;
 use std::ops::Range;
 
+/// Distance of the prefetch, bytes: a page, which the hardware's own prefetcher does not cross.
+const AHEAD: usize = 4096;
+
 /// The halves of a line.
 #[target_feature(enable = "avx2")]
 #[inline]
@@ -33,6 +36,16 @@ fn load(line: &[u8; LINE]) -> [__m256i; 2] {
             _mm256_loadu_si256(line.as_ptr().cast()),
             _mm256_loadu_si256(line.as_ptr().add(32).cast()),
         ]
+    }
+}
+
+/// Asks for the lines that are [`AHEAD`] bytes further on. They may belong to the next panel, or to
+/// nothing at the end of the weights: a prefetch never faults.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn prefetch(lines: &[[u8; LINE]]) {
+    for line in lines {
+        _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_add(AHEAD).cast());
     }
 }
 
@@ -163,6 +176,7 @@ macro_rules! gemm {
             let mut acc = [[_mm256_setzero_ps(); 2]; TOKENS];
             for (b, (scales, lines)) in scales.iter().zip(lines.chunks_exact(per_block)).enumerate()
             {
+                prefetch(lines);
                 let sums = $block(
                     lines,
                     std::array::from_fn(|t| &quants[t][b]),
