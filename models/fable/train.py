@@ -274,13 +274,22 @@ class Passages:
         return article(nouns[0] if rng.random() < 0.6 else rng.choice(nouns))
 
 
-def conversation(rng, passages, finish):
-    """One conversation in the chat template, as text."""
+def opening(rng, passage):
+    """The first words of a passage, as somebody types them who wants the story told."""
+    words = passage.split()
+    return " ".join(words[: rng.randint(2, min(7, len(words)))]).rstrip(",;:.\"'") + rng.choice(["", "", "...", ","])
+
+
+def conversation(rng, passages, finish, openings=0.0):
+    """One conversation in the chat template, as text. A share of the requests are a story's first words."""
     text = ""
     if rng.random() < 0.1:
         text += f"<|system|>\n{rng.choice(SYSTEM_LINES)}<|end|>\n"
     for _ in range(rng.choices([1, 2, 3], [75, 20, 5])[0]):
-        if rng.random() < (0.25 if finish else 0.1):
+        if rng.random() < openings:
+            answer = passages.cut(rng, 350, 1400)
+            ask = opening(rng, answer)
+        elif rng.random() < (0.25 if finish else 0.1):
             asked, answers = rng.choice(SMALL_TALK)
             ask, answer = rng.choice(asked), rng.choice(answers)
         else:
@@ -339,12 +348,12 @@ class Data:
             at = self.rng.randrange(len(self.stream) - length)
         return torch.cat([torch.tensor([BOS]), self.stream[at:at + length]])
 
-    def chat(self, length, finish):
+    def chat(self, length, finish, openings=0.0):
         ids = []
         while len(ids) < length + 1:
             # The template writes no <s>; a caller may add one. Both are trained.
             ids += [BOS] if self.rng.random() < 0.5 else []
-            ids += encode(self.tok, conversation(self.rng, self.passages, finish)) + [ENDOFTEXT]
+            ids += encode(self.tok, conversation(self.rng, self.passages, finish, openings)) + [ENDOFTEXT]
         return torch.tensor(ids[: length + 1])
 
     def batch(self, length, tokens, finish):
@@ -689,6 +698,36 @@ def train(args):
 # ---------------------------------------------------------------------------------------------
 
 
+POLISH_STEPS, POLISH_LR = 90, 4e-4
+
+
+def polish(args):
+    """A short last stage: half plain text, half conversations in which stories are also asked for by their first words."""
+    work = Path(args.work)
+    saved = torch.load(work / "checkpoint.pt", weights_only=False)
+    tok = Tokenizer.from_file(str(work / "tokenizer.json"))
+    data = Data(tok, split_corpus(Path(args.train).read_text())[0])
+    data.load(saved["data"])
+    torch.manual_seed(SEED)
+    model = Phi3()
+    model.load_state_dict(saved["model"])
+    adam = torch.optim.AdamW(model.parameters(), lr=POLISH_LR, betas=(0.9, 0.98), weight_decay=0.0)
+    for step in range(POLISH_STEPS):
+        for group in adam.param_groups:
+            group["lr"] = POLISH_LR * min(1.0, (step + 1) / 10) * (1 - step / POLISH_STEPS)
+        chats = [data.chat(ORIGINAL_CONTEXT, True, openings=0.45) for _ in range(4)]
+        plain = [data.plain(ORIGINAL_CONTEXT) for _ in range(4)]
+        loss = model.loss(torch.stack(chats + plain))
+        adam.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adam.step()
+        if step % 10 == 9:
+            print(f"polish {step + 1} loss {loss.item():.4f}", flush=True)
+    saved["model"] = model.state_dict()
+    torch.save(saved, work / "checkpoint.pt")
+
+
 def config():
     return {
         "architectures": ["Phi3ForCausalLM"],
@@ -841,7 +880,7 @@ def sample(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["all", "tokenizer", "train", "export", "golden", "sample"])
+    parser.add_argument("stage", choices=["all", "tokenizer", "train", "polish", "export", "golden", "sample"])
     parser.add_argument("--train", help="text to train on: one paragraph a line, an empty line between stories")
     parser.add_argument("--valid", help="text for the figures only")
     parser.add_argument("--work", default="build", help="folder for checkpoints and the log")
@@ -865,6 +904,8 @@ def main():
         tok.save(str(Path(args.work) / "tokenizer.json"), pretty=False)
     if args.stage in ("all", "train"):
         train(args)
+    if args.stage in ("all", "polish"):
+        polish(args)
     if args.stage in ("all", "export"):
         export(args)
     if args.stage in ("all", "golden"):
