@@ -3,6 +3,7 @@
 //! Everything runs on the built-in demonstration model or on the fixtures; nothing needs a network.
 #![cfg(feature = "fable")]
 
+use phidias::engine::Isa;
 use safetensors::SafeTensors;
 use serde_json::Value;
 use std::fs;
@@ -265,10 +266,20 @@ fn bad_usage_is_exit_code_2() {
     assert_eq!(isa.code, Some(2));
     assert!(
         isa.err
-            .contains("unknown instruction set 'sse9'; this build has: scalar"),
+            .contains("unknown instruction set 'sse9'; expected one of: scalar"),
         "{}",
         isa.err
     );
+    // One that there is a table for, but not on this CPU.
+    for isa in Isa::ALL.into_iter().filter(|isa| !isa.is_available()) {
+        let arguments = ["run", "-p", "x", "--isa", isa.name()];
+        fail(
+            home.path(),
+            1,
+            &arguments,
+            &[isa.name(), "this CPU cannot run it"],
+        );
+    }
 }
 
 #[test]

@@ -79,7 +79,7 @@ pub struct Running {
     /// Most tokens of prompt and answer together [default: the model's, at most 8192]
     #[arg(long, value_name = "N")]
     pub ctx: Option<usize>,
-    /// What the KV cache stores: f32, f16 or bf16 [default: f16; f32 with --format f32]
+    /// What the KV cache stores: f32, f16, bf16 or int8 [default: f16; f32 with --format f32]
     #[arg(long, value_name = "TYPE", value_parser = kv_type)]
     pub kv: Option<KvType>,
     /// When a LongRoPE sequence outgrows its original length: `exact` computes the cache again once,
@@ -279,7 +279,7 @@ pub struct Eval {
 }
 
 fn kv_type(name: &str) -> Result<KvType, String> {
-    let unknown = || format!("unknown type '{name}'; expected f32, f16 or bf16");
+    let unknown = || format!("unknown type '{name}'; expected f32, f16, bf16 or int8");
     KvType::ALL
         .into_iter()
         .find(|t| t.name() == name)
