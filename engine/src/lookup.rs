@@ -8,6 +8,7 @@
 //! Yang et al., *Inference with Reference*, arXiv:2304.04487.)
 
 use std::collections::HashMap;
+use std::convert::Infallible;
 
 /// The most tokens that can be proposed for one pass. More never pays: by then a pass is bound by
 /// arithmetic, and guesses that far ahead are rarely right.
@@ -92,22 +93,40 @@ impl LookupStats {
     /// [`GenerateOptions`](crate::generate::GenerateOptions::lookup).
     #[must_use]
     pub fn of_text(ids: &[u32], start: usize, lookup: usize) -> Self {
+        let Ok(stats) = Self::of_passes(ids, start, lookup, |_, _| Ok::<(), Infallible>(()));
+        stats
+    }
+
+    /// [`LookupStats::of_text`] that shows every pass: `pass(at, tokens)` is to compute `tokens`, one
+    /// that is certain and the guesses behind it, after `ids[..at]`.
+    ///
+    /// # Errors
+    /// What `pass` returns.
+    pub fn of_passes<E>(
+        ids: &[u32],
+        start: usize,
+        lookup: usize,
+        mut pass: impl FnMut(usize, &[u32]) -> Result<(), E>,
+    ) -> Result<Self, E> {
         let mut stats = Self::default();
         let mut index = NgramIndex::default();
-        let mut draft = Vec::new();
-        let mut at = start + 1; // the first token is the prompt's
-        while at < ids.len() {
-            draft.clear();
-            index.update(&ids[..at]);
-            index.propose(&ids[..at], lookup.min(ids.len() - at - 1), &mut draft);
-            let right = draft.iter().zip(&ids[at..]).take_while(|(a, b)| a == b);
-            let accepted = right.count();
+        let mut tokens = Vec::new();
+        let mut at = start; // this token is known: the first one from the prompt's own pass
+        while at + 1 < ids.len() {
+            let known = &ids[..=at];
+            tokens.clear();
+            tokens.push(ids[at]);
+            index.update(known);
+            index.propose(known, lookup.min(ids.len() - at - 2), &mut tokens);
+            pass(at, &tokens)?;
+            let right = tokens.iter().zip(&ids[at..]).take_while(|(a, b)| a == b);
+            let computed = right.count();
             stats.passes += 1;
-            stats.proposed += draft.len();
-            stats.accepted += accepted;
-            at += accepted + 1;
+            stats.proposed += tokens.len() - 1;
+            stats.accepted += computed - 1;
+            at += computed;
         }
-        stats
+        Ok(stats)
     }
 }
 
