@@ -673,7 +673,7 @@ mod tests {
             let (before, calls) = (self.ids.len(), self.calls.len());
             for at in before..before + tokens.len() {
                 match self.extend(&tokens[at - before..=at - before]) {
-                    Ok(logits) => each(at, &logits.to_vec()),
+                    Ok(logits) => each(at, logits),
                     Err(error) => {
                         self.truncate(before);
                         return Err(error);
@@ -1095,6 +1095,11 @@ mod tests {
         assert_eq!(outcome.lookup, stats);
         let text = [&[9], &script[..]].concat();
         assert_eq!(LookupStats::of_text(&text, 1, 7), stats);
+
+        // Nothing is computed that could not be sampled any more.
+        let mut sequence = Scripted::new(1, &script);
+        hear(&mut sequence, &[9], &looking_up(38, 7), ABC);
+        assert_eq!(sequence.calls, [1, 1, 1, 1, 1, 1, 1, 8, 8, 8, 7]);
     }
 
     #[test]
