@@ -22,7 +22,8 @@ pub struct Sample {
     pub text: &'static str,
 }
 
-/// A tale that says most things three times, as tales do, and one that says nothing twice.
+/// A tale that says most things three times, as tales do, and one that only uses the same words now
+/// and then.
 pub const SAMPLES: [Sample; 2] = [
     Sample {
         name: "refrain",
@@ -49,16 +50,18 @@ When the flour was ground, she said: \"Who will help me to bake the bread?\"
     Sample {
         name: "plain",
         text: "\
-A fisherman's daughter lived where two rivers meet. One autumn morning, while mist still covered the \
-reeds, something bright caught in her net: a silver key, no longer than a thumb. Nobody in that village \
-owned any lock so small. She hung it round her neck and forgot about it until winter, when an old \
-pedlar, half frozen, knocked at their door asking for shelter. Her father gave him soup; she brought dry \
-stockings and made up a bed beside the stove. Before dawn he had gone, leaving behind only his wooden \
-box. Its lid would not open, though they pulled, shook and even warmed it over the coals. Then the girl \
-remembered. Softly the key turned. Inside lay neither gold nor jewels, but seven seeds wrapped in moss, \
-with a note written by some careful hand: plant us upon the night when frost is hardest. Neighbours \
-laughed at such advice. Yet under January stars she broke the iron ground, and by Easter apple trees \
-stood blooming all along the bank, white as geese.
+A fisherman's daughter lived in a house by the river, where the water comes down from the hills and runs \
+into the sea. One autumn morning, when the mist was still in the reeds, something bright was caught in \
+her net: a silver key, no longer than a thumb. Nobody in the village had a lock so small. She hung it \
+round her neck and thought no more of it until the winter, when an old pedlar, half frozen, knocked at \
+the door and asked for shelter. Her father gave him a bowl of soup, and she made up a bed for him by the \
+stove. Before it was light he had gone on his way, and all he had left in the room was a wooden box. \
+They pulled at the lid, they shook it, and at last they held it over the coals, but it would not open. \
+Then the girl remembered the key. It turned softly in the lock, and inside there lay neither gold nor \
+jewels, but seven seeds in a bed of moss, and a note in a careful hand: plant us on the night when the \
+frost is hardest. The neighbours laughed at her. But under the stars of January she broke the ground \
+with an iron spade, and by Easter there were seven apple trees along the bank of the river, as white as \
+the geese that slept in their shade.
 ",
     },
 ];

@@ -5,6 +5,7 @@ mod common;
 use common::*;
 use phidias::engine::Cancel;
 use phidias::engine::generate::{Detokenize, FinishReason, GenerateOptions, Outcome, generate};
+use phidias::engine::kv_cache::KvType;
 use phidias::engine::lookup::MAX_LOOKUP;
 use phidias::engine::sampling::SamplingParams;
 use phidias::models::session::Crossing;
@@ -139,6 +140,7 @@ proptest! {
         n in 0usize..60,
         chunk in prop_oneof![Just(1usize), 2usize..6, Just(512)],
         rotate: bool,
+        kv in 0..KvType::ALL.len(),
         temperature in prop_oneof![Just(0.0f32), 0.3f32..1.2],
         penalties in (prop_oneof![Just(1.0f32), 0.8f32..1.5], 0.0f32..0.5, 0.0f32..0.5),
         repeat_last_n in prop_oneof![Just(None), (0usize..20).prop_map(Some)],
@@ -169,6 +171,7 @@ proptest! {
         let answer = |lookup| {
             let mut session = session(model, SessionOptions {
                 chunk,
+                kv_type: Some(KvType::ALL[kv]),
                 crossing: if rotate { Crossing::Rotate } else { Crossing::Exact },
                 ..run(context)
             });
