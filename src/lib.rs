@@ -40,6 +40,7 @@ use std::sync::Arc;
 pub mod eval;
 #[cfg(feature = "hub")]
 pub mod hub;
+pub mod lookup;
 
 pub use phidias_engine as engine;
 pub use phidias_engine::generate::{Event, FinishReason, GenerateOptions, Outcome, generate};

@@ -415,6 +415,23 @@ impl Sequence for Session {
     fn extend(&mut self, tokens: &[u32]) -> Result<&[f32], Error> {
         Self::extend(self, tokens)
     }
+    fn extend_all(
+        &mut self,
+        tokens: &[u32],
+        each: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<(), Error> {
+        Self::extend_all(self, tokens, each)
+    }
+    fn truncate(&mut self, len: usize) {
+        Self::truncate(self, len);
+    }
+    /// A pass uses the factors of its whole length, so it must not cross the original length before
+    /// its first token does.
+    fn lookahead(&self) -> usize {
+        let next = self.ids.len() + 1;
+        let end = self.model.transformer().rope.regime_end(next);
+        end.min(self.context).saturating_sub(next)
+    }
 }
 
 impl Detokenize for Detokenizer {

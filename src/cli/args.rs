@@ -147,6 +147,10 @@ pub struct Sampling {
     /// Add B to the logit of token ID; may be given several times
     #[arg(long, value_name = "ID=B", value_parser = logit_bias)]
     pub logit_bias: Vec<(u32, f32)>,
+    /// Where the last tokens have stood before in prompt or answer, guess up to N tokens that follow
+    /// and check them in one pass: the same answer, sooner when it repeats something; 0: off
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = lookup)]
+    pub lookup: usize,
 }
 
 #[derive(Debug, Args)]
@@ -290,6 +294,12 @@ fn threads(text: &str) -> Result<usize, String> {
     let max = phidias::engine::pool::MAX_THREADS;
     let count = text.parse().ok().filter(|n| (1..=max).contains(n));
     count.ok_or_else(|| format!("expected 1 to {max}"))
+}
+
+fn lookup(text: &str) -> Result<usize, String> {
+    let max = phidias::engine::lookup::MAX_LOOKUP;
+    let count = text.parse().ok().filter(|n| (0..=max).contains(n));
+    count.ok_or_else(|| format!("expected 0 to {max}"))
 }
 
 fn logit_bias(text: &str) -> Result<(u32, f32), String> {
