@@ -7,6 +7,9 @@
 //!
 //! Kernels work on the range they are given. They know no threads, no allocation, no model.
 
+// Tiles are indexed by the letters of the maths, several arrays by the same one.
+#![allow(clippy::needless_range_loop)]
+
 pub mod cpu;
 pub mod view;
 
