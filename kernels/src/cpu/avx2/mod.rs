@@ -101,7 +101,7 @@ fn attend<T: Load>(
     state: StateMut<'_>,
 ) {
     // Tiles for 16 registers, two of which are sixteen floats.
-    vector::attention::attend::<Ymm2, T, 1, 2, 2, 2, 1>(block, queries, visible, state);
+    vector::attention::attend::<Ymm2, T, 8, 1, 2, 2, 2, 1>(block, queries, visible, state);
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]

@@ -72,7 +72,7 @@ fn attend<T: Load>(
     state: StateMut<'_>,
 ) {
     // Scores 8 x 2 and 1 x 4 panels, values 4 queries x 6 or 4 columns: at most 29 registers.
-    vector::attention::attend::<Zmm, T, 2, 4, 4, 6, 4>(block, queries, visible, state);
+    vector::attention::attend::<Zmm, T, 8, 2, 4, 4, 6, 4>(block, queries, visible, state);
 }
 
 #[target_feature(enable = "avx512f")]

@@ -228,12 +228,13 @@ fn value_rows<L: Lanes, T: Load, const Q: usize, const C: usize, const D: usize>
 
 /// At most [`GROUP`] queries: scores, weights, values, and the merge into their state.
 ///
-/// `P` panels at a time for many queries, `P1` for one; values in tiles of `VQ` queries and `C` or
-/// `D` columns.
+/// Scores in tiles of at most `SQ` queries and `P` panels, `P1` for one query; values in tiles of `VQ`
+/// queries and `C` or `D` columns.
 #[inline(always)]
 fn group<
     L: Lanes,
     T: Load,
+    const SQ: usize,
     const P: usize,
     const P1: usize,
     const VQ: usize,
@@ -261,17 +262,23 @@ fn group<
         let queries = &queries[i * d..n * d];
         let scores = &mut state.scores[i * stride..n * stride];
         let panels = panels.clone();
-        match n - i {
-            8.. => score_rows::<L, T, 8, P>(block, queries, panels, scores, stride),
-            4.. => score_rows::<L, T, 4, P>(block, queries, panels, scores, stride),
-            2.. => score_rows::<L, T, 2, P>(block, queries, panels, scores, stride),
-            _ => score_rows::<L, T, 1, P1>(block, queries, panels, scores, stride),
-        }
-        i += match n - i {
-            8.. => 8,
-            4.. => 4,
-            2.. => 2,
-            _ => 1,
+        i += match (n - i).min(SQ) {
+            8.. => {
+                score_rows::<L, T, 8, P>(block, queries, panels, scores, stride);
+                8
+            }
+            4.. => {
+                score_rows::<L, T, 4, P>(block, queries, panels, scores, stride);
+                4
+            }
+            2.. => {
+                score_rows::<L, T, 2, P>(block, queries, panels, scores, stride);
+                2
+            }
+            _ => {
+                score_rows::<L, T, 1, P1>(block, queries, panels, scores, stride);
+                1
+            }
         };
     }
     let mut stats = [(f32::NEG_INFINITY, 0.0); GROUP];
@@ -339,6 +346,7 @@ pub(in crate::cpu) fn merge<L: Lanes>(block: Partial<'_>, state: PartialMut<'_>)
 pub(in crate::cpu) fn attend<
     L: Lanes,
     T: Load,
+    const SQ: usize,
     const P: usize,
     const P1: usize,
     const VQ: usize,
@@ -353,6 +361,6 @@ pub(in crate::cpu) fn attend<
     let d = block.head_dim;
     for (g, visible) in visible.chunks(GROUP).enumerate() {
         let queries = &queries[g * GROUP * d..][..visible.len() * d];
-        group::<L, T, P, P1, VQ, C, D>(&block, queries, visible, g * GROUP, &mut state);
+        group::<L, T, SQ, P, P1, VQ, C, D>(&block, queries, visible, g * GROUP, &mut state);
     }
 }

@@ -54,7 +54,7 @@ pub(super) trait Lanes: Copy {
     fn min(self, b: Self) -> Self;
     /// Magnitudes.
     fn abs(self) -> Self;
-    /// `self * 2^n` for integral `n` in -300..=300, rounded once at most; too large is infinite.
+    /// `self * 2^n` for integral `n` in -250..=250, rounded once at most; too large is infinite.
     fn scale_by_power(self, n: Self) -> Self;
     /// `self` in the lanes `from..to`, `other` elsewhere.
     fn keep(self, from: usize, to: usize, other: Self) -> Self;
