@@ -12,11 +12,13 @@ mod avx512;
 mod check;
 mod gate;
 mod gemm;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod norm;
 mod quantize;
 mod rope;
 mod scalar;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod vector;
 
 pub use attention::{AttentionState, AttentionTask, Cached, KEY_PANEL};
@@ -32,12 +34,26 @@ pub enum Isa {
     AvxVnni,
     /// AVX-512 with VNNI.
     Avx512,
+    /// NEON: every AArch64.
+    Neon,
+    /// NEON with the 8-bit inner products of the dotprod extension.
+    NeonDotprod,
+    /// NEON with dotprod and the 8-bit matrix products of the i8mm extension.
+    NeonI8mm,
 }
 
 impl Isa {
     /// Every instruction set there is a table for, on one architecture or another, the plainest of
     /// each first.
-    pub const ALL: [Self; 4] = [Self::Scalar, Self::Avx2, Self::AvxVnni, Self::Avx512];
+    pub const ALL: [Self; 7] = [
+        Self::Scalar,
+        Self::Avx2,
+        Self::AvxVnni,
+        Self::Avx512,
+        Self::Neon,
+        Self::NeonDotprod,
+        Self::NeonI8mm,
+    ];
 
     /// The name on the command line and in reports.
     #[must_use]
@@ -47,6 +63,9 @@ impl Isa {
             Self::Avx2 => "avx2",
             Self::AvxVnni => "avxvnni",
             Self::Avx512 => "avx512",
+            Self::Neon => "neon",
+            Self::NeonDotprod => "dotprod",
+            Self::NeonI8mm => "i8mm",
         }
     }
 
@@ -128,6 +147,14 @@ impl Kernels {
             Isa::Avx512 => avx512::table(),
             #[cfg(not(target_arch = "x86_64"))]
             Isa::Avx2 | Isa::AvxVnni | Isa::Avx512 => None,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => neon::table(),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonDotprod => neon::dotprod_table(),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonI8mm => neon::i8mm_table(),
+            #[cfg(not(target_arch = "aarch64"))]
+            Isa::Neon | Isa::NeonDotprod | Isa::NeonI8mm => None,
         }
     }
 
