@@ -8,6 +8,7 @@
 //! | [`backend`] | whole operations on whole buffers, on the CPU |
 //! | [`sampling`], [`generate`] | from logits to a token, from a prompt to an answer |
 //! | [`pool`], [`machine`], [`memory`] | threads, what the machine has, what a model will take |
+//! | [`peaks`] | how fast the machine can be at best, measured |
 //!
 //! No intrinsics and no tensor names here.
 #![deny(unsafe_code)]
@@ -20,6 +21,7 @@ pub mod generate;
 pub mod kv_cache;
 pub mod machine;
 pub mod memory;
+pub mod peaks;
 pub mod pool;
 pub mod sampling;
 pub mod tensor;

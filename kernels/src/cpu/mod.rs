@@ -12,6 +12,7 @@ mod check;
 mod gate;
 mod gemm;
 mod norm;
+pub mod peak;
 mod quantize;
 mod rope;
 mod scalar;
