@@ -119,8 +119,15 @@ pub struct Peaks {
     pub f32: Vec<Peak>,
 }
 
+impl Peak {
+    fn of(variant: String, rates: &[f64]) -> Self {
+        let rate = Spread::of(rates).expect("at least one repetition");
+        Self { variant, rate }
+    }
+}
+
 impl Peaks {
-    /// Measures everything. `progress` hears what comes next.
+    /// Measures everything. `progress` hears of measurements done, and of all.
     /// # Errors
     /// [`PeakError`].
     /// # Panics
@@ -129,32 +136,60 @@ impl Peaks {
         pool: &Pool,
         options: &PeakOptions,
         cancel: &Cancel,
-        mut progress: impl FnMut(&str),
+        mut progress: impl FnMut(usize, usize),
     ) -> Result<Self, PeakError> {
-        let mut loops = |number| -> Result<Vec<Peak>, PeakError> {
-            (MultiplyLoop::available(number).iter())
-                .map(|l| {
-                    progress(l.instruction());
-                    multiply(pool, options, cancel, l)
-                })
+        let loops: Vec<_> = (Number::ALL.into_iter())
+            .flat_map(MultiplyLoop::available)
+            .collect();
+        let repetitions = options.repetitions.max(1);
+        let total = (loops.len() + Reading::ALL.len()) * repetitions;
+        let mut done = 0;
+        let mut next = || {
+            progress(done, total);
+            done += 1;
+            if cancel.is_cancelled() {
+                return Err(PeakError::Cancelled);
+            }
+            Ok(())
+        };
+        // Every variant once, then every variant again: when the machine changes its speed on the
+        // way, all of them see it.
+        let rounds: Vec<u64> = (loops.iter())
+            .map(|l| rounds(pool, options.loop_time, l))
+            .collect();
+        let mut rates = vec![Vec::new(); loops.len()];
+        for _ in 0..repetitions {
+            for ((l, rounds), rates) in loops.iter().zip(&rounds).zip(&mut rates) {
+                next()?;
+                let time = on_all(pool, |_| l.run(*rounds));
+                let operations = l.operations(*rounds) * pool.threads() as f64;
+                rates.push(operations / time.as_secs_f64() / 1e9);
+            }
+        }
+        let of = |number| {
+            (loops.iter().zip(&rates))
+                .filter(|(l, _)| l.number() == number)
+                .map(|(l, rates)| Peak::of(l.instruction().to_owned(), rates))
                 .collect()
         };
-        let (int8, bf16) = (loops(Number::Int8)?, loops(Number::Bf16)?);
-        let f32 = loops(Number::F32)?;
         let buffer = Memory::filled(pool, options.buffer)?;
-        let read = (Reading::ALL.into_iter())
-            .map(|reading| {
-                progress(&format!("reading memory, {}", reading.name()));
-                read(pool, options, cancel, reading, &buffer)
-            })
-            .collect::<Result<_, _>>()?;
+        let mut read = vec![Vec::new(); Reading::ALL.len()];
+        for _ in 0..repetitions {
+            for (reading, rates) in Reading::ALL.into_iter().zip(&mut read) {
+                next()?;
+                rates.push(read_once(pool, reading, buffer.bytes()) / 1e9);
+            }
+        }
+        progress(total, total);
         Ok(Self {
             threads: pool.threads(),
             buffer_bytes: buffer.bytes().len(),
-            read,
-            int8,
-            bf16,
-            f32,
+            read: (Reading::ALL.iter().zip(&read))
+                .map(|(reading, rates)| Peak::of(reading.name(), rates))
+                .collect(),
+            int8: of(Number::Int8),
+            bf16: of(Number::Bf16),
+            f32: of(Number::F32),
         })
     }
 
@@ -196,77 +231,29 @@ fn on_all(pool: &Pool, work: impl Fn(usize) + Sync) -> Duration {
     })
 }
 
-fn multiply(
-    pool: &Pool,
-    options: &PeakOptions,
-    cancel: &Cancel,
-    l: &MultiplyLoop,
-) -> Result<Peak, PeakError> {
+/// Rounds of a loop that take about `time`, found by doubling; this also wakes the cores.
+fn rounds(pool: &Pool, time: Duration, l: &MultiplyLoop) -> u64 {
     assert!(l.is_exact(), "{} computes something else", l.instruction());
-    // Rounds that take about the time wanted, found by doubling; this also wakes the cores.
-    let mut rounds = 1u64 << 10;
-    loop {
-        let time = on_all(pool, |_| l.run(rounds));
-        if time >= options.loop_time / 2 {
-            break;
-        }
-        check(cancel)?;
+    let mut rounds = 1 << 10;
+    while on_all(pool, |_| l.run(rounds)) < time / 2 {
         rounds *= 2;
     }
-    let operations = l.operations(rounds) * pool.threads() as f64;
-    repeated(options, cancel, l.instruction().to_owned(), || {
-        operations / on_all(pool, |_| l.run(rounds)).as_secs_f64()
-    })
+    rounds
 }
 
-fn read(
-    pool: &Pool,
-    options: &PeakOptions,
-    cancel: &Cancel,
-    reading: Reading,
-    buffer: &Memory,
-) -> Result<Peak, PeakError> {
-    let bytes = buffer.bytes();
+/// Bytes a second of one pass, each thread over its part.
+fn read_once(pool: &Pool, reading: Reading, bytes: &[u8]) -> f64 {
     let part = |i: usize| {
-        &bytes[pool.share(bytes.len() / LINE, i).start * LINE..]
-            [..pool.share(bytes.len() / LINE, i).len() * LINE]
+        let lines = pool.share(bytes.len() / LINE, i);
+        &bytes[lines.start * LINE..lines.end * LINE]
     };
     let covered: usize = (0..pool.threads())
         .map(|i| reading.covers(part(i).len()))
         .sum();
-    let pass = || {
-        on_all(pool, |i| {
-            std::hint::black_box(reading.sum(part(i)));
-        })
-    };
-    pass();
-    repeated(options, cancel, reading.name(), || {
-        covered as f64 / pass().as_secs_f64()
-    })
-}
-
-/// The spread of a rate, in 10^9 a second.
-fn repeated(
-    options: &PeakOptions,
-    cancel: &Cancel,
-    variant: String,
-    mut rate: impl FnMut() -> f64,
-) -> Result<Peak, PeakError> {
-    let mut samples = Vec::new();
-    for _ in 0..options.repetitions.max(1) {
-        check(cancel)?;
-        samples.push(rate() / 1e9);
-    }
-    let rate = Spread::of(&samples).expect("at least one");
-    Ok(Peak { variant, rate })
-}
-
-fn check(cancel: &Cancel) -> Result<(), PeakError> {
-    if cancel.is_cancelled() {
-        Err(PeakError::Cancelled)
-    } else {
-        Ok(())
-    }
+    let time = on_all(pool, |i| {
+        std::hint::black_box(reading.sum(part(i)));
+    });
+    covered as f64 / time.as_secs_f64()
 }
 
 const LINE: usize = 64;
@@ -326,16 +313,14 @@ mod tests {
     fn every_limit_is_measured_and_positive() {
         let pool = Pool::new(Some(3)).unwrap();
         let mut seen = Vec::new();
-        let peaks = Peaks::measure(&pool, &PeakOptions::rough(), &Cancel::default(), |what| {
-            seen.push(what.to_owned());
-        })
-        .unwrap();
+        let told = |done, total| seen.push((done, total));
+        let peaks = Peaks::measure(&pool, &PeakOptions::rough(), &Cancel::default(), told).unwrap();
         assert_eq!((peaks.threads, peaks.buffer_bytes), (3, 4 << 20));
         assert_eq!(peaks.read.len(), Reading::ALL.len());
-        assert_eq!(
-            seen.len(),
-            peaks.read.len() + peaks.int8.len() + peaks.bf16.len() + peaks.f32.len()
-        );
+        let variants = [&peaks.read, &peaks.int8, &peaks.bf16, &peaks.f32];
+        let total = 2 * variants.map(Vec::len).iter().sum::<usize>();
+        assert_eq!(seen.first(), Some(&(0, total)));
+        assert_eq!(seen.last(), Some(&(total, total)));
         for rate in [
             peaks.read_gb_s(),
             peaks.gop_s(Number::Int8),
@@ -350,7 +335,7 @@ mod tests {
         let pool = Pool::new(Some(1)).unwrap();
         let cancel = Cancel::default();
         cancel.cancel();
-        let cancelled = Peaks::measure(&pool, &PeakOptions::rough(), &cancel, |_| {});
+        let cancelled = Peaks::measure(&pool, &PeakOptions::rough(), &cancel, |_, _| {});
         assert!(matches!(cancelled, Err(PeakError::Cancelled)));
         assert!(matches!(
             Memory::filled(&pool, usize::MAX / 2),
