@@ -212,16 +212,18 @@ impl Table {
             ),
             ("bound", r.bound.to_string()),
         ];
-        const WIDTHS: [usize; 12] = [16, 6, 4, 6, 7, 15, 22, 6, 6, 15, 17, 6];
+        // All rows have the same model.
+        let name = r.model.chars().count().max("model".len());
+        let widths = [name, 6, 4, 6, 7, 14, 22, 6, 6, 14, 17, 6];
         if !self.begun {
             self.begun = true;
-            write_row(out, cells.iter().zip(WIDTHS).map(|((h, _), w)| (*h, w)))?;
-            let lines = WIDTHS.map(|w| "-".repeat(w));
+            write_row(out, cells.iter().zip(widths).map(|((h, _), w)| (*h, w)))?;
+            let lines = widths.map(|w| "-".repeat(w));
             write_row(out, lines.iter().map(|l| (l.as_str(), l.len())))?;
         }
         write_row(
             out,
-            cells.iter().zip(WIDTHS).map(|((_, c), w)| (c.as_str(), w)),
+            cells.iter().zip(widths).map(|((_, c), w)| (c.as_str(), w)),
         )?;
         Ok(())
     }
