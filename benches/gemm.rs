@@ -11,10 +11,9 @@ use criterion::{
 use phidias::engine::kernels::cpu::{Isa, Kernels};
 use phidias::engine::kernels::view::ColsMut;
 use phidias::engine::pool::Pool;
-use phidias::engine::quant::activations::{self, Activations};
+use phidias::engine::quant::activations::{self, Activations, TILE};
 use phidias::engine::quant::packed::PANEL_ROWS;
 use phidias::engine::quant::{AlignedBytes, Format, Packed, PackedLayout};
-use rayon::prelude::*;
 use std::hint::black_box;
 use std::time::Duration;
 
@@ -46,34 +45,30 @@ fn weights(layout: &PackedLayout, seed: u64) -> AlignedBytes {
     bytes
 }
 
-fn tokens(count: usize) -> Activations {
+fn tokens(format: Format, count: usize) -> Activations {
     let mut state = 7;
     let x: Vec<f32> = (0..count * COLS)
         .map(|_| (random(&mut state) >> 40) as f32 / 8_388_608.0 - 1.0)
         .collect();
     let mut quantized = Activations::default();
-    quantized.reshape(count, COLS);
-    quantized
-        .rows_mut()
-        .zip(x.chunks_exact(COLS))
-        .for_each(|(row, x)| activations::quantize(x, row));
+    quantized.reshape(count, COLS, format.zero());
+    for (mut tile, x) in quantized.tiles_mut().zip(x.chunks(TILE * COLS)) {
+        for (r, x) in x.chunks_exact(COLS).enumerate() {
+            activations::quantize(x, &mut tile, r);
+        }
+    }
     quantized
 }
 
 /// One multiplication, its rows divided over the threads.
 fn multiply(kernels: &Kernels, pool: &Pool, w: Packed<'_>, x: &Activations, y: &mut [f32]) {
-    let mut rest = ColsMut::new(y, x.rows(), ROWS);
-    let mut parts = Vec::new();
-    for i in 0..pool.threads() {
-        let panels = pool.share(w.layout().panels(), i);
-        let (part, right) = rest.split_at(panels.len() * PANEL_ROWS);
-        rest = right;
-        parts.push((panels, part));
-    }
-    pool.install(|| {
-        parts
-            .into_par_iter()
-            .for_each(|(panels, y)| kernels.gemm_packed(w, panels, x, y))
+    let panels = w.layout().panels();
+    pool.enter(|team| {
+        let each = panels.div_ceil(team.pieces(panels)).next_multiple_of(2);
+        let parts = ColsMut::new(y, x.rows(), ROWS).chunks(each * PANEL_ROWS);
+        team.each_part(parts.into_iter().enumerate().collect(), |(i, y)| {
+            kernels.gemm_packed(w, i * each..panels.min((i + 1) * each), x, y);
+        });
     });
 }
 
@@ -119,7 +114,7 @@ fn gemm(c: &mut Criterion) {
                     .into_iter()
                     .filter(|n| kernels.isa() != Isa::Scalar || *n <= 4)
                 {
-                    let x = tokens(count);
+                    let x = tokens(format, count);
                     check(kernels, &pool, view(0), &x);
                     let mut y = vec![0.0; count * ROWS];
                     group.throughput(match count {

@@ -41,6 +41,7 @@ pub mod bench;
 pub mod eval;
 #[cfg(feature = "hub")]
 pub mod hub;
+pub mod lookup;
 
 pub use phidias_engine as engine;
 pub use phidias_engine::generate::{Event, FinishReason, GenerateOptions, Outcome, generate};

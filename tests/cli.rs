@@ -3,6 +3,7 @@
 //! Everything runs on the built-in demonstration model or on the fixtures; nothing needs a network.
 #![cfg(feature = "fable")]
 
+use phidias::engine::Isa;
 use safetensors::SafeTensors;
 use serde_json::Value;
 use std::fs;
@@ -235,6 +236,82 @@ fn a_stop_string_ends_the_answer_before_it() {
     );
 }
 
+/// The answer is the same with and without lookup, and what it gave is told.
+#[test]
+fn lookup_changes_the_passes_and_nothing_else() {
+    let home = home();
+    let refrain = phidias::lookup::SAMPLES[0].text;
+    for sampling in [&["--temp", "0"][..], &["--temp", "0.8", "--seed", "5"]] {
+        let answer = |lookup: &[&str]| {
+            let words = [
+                "run",
+                "--raw",
+                "--json",
+                "--logprobs",
+                "2",
+                "-n",
+                "60",
+                "-p",
+            ];
+            let ran = succeed(
+                home.path(),
+                &[&words[..], &[refrain], sampling, lookup].concat(),
+            );
+            let object: Value = serde_json::from_str(&ran.out).unwrap();
+            (object, ran.err)
+        };
+        let (plain, told) = answer(&[]);
+        assert_eq!(
+            (&plain["passes"], &plain["proposed"]),
+            (&59.into(), &0.into())
+        );
+        assert_eq!(plain["tokens_per_pass"], 1.0);
+        assert!(!told.contains("lookup"), "{told}");
+        let (with, told) = answer(&["--lookup", "8"]);
+        for key in ["text", "ids", "finish", "logprobs", "generated_tokens"] {
+            assert_eq!(with[key], plain[key], "{key}");
+        }
+        let number = |key: &str| with[key].as_u64().unwrap();
+        assert_eq!(number("passes") + number("accepted"), 59);
+        assert!(number("accepted") > 0 && number("accepted") <= number("proposed"));
+        let rate = 59.0 / number("passes") as f64;
+        assert_eq!(with["tokens_per_pass"], rate);
+        let line = format!(
+            "lookup: {rate:.2} tokens a pass, {} passes, {} of {} guesses right",
+            number("passes"),
+            number("accepted"),
+            number("proposed")
+        );
+        assert!(told.contains(&line), "{line}: {told}");
+    }
+    let h = home.path();
+    let words = ["--lookup", "expected 0 to 31"];
+    fail(h, 2, &["run", "-p", "x", "--lookup", "1000000"], &words);
+
+    let talk = |lookup: &str| {
+        let mut child = phidias(home.path());
+        let mut child = child
+            .args(["chat", "-n", "60", "--temp", "0", "--lookup", lookup])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let lines = "Tell me a story about a fox.\nTell me a story about a fox.\nAnd a bear?\n";
+        child
+            .stdin
+            .take()
+            .unwrap()
+            .write_all(lines.as_bytes())
+            .unwrap();
+        ran(child.wait_with_output().unwrap())
+    };
+    let (plain, with) = (talk("0"), talk("6"));
+    assert_eq!((plain.code, with.code), (Some(0), Some(0)), "{}", with.err);
+    assert_eq!(with.out, plain.out);
+    assert_eq!(with.err.matches("; lookup: ").count(), 3, "{}", with.err);
+}
+
 #[test]
 fn bad_usage_is_exit_code_2() {
     let home = home();
@@ -249,6 +326,9 @@ fn bad_usage_is_exit_code_2() {
         &["run", "-p", "x", "--format", "q3"],
         &["run", "-p", "x", "--kv", "int2"],
         &["run", "-p", "x", "--logit-bias", "5"],
+        &["run", "-p", "x", "--lookup", "32"],
+        &["run", "-p", "x", "--lookup", "-1"],
+        &["chat", "--lookup", "99999999999999999999"],
         &["run", "-p", "x", "-f", "y"],
         &["logits", "--out", "x"],
         &["logits", "--tokens", "1,x", "--out", "x"],
@@ -265,10 +345,20 @@ fn bad_usage_is_exit_code_2() {
     assert_eq!(isa.code, Some(2));
     assert!(
         isa.err
-            .contains("unknown instruction set 'sse9'; this build has: scalar"),
+            .contains("unknown instruction set 'sse9'; expected one of: scalar"),
         "{}",
         isa.err
     );
+    // One that there is a table for, but not on this CPU.
+    for isa in Isa::ALL.into_iter().filter(|isa| !isa.is_available()) {
+        let arguments = ["run", "-p", "x", "--isa", isa.name()];
+        fail(
+            home.path(),
+            1,
+            &arguments,
+            &[isa.name(), "this CPU cannot run it"],
+        );
+    }
 }
 
 #[test]

@@ -160,12 +160,13 @@ fn quality_of_the_formats() {
         let bits = figures.bits_per_byte();
         println!("{name:4} {bits:.5} bits per byte {:?}", figures.against);
     }
-    // Measured: f32 1.1963. q8 1.0001 of that, KL 0.00029, 0.0011 at 99 %, agreement 0.989. q4 1.0075,
-    // 0.0273, 0.102, 0.883. The limits leave about a fifth: other tables round differently.
+    // Measured: f32 1.1963. q8 1.0002 of that, KL 0.00051, 0.0021 at 99 %, agreement 0.986. q4 1.0075,
+    // 0.0275, 0.104, 0.883. The limits leave about a fifth: other tables round differently. (Steps of
+    // the activations that are not powers of two give q8 a KL of 0.00029, and q4 0.0273.)
     assert!(f32.bits_per_byte() < 1.21);
     let limits = [
         ("bf16", bf16, (1e-4, 1e-6, 1e-5, 0.998)),
-        ("q8", q8, (5e-4, 3.5e-4, 1.4e-3, 0.985)),
+        ("q8", q8, (6e-4, 6.2e-4, 2.5e-3, 0.982)),
         ("q4", q4, (0.010, 0.033, 0.125, 0.865)),
     ];
     for (name, figures, (worse, kl, p99, agreement)) in limits {

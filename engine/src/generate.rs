@@ -10,12 +10,23 @@
 //! token but the last, whatever the reason for the end, and each of them is in the cache. The last
 //! one is [`Outcome::pending`]. A chat goes on by putting it in front of the next turn's tokens; the
 //! ids are used again as they are, for text that is encoded anew does not always give the same ids.
+//!
+//! # Lookup
+//!
+//! With [`GenerateOptions::lookup`] a pass also computes tokens that the sequence itself proposes (see
+//! [`crate::lookup`]). The loop stays the same: it samples one token after another from the logits
+//! after the tokens before it, with the same history and the same draw. Only where the logits come
+//! from differs: if the token just sampled is the one that the last pass computed next, they are there
+//! already; if not, the rest of that pass is taken back. So tokens, text, log-probabilities and the
+//! end are those of generating one by one, bit for bit, if the sequence computes a row independently
+//! of the rows beside it.
 
 use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use crate::Cancel;
+use crate::lookup::{LookupStats, MAX_LOOKUP, NgramIndex};
 use crate::sampling::{ParamError, SampleError, Sampler, SamplingParams};
 
 /// A sequence of tokens with its KV cache, in the hands of a model.
@@ -38,6 +49,27 @@ pub trait Sequence {
     /// A token that the model does not have, cancellation, or a failure inside; then the sequence is
     /// as before.
     fn extend(&mut self, tokens: &[u32]) -> Result<&[f32], Self::Error>;
+
+    /// Appends `tokens` (at least one) in one pass and hands out the logits `[vocab]` after each of
+    /// them, in order: `each(position, logits)`.
+    ///
+    /// # Errors
+    /// As [`Sequence::extend`].
+    fn extend_all(
+        &mut self,
+        tokens: &[u32],
+        each: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<(), Self::Error>;
+
+    /// Forgets the tokens from `len` on.
+    fn truncate(&mut self, len: usize);
+
+    /// How many tokens may follow the next one in the same pass so that each of them gets the logits
+    /// that it gets alone. The context bounds it, and so does a length at which the model changes for
+    /// all of a pass.
+    fn lookahead(&self) -> usize {
+        self.context().saturating_sub(self.ids().len() + 1)
+    }
 }
 
 /// Turns ids into text as it becomes certain: never half a character.
@@ -70,6 +102,9 @@ pub struct GenerateOptions {
     /// How tokens are chosen. Every generation starts at the beginning of the seed's stream: it
     /// depends on the sequence, the prompt and these options, not on what was generated earlier.
     pub sampling: SamplingParams,
+    /// The most tokens that the sequence itself proposes for one pass, at most [`MAX_LOOKUP`]; 0 is
+    /// off. It changes the time that an answer takes and nothing else.
+    pub lookup: usize,
 }
 
 impl Default for GenerateOptions {
@@ -79,6 +114,7 @@ impl Default for GenerateOptions {
             stop_tokens: BTreeSet::new(),
             stop_strings: Vec::new(),
             sampling: SamplingParams::default(),
+            lookup: 0,
         }
     }
 }
@@ -132,6 +168,8 @@ pub struct Outcome {
     pub prefill: Duration,
     /// Time from there to the end, sampling and the receiver's own time included.
     pub decode: Duration,
+    /// Forward passes after the prompt's, and what was proposed and accepted in them.
+    pub lookup: LookupStats,
 }
 
 impl Outcome {
@@ -140,8 +178,8 @@ impl Outcome {
         rate(self.prompt_tokens, self.prefill)
     }
 
-    /// Forward passes of one token a second; `None` if there was none. The first sampled token costs
-    /// no pass of its own: its logits are the prefill's.
+    /// Tokens a second, after the first one, which costs no pass of its own: its logits are the
+    /// prefill's. `None` if there was no other.
     pub fn decode_rate(&self) -> Option<f64> {
         rate(self.ids.len().saturating_sub(1), self.decode)
     }
@@ -183,6 +221,12 @@ where
     EmptyStopString {
         /// Its index in the options.
         index: usize,
+    },
+    /// More tokens to propose for a pass than it may have.
+    #[error("lookup: expected at most {MAX_LOOKUP} proposed tokens, found {found}")]
+    Lookup {
+        /// The number asked for.
+        found: usize,
     },
     /// A sampling parameter out of range.
     #[error(transparent)]
@@ -243,6 +287,11 @@ pub fn generate<S: Sequence, D: Detokenize>(
         })?;
     let stop = StopStrings::new(&options.stop_strings)
         .map_err(|index| GenerateError::EmptyStopString { index })?;
+    if options.lookup > MAX_LOOKUP {
+        return Err(GenerateError::Lookup {
+            found: options.lookup,
+        });
+    }
     let sampler = Sampler::new(options.sampling.clone(), sequence.vocab())?;
     let mut history = Vec::with_capacity(end);
     history.extend_from_slice(sequence.ids());
@@ -256,6 +305,9 @@ pub fn generate<S: Sequence, D: Detokenize>(
         sampler,
         stop,
         history,
+        index: NgramIndex::default(),
+        pass: Pass::default(),
+        certain: held,
         stopped: false,
         outcome: Outcome {
             ids: Vec::new(),
@@ -264,20 +316,19 @@ pub fn generate<S: Sequence, D: Detokenize>(
             prompt_tokens: 0,
             prefill: Duration::ZERO,
             decode: Duration::ZERO,
+            lookup: LookupStats::default(),
         },
     };
     let start = Instant::now();
-    let ready = run.feed(prompt);
-    if let Ok(Some(_)) = ready {
-        run.outcome.prompt_tokens = prompt.len();
-    }
+    let ready = run.prefill(prompt);
     run.outcome.prefill = start.elapsed();
     let decode = Instant::now();
     let finish = match ready {
-        Ok(Some(logits)) => run.decode(logits),
-        Ok(None) => Ok(FinishReason::Cancelled),
+        Ok(true) => run.decode(),
+        Ok(false) => Ok(FinishReason::Cancelled),
         Err(error) => Err(error),
     };
+    run.sequence.truncate(run.certain);
     // Held-back text is the reader's also when the answer ends in an error.
     let flushed = run.flush();
     run.outcome.finish = finish?;
@@ -298,8 +349,27 @@ struct Run<'a, S, D, F> {
     sampler: Sampler,
     stop: StopStrings<'a>,
     history: Vec<u32>, // the sequence's tokens, prompt and sampled ones included
-    stopped: bool,     // the receiver broke off
+    index: NgramIndex, // of the history, brought up to date when it is asked
+    pass: Pass,
+    certain: usize, // tokens of the history that are in the sequence; what it holds beyond is guessed
+    stopped: bool,  // the receiver broke off
     outcome: Outcome,
+}
+
+/// The last forward pass: the logits after its last certain token, and after each guess behind it.
+#[derive(Default)]
+struct Pass {
+    logits: Vec<f32>, // [1 + guesses, vocab]
+    tokens: Vec<u32>, // [1 + guesses], after the prompt; empty before
+    row: usize,       // where the next token is sampled from
+}
+
+impl Pass {
+    /// The logits that the next token is sampled from.
+    fn logits(&self) -> &[f32] {
+        let vocab = self.logits.len() / self.tokens.len().max(1);
+        &self.logits[self.row * vocab..][..vocab]
+    }
 }
 
 impl<S: Sequence, D: Detokenize, F: FnMut(Event) -> ControlFlow<()>> Run<'_, S, D, F> {
@@ -311,21 +381,72 @@ impl<S: Sequence, D: Detokenize, F: FnMut(Event) -> ControlFlow<()>> Run<'_, S, 
         self.stopped || self.cancel.is_cancelled()
     }
 
-    /// Feeds `tokens`; the logits after them, or `None` if it was cancelled.
-    fn feed(&mut self, tokens: &[u32]) -> Result<Option<Vec<f32>>, ErrorOf<S, D>> {
-        if self.cancelled() {
-            return Ok(None);
-        }
-        match self.sequence.extend(tokens) {
-            Ok(logits) => Ok(Some(logits.to_vec())),
+    /// Whether a pass succeeded; it did not if it was cancelled.
+    fn passed(&self, result: Result<(), S::Error>) -> Result<bool, ErrorOf<S, D>> {
+        match result {
+            Ok(()) => Ok(true),
             // The sequence looks at the same switch and ends a long pass early.
-            Err(_) if self.cancel.is_cancelled() => Ok(None),
+            Err(_) if self.cancel.is_cancelled() => Ok(false),
             Err(error) => Err(GenerateError::Sequence(error)),
         }
     }
 
-    /// Samples from `logits` and on, until something ends the answer.
-    fn decode(&mut self, mut logits: Vec<f32>) -> Result<FinishReason, ErrorOf<S, D>> {
+    /// Feeds the prompt; `false` if it was cancelled.
+    fn prefill(&mut self, prompt: &[u32]) -> Result<bool, ErrorOf<S, D>> {
+        if self.cancelled() {
+            return Ok(false);
+        }
+        let logits = &mut self.pass.logits;
+        let result = self.sequence.extend(prompt);
+        let result = result.map(|last| logits.extend_from_slice(last));
+        if !self.passed(result)? {
+            return Ok(false);
+        }
+        self.certain += prompt.len();
+        self.outcome.prompt_tokens = prompt.len();
+        Ok(true)
+    }
+
+    /// Feeds `id`, the last of the history, and what is proposed to follow it; `false` if it was
+    /// cancelled.
+    fn feed(&mut self, id: u32) -> Result<bool, ErrorOf<S, D>> {
+        self.sequence.truncate(self.certain);
+        let Pass {
+            logits,
+            tokens,
+            row,
+        } = &mut self.pass;
+        logits.clear();
+        tokens.clear();
+        *row = 0;
+        tokens.push(id);
+        // A pass gives one token more than it has guesses.
+        let budget = self.options.max_new_tokens - self.outcome.ids.len() - 1;
+        let room = self.options.lookup.min(budget);
+        if room > 0 {
+            self.index.update(&self.history);
+            let room = room.min(self.sequence.lookahead());
+            self.index.propose(&self.history, room, tokens);
+            // Nothing is sampled after a stop token; a placeholder for an image is never sampled.
+            let stops = &self.options.stop_tokens;
+            let wanted = |id: &u32| (*id as usize) < self.sequence.vocab() && !stops.contains(id);
+            let guesses = tokens[1..].iter().take_while(|id| wanted(id)).count();
+            tokens.truncate(1 + guesses);
+        }
+        let mut each = |_, row: &[f32]| logits.extend_from_slice(row);
+        let result = self.sequence.extend_all(tokens, &mut each);
+        let guesses = tokens.len() - 1;
+        if !self.passed(result)? {
+            return Ok(false);
+        }
+        self.certain += 1;
+        self.outcome.lookup.passes += 1;
+        self.outcome.lookup.proposed += guesses;
+        Ok(true)
+    }
+
+    /// Samples from the logits of the last pass and on, until something ends the answer.
+    fn decode(&mut self) -> Result<FinishReason, ErrorOf<S, D>> {
         loop {
             if self.outcome.ids.len() >= self.options.max_new_tokens {
                 return Ok(FinishReason::Length);
@@ -334,23 +455,27 @@ impl<S: Sequence, D: Detokenize, F: FnMut(Event) -> ControlFlow<()>> Run<'_, S, 
                 return Ok(FinishReason::Cancelled);
             }
             if let Some(id) = self.outcome.pending {
-                if self.sequence.ids().len() >= self.sequence.context() {
+                if self.certain >= self.sequence.context() {
                     return Ok(FinishReason::ContextFull);
                 }
-                let Some(next) = self.feed(&[id])? else {
+                if self.pass.tokens.get(self.pass.row + 1) == Some(&id) {
+                    self.pass.row += 1;
+                    self.certain += 1;
+                    self.outcome.lookup.accepted += 1;
+                } else if !self.feed(id)? {
                     return Ok(FinishReason::Cancelled);
-                };
+                }
                 self.outcome.pending = None;
-                logits = next;
             }
-            if let Some(finish) = self.token(&logits)? {
+            if let Some(finish) = self.token()? {
                 return Ok(finish);
             }
         }
     }
 
     /// Samples one token and shows it; a reason if it ends the answer.
-    fn token(&mut self, logits: &[f32]) -> Result<Option<FinishReason>, ErrorOf<S, D>> {
+    fn token(&mut self) -> Result<Option<FinishReason>, ErrorOf<S, D>> {
+        let logits = self.pass.logits();
         let sampled = self
             .sampler
             .sample(logits, &self.history)
@@ -486,6 +611,7 @@ mod tests {
         calls: Vec<usize>,
         fail_at: Option<usize>, // the length from which extending fails
         nan_at: Option<usize>,  // the length at which the logits are not numbers
+        border: usize,          // a length that no pass may cross unless it begins there
     }
 
     const VOCAB: usize = 64;
@@ -501,6 +627,7 @@ mod tests {
                 calls: Vec::new(),
                 fail_at: None,
                 nan_at: None,
+                border: 0,
             }
         }
     }
@@ -537,6 +664,37 @@ mod tests {
                 self.logits[3] = f32::NAN;
             }
             Ok(&self.logits)
+        }
+        fn extend_all(
+            &mut self,
+            tokens: &[u32],
+            each: &mut dyn FnMut(usize, &[f32]),
+        ) -> Result<(), Broken> {
+            let (before, calls) = (self.ids.len(), self.calls.len());
+            for at in before..before + tokens.len() {
+                match self.extend(&tokens[at - before..=at - before]) {
+                    Ok(logits) => each(at, logits),
+                    Err(error) => {
+                        self.truncate(before);
+                        return Err(error);
+                    }
+                }
+            }
+            self.calls.truncate(calls);
+            self.calls.push(tokens.len());
+            Ok(())
+        }
+        fn truncate(&mut self, len: usize) {
+            self.ids.truncate(len);
+        }
+        fn lookahead(&self) -> usize {
+            let next = self.ids.len() + 1;
+            let end = if next <= self.border {
+                self.border
+            } else {
+                self.context
+            };
+            end.min(self.context).saturating_sub(next)
         }
     }
 
@@ -723,6 +881,14 @@ mod tests {
         options.sampling.logit_bias = vec![(VOCAB as u32, 0.0)];
         let heard = hear(&mut sequence, &[1], &options, ABC);
         assert!(matches!(heard.outcome, Err(GenerateError::Params(_))));
+        let mut options = limited(1);
+        options.lookup = 32;
+        let heard = hear(&mut sequence, &[1], &options, ABC);
+        let error = heard.outcome.unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "lookup: expected at most 31 proposed tokens, found 32"
+        );
         assert_eq!(sequence.calls, [] as [usize; 0]);
     }
 
@@ -903,6 +1069,87 @@ mod tests {
         assert_eq!(heard.finish(), FinishReason::StopString(0));
     }
 
+    fn looking_up(max_new_tokens: usize, lookup: usize) -> GenerateOptions {
+        GenerateOptions {
+            lookup,
+            ..limited(max_new_tokens)
+        }
+    }
+
+    #[test]
+    fn a_repetition_costs_few_passes() {
+        let script: Vec<u32> = (0..40).map(|i| i % 5).collect();
+        let mut sequence = Scripted::new(1, &script);
+        let heard = hear(&mut sequence, &[9], &looking_up(40, 7), ABC);
+        let outcome = heard.outcome.unwrap();
+        assert_eq!(outcome.ids, script);
+        assert_eq!(outcome.pending, Some(4));
+        assert_eq!(sequence.ids.len(), 40);
+        // 0 to 4, 0 and 1 one by one; the rest, 33 tokens, eight a pass, and the last one alone.
+        assert_eq!(sequence.calls, [1, 1, 1, 1, 1, 1, 1, 8, 8, 8, 8, 1]);
+        let stats = LookupStats {
+            passes: 11,
+            proposed: 28,
+            accepted: 28,
+        };
+        assert_eq!(outcome.lookup, stats);
+        let text = [&[9], &script[..]].concat();
+        assert_eq!(LookupStats::of_text(&text, 1, 7), stats);
+
+        // Nothing is computed that could not be sampled any more.
+        let mut sequence = Scripted::new(1, &script);
+        hear(&mut sequence, &[9], &looking_up(38, 7), ABC);
+        assert_eq!(sequence.calls, [1, 1, 1, 1, 1, 1, 1, 8, 8, 8, 7]);
+    }
+
+    #[test]
+    fn a_wrong_guess_is_taken_back() {
+        // 0 1 2 proposes what followed 0 1 2 in the prompt.
+        let prompt = [9, 0, 1, 2, 3, 4, 3];
+        let mut sequence = Scripted::new(prompt.len(), &[0, 1, 2, 3, 0, 0]);
+        let heard = hear(&mut sequence, &prompt, &looking_up(6, 3), ABC);
+        assert_eq!(sequence.ids, [&prompt[..], &[0, 1, 2, 3, 0]].concat());
+        // After 0 1: guessed 2 3 4, of which 2 3 are right, then 0 instead of 4.
+        assert_eq!(sequence.calls, [7, 1, 4, 1]);
+        let outcome = heard.outcome.unwrap();
+        let LookupStats {
+            passes,
+            proposed,
+            accepted,
+        } = outcome.lookup;
+        assert_eq!((passes, proposed, accepted), (3, 3, 2));
+        assert_eq!(heard.events.len(), 6, "an event for each token");
+    }
+
+    #[test]
+    fn stop_tokens_and_placeholders_are_not_proposed() {
+        for last in [40, VOCAB as u32, u32::MAX] {
+            let prompt = [0, 1, 2, last, 3];
+            let mut sequence = Scripted::new(prompt.len(), &[0, 1, 2, 40]);
+            // The placeholders are in the sequence already, and only told to the loop.
+            sequence.ids = prompt[..4].to_vec();
+            let options = GenerateOptions {
+                stop_tokens: BTreeSet::from([40]),
+                ..looking_up(9, 5)
+            };
+            let heard = hear(&mut sequence, &prompt[4..], &options, ABC);
+            assert_eq!(heard.finish(), FinishReason::StopToken(40));
+            assert_eq!(sequence.calls, [1, 1, 2], "{last}");
+        }
+    }
+
+    #[test]
+    fn no_pass_crosses_a_border_that_its_first_token_does_not() {
+        let script = vec![1; 30];
+        let mut sequence = Scripted::new(4, &script);
+        (sequence.border, sequence.context) = (11, 20);
+        let heard = hear(&mut sequence, &[1; 4], &looking_up(30, 4), ABC);
+        assert_eq!(heard.finish(), FinishReason::ContextFull);
+        // 4, to 9, to the border at 11, beyond it to 16, to the context of 20.
+        assert_eq!(sequence.calls, [4, 5, 2, 5, 4]);
+        assert_eq!(sequence.ids.len(), 20);
+    }
+
     /// The definition, on the whole text at once.
     fn cut(text: &str, stops: &[String]) -> String {
         let ends = text.char_indices().map(|(i, c)| i + c.len_utf8());
@@ -915,7 +1162,66 @@ mod tests {
         text.to_string()
     }
 
+    /// Everything that a listener and the next turn can know of a generation, but its cost.
+    fn told(sequence: &Scripted, heard: &Heard) -> String {
+        let outcome = heard.outcome.clone().map(|o| (o.ids, o.pending, o.finish));
+        format!("{:?} {outcome:?} {:?}", sequence.ids, heard.events)
+    }
+
     proptest! {
+        #[test]
+        fn lookup_changes_nothing_but_the_passes(
+            script in proptest::collection::vec(0u32..5, 0..60),
+            prompt in proptest::collection::vec(0u32..5, 1..20),
+            lookup in 1usize..8,
+            max_new_tokens in 0usize..70,
+            context in 20usize..60,
+            border in 0usize..60,
+            nan_at in proptest::option::of(20usize..60),
+            break_at in 0usize..100,
+            stop_token in 3u32..9,
+            stop in proptest::option::of("[a-c]{2,4}"),
+            temperature in prop_oneof![Just(0.0f32), 0.1f32..0.9],
+            frequency_penalty in prop_oneof![Just(0.0f32), 0.0f32..1.0],
+            seed: u64,
+        ) {
+            let run = |lookup| {
+                let mut sequence = Scripted::new(prompt.len(), &script);
+                (sequence.context, sequence.border, sequence.nan_at) = (context, border, nan_at);
+                let mut options = looking_up(max_new_tokens, lookup);
+                options.stop_tokens.insert(stop_token);
+                options.stop_strings.extend(stop.clone());
+                options.sampling = SamplingParams {
+                    temperature,
+                    frequency_penalty,
+                    seed,
+                    top_k: 5,
+                    logprobs: Some(2),
+                    ..SamplingParams::default()
+                };
+                let mut detokenizer = Pieces { pieces: ABC, bytes: Vec::new() };
+                let mut events = Vec::new();
+                let outcome = generate(
+                    &mut sequence, &prompt, &options, &mut detokenizer, &Cancel::default(),
+                    |event| {
+                        events.push(event);
+                        match events.len() == break_at {
+                            true => ControlFlow::Break(()),
+                            false => ControlFlow::Continue(()),
+                        }
+                    },
+                );
+                if let Ok(Outcome { ids, lookup: stats, finish, .. }) = &outcome {
+                    let passes = stats.passes + stats.accepted;
+                    assert_eq!(passes, ids.len().saturating_sub(1), "{finish:?}");
+                    assert!(stats.accepted <= stats.proposed);
+                }
+                let heard = Heard { outcome, events };
+                told(&sequence, &heard)
+            };
+            prop_assert_eq!(run(lookup), run(0));
+        }
+
         #[test]
         fn stop_strings_do_not_depend_on_where_the_text_is_cut(
             pieces in proptest::collection::vec("[abé]{0,3}", 0..12),

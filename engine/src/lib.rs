@@ -7,6 +7,7 @@
 //! | [`kv_cache`] | keys and values of a sequence, growing on demand |
 //! | [`backend`] | whole operations on whole buffers, on the CPU |
 //! | [`sampling`], [`generate`] | from logits to a token, from a prompt to an answer |
+//! | [`lookup`] | guessing several tokens of an answer from the sequence itself |
 //! | [`pool`], [`machine`], [`memory`] | threads, what the machine has, what a model will take |
 //! | [`peaks`] | how fast the machine can be at best, measured |
 //!
@@ -19,6 +20,7 @@ pub mod cancel;
 pub mod checkpoint;
 pub mod generate;
 pub mod kv_cache;
+pub mod lookup;
 pub mod machine;
 pub mod memory;
 pub mod peaks;

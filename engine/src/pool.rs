@@ -1,6 +1,11 @@
 //! The threads that compute.
 
 use crate::machine::Machine;
+use std::cell::Cell;
+use std::marker::PhantomData;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 /// More threads than this are taken for a slip of the hand.
 pub const MAX_THREADS: usize = 1024;
@@ -18,7 +23,10 @@ pub enum PoolError {
 
 /// A fixed set of worker threads.
 ///
-/// Work is divided into contiguous ranges, one a thread, and no result depends on the division.
+/// A forward pass enters the pool once and stays: one thread leads, runs the model, and hands out work
+/// to all, itself included; the others wait for it at a barrier that spins briefly and then yields.
+/// Work is claimed piece by piece, so that a thread that the system takes away delays the others by
+/// one piece and not by its whole share. No result depends on who computes what.
 pub struct Pool {
     pool: rayon::ThreadPool,
     threads: usize,
@@ -51,10 +59,184 @@ impl Pool {
         self.pool.install(work)
     }
 
-    /// The part of `0..n` that thread `i` works on: contiguous, all within one of each other.
+    /// Runs `lead` on one thread of the pool, with the others at its service.
+    /// # Panics
+    /// When `lead` or a piece of its work does.
+    pub fn enter<R: Send>(&self, lead: impl FnOnce(&Team<'_>) -> R + Send) -> R {
+        let shared = Shared::default();
+        let lead = Mutex::new(Some(lead));
+        let results = self.pool.broadcast(|context| {
+            if context.index() > 0 {
+                shared.follow();
+                return None;
+            }
+            // However the leader ends, the others must not wait for ever.
+            let _end = End(&shared);
+            let lead = lead.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let team = Team {
+                shared: &shared,
+                threads: self.threads,
+                leader: PhantomData,
+            };
+            lead.map(|lead| lead(&team))
+        });
+        let result = results.into_iter().flatten().next();
+        result.expect("the first thread leads")
+    }
+}
+
+/// The threads of a pool that was entered, in the hands of the leader.
+pub struct Team<'p> {
+    shared: &'p Shared,
+    threads: usize,
+    /// Not to be shared: a piece of work cannot hand out work of its own.
+    leader: PhantomData<Cell<()>>,
+}
+
+impl Team<'_> {
+    /// Number of threads, the leader included.
     #[must_use]
-    pub fn share(&self, n: usize, i: usize) -> std::ops::Range<usize> {
-        n * i / self.threads..n * (i + 1) / self.threads
+    pub fn threads(&self) -> usize {
+        self.threads
+    }
+
+    /// Calls `work(i)` once for every `i` below `count`, on all threads, and returns when all is done.
+    /// # Panics
+    /// When `work` does.
+    pub fn each(&self, count: usize, work: impl Fn(usize) + Sync) {
+        if count <= 1 || self.threads == 1 {
+            return (0..count).for_each(work);
+        }
+        let next = Line(AtomicUsize::new(0));
+        self.shared.run(self.threads, &|| {
+            loop {
+                let i = next.0.fetch_add(1, Ordering::Relaxed);
+                if i >= count {
+                    return;
+                }
+                work(i);
+            }
+        });
+    }
+
+    /// Calls `work` once with every part, on all threads, and returns when all is done.
+    /// # Panics
+    /// When `work` does.
+    pub fn each_part<P: Send>(&self, parts: Vec<P>, work: impl Fn(P) + Sync) {
+        if parts.len() <= 1 || self.threads == 1 {
+            return parts.into_iter().for_each(work);
+        }
+        let parts: Vec<Mutex<Option<P>>> = parts.into_iter().map(|p| Mutex::new(Some(p))).collect();
+        self.each(parts.len(), |i| {
+            let part = parts[i]
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .take();
+            work(part.expect("every part is taken once"));
+        });
+    }
+
+    /// Into how many pieces work that could be cut into `units` should be cut: enough for threads that
+    /// finish early to take over from those that are late, few enough to keep each piece long.
+    #[must_use]
+    pub fn pieces(&self, units: usize) -> usize {
+        match self.threads {
+            1 => 1,
+            n => units.min(n * 8),
+        }
+    }
+}
+
+/// A value on a cache line of its own (two, since lines are fetched in pairs).
+#[derive(Default)]
+#[repr(align(128))]
+struct Line<T>(T);
+
+/// The barrier at which followers wait for the leader, and the leader for them.
+#[derive(Default)]
+struct Shared {
+    /// Counts the tasks; [`FINISHED`] ends the team.
+    epoch: Line<AtomicUsize>,
+    /// The task of this epoch.
+    task: Mutex<Option<&'static Task<'static>>>,
+    /// Followers that have not done with it.
+    pending: Line<AtomicUsize>,
+    /// Whether one of them panicked.
+    panicked: AtomicBool,
+}
+
+type Task<'t> = dyn Fn() + Sync + 't;
+
+const FINISHED: usize = usize::MAX;
+
+/// Ends the team when the leader is through, or unwinds.
+struct End<'s>(&'s Shared);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.epoch.0.store(FINISHED, Ordering::Release);
+    }
+}
+
+/// Waits until `done`: spinning first (a task takes microseconds, and waking a thread does too), then
+/// letting others have the core.
+fn wait(done: impl Fn() -> bool) {
+    const SPINS: u32 = 2000;
+    let mut spins = 0;
+    while !done() {
+        if spins < SPINS {
+            spins += 1;
+            std::hint::spin_loop();
+        } else {
+            std::thread::yield_now();
+        }
+    }
+}
+
+impl Shared {
+    /// Has every thread call `task`.
+    fn run(&self, threads: usize, task: &Task<'_>) {
+        // Followers must be through with `task` before this returns or unwinds.
+        struct Rest<'s>(&'s Shared);
+        impl Drop for Rest<'_> {
+            fn drop(&mut self) {
+                wait(|| self.0.pending.0.load(Ordering::Acquire) == 0);
+            }
+        }
+        #[allow(unsafe_code, reason = "a scoped borrow for threads that live longer")]
+        // SAFETY: only the lifetime changes. Followers use the reference between the epoch's store
+        // below and their decrement of `pending`, and `Rest` waits for all of them before `task` goes.
+        let forever = unsafe { std::mem::transmute::<&Task<'_>, &'static Task<'static>>(task) };
+        *self.task.lock().unwrap_or_else(PoisonError::into_inner) = Some(forever);
+        self.pending.0.store(threads - 1, Ordering::Relaxed);
+        self.epoch.0.fetch_add(1, Ordering::Release);
+        {
+            let _rest = Rest(self);
+            task();
+        }
+        assert!(
+            !self.panicked.load(Ordering::Acquire),
+            "a thread of the pool panicked"
+        );
+    }
+
+    /// What all threads but the leader do.
+    fn follow(&self) {
+        let mut seen = 0;
+        loop {
+            wait(|| self.epoch.0.load(Ordering::Acquire) != seen);
+            seen = self.epoch.0.load(Ordering::Acquire);
+            if seen == FINISHED {
+                return;
+            }
+            let task = *self.task.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(task) = task
+                && catch_unwind(AssertUnwindSafe(task)).is_err()
+            {
+                self.panicked.store(true, Ordering::Release);
+            }
+            self.pending.0.fetch_sub(1, Ordering::Release);
+        }
     }
 }
 
@@ -69,12 +251,41 @@ mod tests {
     use super::*;
 
     #[test]
-    fn shares_cover_everything_once() {
-        let pool = Pool::new(Some(3)).unwrap();
-        for n in [0, 1, 2, 3, 7, 100] {
-            let all: Vec<usize> = (0..3).flat_map(|i| pool.share(n, i)).collect();
-            assert_eq!(all, (0..n).collect::<Vec<_>>());
+    fn every_piece_is_done_once_and_before_the_next_task() {
+        // More threads than this machine may have cores.
+        for threads in [1, 2, 3, 8] {
+            let pool = Pool::new(Some(threads)).unwrap();
+            for count in [0, 1, 2, 7, 100] {
+                let sum = pool.enter(|team| {
+                    let mut values = vec![0u32; count];
+                    for round in 0..50 {
+                        let parts = values.iter_mut().enumerate().collect();
+                        team.each_part(parts, |(i, v)| *v += i as u32 + round);
+                    }
+                    let total = AtomicUsize::new(0);
+                    team.each(count, |i| {
+                        total.fetch_add(values[i] as usize, Ordering::Relaxed);
+                    });
+                    total.into_inner()
+                });
+                let want: usize = (0..count).map(|i| 50 * i + 50 * 49 / 2).sum();
+                assert_eq!(sum, want, "{threads} threads, {count} pieces");
+            }
         }
+    }
+
+    #[test]
+    fn a_panic_anywhere_comes_out_and_the_pool_lives_on() {
+        let pool = Pool::new(Some(3)).unwrap();
+        for bad in [0, 5, 99] {
+            let result = catch_unwind(AssertUnwindSafe(|| {
+                pool.enter(|team| team.each(100, |i| assert!(i != bad, "piece {i}")));
+            }));
+            assert!(result.is_err());
+        }
+        let result = catch_unwind(AssertUnwindSafe(|| pool.enter(|_| panic!("leader"))));
+        assert!(result.is_err());
+        assert_eq!(pool.enter(|team| team.threads()), 3);
     }
 
     #[test]

@@ -135,6 +135,22 @@ impl<'a> ColsMut<'a> {
         (Self { cols: at, ..self }, right)
     }
 
+    /// Ranges of `width` columns; the last one may be narrower.
+    /// # Panics
+    /// When `width` is zero.
+    #[must_use]
+    pub fn chunks(self, width: usize) -> Vec<Self> {
+        let mut chunks = Vec::with_capacity(self.cols.div_ceil(width));
+        let mut rest = self;
+        while rest.cols > 0 {
+            let at = width.min(rest.cols);
+            let (chunk, right) = rest.split_at(at);
+            chunks.push(chunk);
+            rest = right;
+        }
+        chunks
+    }
+
     /// Rows.
     #[must_use]
     pub fn rows(&self) -> usize {

@@ -7,14 +7,15 @@ use crate::format::WeightFormat;
 use crate::model::Model;
 use crate::phi3;
 use crate::text::{Detokenizer, TextError};
-use crate::transformer::{Cancelled, Observer, Pass, Workspace};
-use phidias_engine::backend::Cpu;
+use crate::transformer::{Cancelled, Observer, Pass, Transformer, Workspace};
+use phidias_engine::backend::{Cpu, Input, Ops};
 use phidias_engine::generate::{Detokenize, Sequence};
 use phidias_engine::kv_cache::{KvCache, KvType};
 use phidias_engine::memory::MemoryPlan;
 use phidias_engine::pool::Pool;
 use phidias_engine::tensor::Buffer;
 use phidias_engine::{Cancel, Kernels};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// What to do with cached keys when a sequence outgrows `original_max_position_embeddings`.
@@ -98,9 +99,10 @@ pub fn memory_plan(
 /// Bytes of activations of a chunk of `tokens`.
 fn activation_bytes(c: &Config, tokens: usize) -> usize {
     let qkv = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim;
-    // x, normed, branch; qkv, heads; gate and up, gated; int8 copies of the widest input.
-    let floats = 3 * c.hidden_size + qkv + c.hidden_size + 3 * c.intermediate_size;
-    let row = 4 * floats + 2 * c.intermediate_size.max(c.hidden_size);
+    // x, normed, branch; qkv, heads; gated; the inputs of the matrices, as floats at most.
+    let floats = 4 * c.hidden_size + qkv + c.intermediate_size;
+    let inputs = 2 * c.hidden_size + c.intermediate_size;
+    let row = 4 * (floats + inputs);
     row.saturating_mul(tokens)
         .saturating_add(4 * LOGIT_ROWS * c.vocab_size)
 }
@@ -130,10 +132,36 @@ pub struct Session {
     chunk: usize,
     crossing: Crossing,
     workspace: Workspace,
-    rows: Buffer,
-    logits: Buffer,
+    head: Head,
     cancel: Cancel,
     progress: Option<Box<dyn FnMut(Prefill) + Send>>,
+}
+
+/// From hidden states to logits.
+#[derive(Debug, Default)]
+struct Head {
+    rows: Buffer,
+    input: Input,
+    /// `[rows, vocab]`
+    logits: Buffer,
+}
+
+impl Head {
+    /// The logits of some rows of the hidden states.
+    fn logits(
+        &mut self,
+        ops: &Ops<'_>,
+        transformer: &Transformer,
+        hidden: &Buffer,
+        rows: Range<usize>,
+    ) {
+        let cols = hidden.cols();
+        self.rows.reshape(rows.len(), cols);
+        let values = &hidden.data()[rows.start * cols..rows.end * cols];
+        self.rows.data_mut().copy_from_slice(values);
+        ops.input(&self.rows, &transformer.lm_head, &mut self.input);
+        ops.linear(&transformer.lm_head, &self.input, &mut self.logits);
+    }
 }
 
 /// Rows of logits computed together when all of them are wanted: bounds their memory.
@@ -160,8 +188,7 @@ impl Session {
             chunk: options.chunk.max(1),
             crossing: options.crossing,
             workspace: Workspace::default(),
-            rows: Buffer::default(),
-            logits: Buffer::default(),
+            head: Head::default(),
             cancel: Cancel::default(),
             progress: None,
             model,
@@ -232,7 +259,7 @@ impl Session {
     /// cache, cancellation. The sequence is then what it was before.
     pub fn extend(&mut self, tokens: &[u32]) -> Result<&[f32], Error> {
         self.run(tokens, Want::Last, &mut |_, _, _| {})?;
-        Ok(self.logits.row(0))
+        Ok(self.head.logits.row(0))
     }
 
     /// Appends tokens and hands out the logits after each of them: `each(position, logits)`.
@@ -293,44 +320,57 @@ impl Session {
         let total = self.ids.len();
         let model = Arc::clone(&self.model);
         let transformer = model.transformer();
-        let pool = Arc::clone(self.cpu.pool());
         self.enter_regime(transformer.rope.regime(total));
         let start = self.cache.len();
         let recomputing = start < before;
         while self.cache.len() < total {
             let first = self.cache.len();
             let end = total.min(first + self.chunk);
-            // One entry into the pool for the whole pass.
-            let hidden = pool.install(|| {
-                let pass = Pass {
-                    cpu: &mut self.cpu,
-                    cache: &mut self.cache,
-                    cancel: &self.cancel,
-                    observe: &mut *observe,
-                };
-                transformer.forward(
-                    &self.ids[first..end],
-                    self.regime,
-                    pass,
-                    &mut self.workspace,
-                )
-            })?;
             let wanted = match want {
                 Want::Last => end.max(total) - 1..end,
                 Want::Each(_) => before.max(first)..end,
             };
-            for from in wanted.clone().step_by(LOGIT_ROWS) {
-                let count = LOGIT_ROWS.min(wanted.end - from);
-                self.rows.reshape(count, hidden.cols());
-                let values =
-                    &hidden.data()[(from - first) * hidden.cols()..][..count * hidden.cols()];
-                self.rows.data_mut().copy_from_slice(values);
-                pool.install(|| {
-                    self.cpu
-                        .linear(&transformer.lm_head, &self.rows, &mut self.logits)
-                });
-                if let Want::Each(each) = &mut want {
-                    (0..count).for_each(|t| each(from + t, self.logits.row(t)));
+            let mut groups = (wanted.clone().step_by(LOGIT_ROWS))
+                .map(|from| from..wanted.end.min(from + LOGIT_ROWS));
+            let group = groups.next();
+            // One entry into the pool for the whole pass, the first logits included.
+            let Self {
+                cpu,
+                cache,
+                workspace,
+                head,
+                ..
+            } = self;
+            let pass = |ops: &Ops<'_>| {
+                let pass = Pass {
+                    ops,
+                    cache,
+                    cancel: &self.cancel,
+                    observe: &mut *observe,
+                };
+                let ids = &self.ids[first..end];
+                transformer.forward(ids, self.regime, pass, workspace)?;
+                if let Some(rows) = &group {
+                    let hidden = workspace.hidden();
+                    head.logits(
+                        ops,
+                        transformer,
+                        hidden,
+                        rows.start - first..rows.end - first,
+                    );
+                }
+                Ok(())
+            };
+            cpu.enter(pass).map_err(|Cancelled| Error::Cancelled)?;
+            if let (Want::Each(each), Some(rows)) = (&mut want, group) {
+                rows.clone()
+                    .for_each(|t| each(t, head.logits.row(t - rows.start)));
+                for rows in groups {
+                    let hidden = workspace.hidden();
+                    let range = rows.start - first..rows.end - first;
+                    cpu.enter(|ops| head.logits(ops, transformer, hidden, range));
+                    rows.clone()
+                        .for_each(|t| each(t, head.logits.row(t - rows.start)));
                 }
             }
             if let Some(progress) = &mut self.progress {
@@ -374,6 +414,23 @@ impl Sequence for Session {
     }
     fn extend(&mut self, tokens: &[u32]) -> Result<&[f32], Error> {
         Self::extend(self, tokens)
+    }
+    fn extend_all(
+        &mut self,
+        tokens: &[u32],
+        each: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<(), Error> {
+        Self::extend_all(self, tokens, each)
+    }
+    fn truncate(&mut self, len: usize) {
+        Self::truncate(self, len);
+    }
+    /// A pass uses the factors of its whole length, so it must not cross the original length before
+    /// its first token does.
+    fn lookahead(&self) -> usize {
+        let next = self.ids.len() + 1;
+        let end = self.model.transformer().rope.regime_end(next);
+        end.min(self.context).saturating_sub(next)
     }
 }
 

@@ -5,7 +5,7 @@ use crate::blocks::mlp::{self, Mlp};
 use crate::blocks::norm::RmsNorm;
 use crate::blocks::rope::{Regime, Rope};
 use phidias_engine::Cancel;
-use phidias_engine::backend::{Cpu, Rotations};
+use phidias_engine::backend::{Input, Ops, Rotations};
 use phidias_engine::kv_cache::KvCache;
 use phidias_engine::tensor::{Buffer, Matrix};
 
@@ -42,11 +42,22 @@ pub struct Transformer {
 pub struct Workspace {
     /// The residual stream, `[tokens, hidden]`.
     x: Buffer,
+    /// The last norm's output.
     normed: Buffer,
+    /// A norm's output as the next matrix takes it.
+    input: Input,
     branch: Buffer,
     rotations: Rotations,
     attention: attention::Scratch,
     mlp: mlp::Scratch,
+}
+
+impl Workspace {
+    /// What the last pass gave: the rows after the last norm, `[tokens, hidden]`.
+    #[must_use]
+    pub fn hidden(&self) -> &Buffer {
+        &self.normed
+    }
 }
 
 /// A place in the forward pass that can be looked at.
@@ -69,8 +80,8 @@ pub type Observer<'a> = &'a mut (dyn FnMut(Point, usize, &Buffer) + Send);
 
 /// What a forward pass runs on.
 pub struct Pass<'a> {
-    /// Device.
-    pub cpu: &'a mut Cpu,
+    /// The operations of the device.
+    pub ops: &'a Ops<'a>,
     /// Keys and values so far; those of the pass are added.
     pub cache: &'a mut KvCache,
     /// Stops the pass.
@@ -84,19 +95,19 @@ pub struct Pass<'a> {
 pub struct Cancelled;
 
 impl Transformer {
-    /// Runs `ids` at positions `cache.len() ..` through all layers; the result, after the last
-    /// norm, is `[tokens, hidden]`. The cache must have room.
+    /// Runs `ids` at positions `cache.len() ..` through all layers; the result is
+    /// [`Workspace::hidden`]. The cache must have room.
     /// # Errors
     /// [`Cancelled`], looked at between layers.
-    pub fn forward<'w>(
+    pub fn forward(
         &self,
         ids: &[u32],
         regime: Regime,
         pass: Pass<'_>,
-        w: &'w mut Workspace,
-    ) -> Result<&'w Buffer, Cancelled> {
+        w: &mut Workspace,
+    ) -> Result<(), Cancelled> {
         let Pass {
-            cpu,
+            ops,
             cache,
             cancel,
             observe,
@@ -104,7 +115,7 @@ impl Transformer {
         let first = cache.len();
         self.rope
             .rotations(regime, first, ids.len(), &mut w.rotations);
-        cpu.embed(&self.embed_tokens, ids, &mut w.x);
+        ops.embed(&self.embed_tokens, ids, &mut w.x);
         observe(Point::Embed, first, &w.x);
         for (l, layer) in self.layers.iter().enumerate() {
             if cancel.is_cancelled() {
@@ -115,22 +126,25 @@ impl Transformer {
                 first,
                 rotations: &w.rotations,
             };
-            layer.input_norm.forward(cpu, &w.x, &mut w.normed);
+            let (attention, mlp) = (&layer.attention, &layer.mlp);
             layer
-                .attention
-                .forward(cpu, &w.normed, cache, at, &mut w.branch, &mut w.attention);
+                .input_norm
+                .input(ops, &w.x, &attention.qkv_proj, &mut w.input);
+            attention.forward(ops, &w.input, cache, at, &mut w.branch, &mut w.attention);
             observe(Point::AttentionOut(l), first, &w.branch);
-            cpu.add(&mut w.x, &w.branch);
-            layer.post_attention_norm.forward(cpu, &w.x, &mut w.normed);
-            layer.mlp.forward(cpu, &w.normed, &mut w.branch, &mut w.mlp);
+            ops.add(&mut w.x, &w.branch);
+            layer
+                .post_attention_norm
+                .input(ops, &w.x, &mlp.gate_up_proj, &mut w.input);
+            mlp.forward(ops, &w.input, &mut w.branch, &mut w.mlp);
             observe(Point::MlpOut(l), first, &w.branch);
-            cpu.add(&mut w.x, &w.branch);
+            ops.add(&mut w.x, &w.branch);
             observe(Point::LayerOut(l), first, &w.x);
         }
-        self.norm.forward(cpu, &w.x, &mut w.normed);
+        self.norm.forward(ops, &w.x, &mut w.normed);
         observe(Point::FinalNorm, first, &w.normed);
         cache.set_len(first + ids.len());
-        Ok(&w.normed)
+        Ok(())
     }
 
     /// Bytes of weights that one token reads: every matrix once, one row of the embedding.

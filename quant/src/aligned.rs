@@ -3,9 +3,26 @@
 /// Alignment of every packed tensor, in memory and in a file: one cache line, one 512-bit register.
 pub const ALIGN: usize = 64;
 
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+/// One cache line: the unit in which aligned memory is taken.
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C, align(64))]
-struct Line([u8; ALIGN]);
+pub(crate) struct Line([u8; ALIGN]);
+
+impl Default for Line {
+    fn default() -> Self {
+        Self([0; ALIGN])
+    }
+}
+
+/// The bytes of some lines.
+pub(crate) fn bytes_of(lines: &[Line]) -> &[u8] {
+    bytemuck::cast_slice(lines)
+}
+
+/// The bytes of some lines.
+pub(crate) fn bytes_of_mut(lines: &mut [Line]) -> &mut [u8] {
+    bytemuck::cast_slice_mut(lines)
+}
 
 const _: () = assert!(size_of::<Line>() == ALIGN && align_of::<Line>() == ALIGN);
 

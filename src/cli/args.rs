@@ -81,7 +81,7 @@ pub struct Running {
     /// Most tokens of prompt and answer together [default: the model's, at most 8192]
     #[arg(long, value_name = "N")]
     pub ctx: Option<usize>,
-    /// What the KV cache stores: f32, f16 or bf16 [default: f16; f32 with --format f32]
+    /// What the KV cache stores: f32, f16, bf16 or int8 [default: f16; f32 with --format f32]
     #[arg(long, value_name = "TYPE", value_parser = kv_type)]
     pub kv: Option<KvType>,
     /// When a LongRoPE sequence outgrows its original length: `exact` computes the cache again once,
@@ -149,6 +149,10 @@ pub struct Sampling {
     /// Add B to the logit of token ID; may be given several times
     #[arg(long, value_name = "ID=B", value_parser = logit_bias)]
     pub logit_bias: Vec<(u32, f32)>,
+    /// Where the last tokens have stood before in prompt or answer, guess up to N tokens that follow
+    /// and check them in one pass: the same answer, sooner when it repeats something; 0: off
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = lookup)]
+    pub lookup: usize,
 }
 
 #[derive(Debug, Args)]
@@ -325,7 +329,7 @@ pub struct Bench {
 }
 
 fn kv_type(name: &str) -> Result<KvType, String> {
-    let unknown = || format!("unknown type '{name}'; expected f32, f16 or bf16");
+    let unknown = || format!("unknown type '{name}'; expected f32, f16, bf16 or int8");
     KvType::ALL
         .into_iter()
         .find(|t| t.name() == name)
@@ -355,6 +359,12 @@ fn repetitions(text: &str) -> Result<usize, String> {
 fn number(text: &str, min: usize, max: usize) -> Result<usize, String> {
     let number = text.parse().ok().filter(|n| (min..=max).contains(n));
     number.ok_or_else(|| format!("expected {min} to {max}"))
+}
+
+fn lookup(text: &str) -> Result<usize, String> {
+    let max = phidias::engine::lookup::MAX_LOOKUP;
+    let count = text.parse().ok().filter(|n| (0..=max).contains(n));
+    count.ok_or_else(|| format!("expected 0 to {max}"))
 }
 
 fn logit_bias(text: &str) -> Result<(u32, f32), String> {

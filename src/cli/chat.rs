@@ -155,7 +155,7 @@ impl Talk {
         self.conversation.assistant(ids)?;
         self.setup.console.note(format_args!(
             "[{}; context {} of {}]",
-            summary(&outcome),
+            summary(&outcome, &options),
             self.conversation.ids().len(),
             self.session.context()
         ));

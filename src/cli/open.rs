@@ -186,6 +186,7 @@ pub fn generate_options(model: &Model, sampling: &Sampling, console: Console) ->
     let mut options = phidias::default_options(model);
     options.max_new_tokens = sampling.max_tokens;
     options.stop_strings = sampling.stop.clone();
+    options.lookup = sampling.lookup;
     let chosen = &mut options.sampling;
     fn given<T: Copy>(to: &mut T, value: Option<T>) {
         *to = value.unwrap_or(*to);

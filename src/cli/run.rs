@@ -4,7 +4,7 @@ use super::args::{Global, Run};
 use super::open::{Setup, generate_options};
 use anyhow::{Context, Result, bail};
 use phidias::Model;
-use phidias::engine::generate::{Event, FinishReason, Outcome, generate};
+use phidias::engine::generate::{Event, FinishReason, GenerateOptions, Outcome, generate};
 use phidias::models::Text;
 use phidias::models::text::{Detokenizer, Special};
 use serde_json::{Value, json};
@@ -45,7 +45,7 @@ pub fn run(args: &Run, global: &Global) -> Result<()> {
         let object = out.object(&outcome, &options.stop_strings);
         writeln!(io::stdout(), "{object}")?;
     }
-    setup.console.note(summary(&outcome));
+    setup.console.note(summary(&outcome, &options));
     Ok(())
 }
 
@@ -175,6 +175,10 @@ impl Output {
             "generated_tokens": outcome.ids.len(),
             "prompt_tok_s": outcome.prefill_rate(),
             "tok_s": outcome.decode_rate(),
+            "passes": outcome.lookup.passes,
+            "proposed": outcome.lookup.proposed,
+            "accepted": outcome.lookup.accepted,
+            "tokens_per_pass": outcome.lookup.tokens_per_pass(),
         });
         if let FinishReason::StopString(index) = outcome.finish {
             object["stop_string"] = json!(stop_strings.get(index));
@@ -196,8 +200,8 @@ fn finish_name(finish: FinishReason) -> &'static str {
     }
 }
 
-/// One line: tokens, rates, and why it ended when that is not the model's own end.
-pub fn summary(outcome: &Outcome) -> String {
+/// One line: tokens, rates, what lookup gave if it was asked for, and why it ended when that is not the model's own end.
+pub fn summary(outcome: &Outcome, options: &GenerateOptions) -> String {
     let rate = |rate: Option<f64>| rate.map_or(String::new(), |r| format!(" ({r:.1} tokens/s)"));
     let end = match outcome.finish {
         FinishReason::StopToken(_) | FinishReason::StopString(_) => "",
@@ -205,8 +209,16 @@ pub fn summary(outcome: &Outcome) -> String {
         FinishReason::ContextFull => "; the context is full (--ctx)",
         FinishReason::Cancelled => "; stopped",
     };
+    let stats = outcome.lookup;
+    let lookup = match stats.tokens_per_pass() {
+        Some(rate) if options.lookup > 0 => format!(
+            "; lookup: {rate:.2} tokens a pass, {} passes, {} of {} guesses right",
+            stats.passes, stats.accepted, stats.proposed
+        ),
+        _ => String::new(),
+    };
     format!(
-        "prompt: {} tokens{}; answer: {} tokens{}{end}",
+        "prompt: {} tokens{}; answer: {} tokens{}{lookup}{end}",
         outcome.prompt_tokens,
         rate(outcome.prefill_rate()),
         outcome.ids.len(),

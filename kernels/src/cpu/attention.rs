@@ -10,15 +10,56 @@
 //!                                      l <- l * exp(m - M) + l_b * exp(m_b - M)
 //!                                      a <- a * exp(m - M) + a_b * exp(m_b - M)
 //!         after the last block         o  = a / l          (Milakov & Gimelshein 2018; Dao 2022)
-//! Order   blocks are fixed ranges of absolute positions, merged from the first to the last, and
-//!         scores and sums inside a block run in the order of the keys. So a result depends on the
-//!         query and its keys only: not on how many queries are computed beside it.
+//! Order   blocks are fixed ranges of absolute positions, merged from the first to the last. Inside
+//!         one a score adds up the elements of the head from the first to the last, the values are
+//!         added from the first key to the last, and l_b in 16 partial sums, key j in sum j mod 16.
+//!         So a result depends on the query and its keys only: not on what is computed beside it.
+//! Layout  keys in panels of 16, element by element: [panels][head_dim][16], so that 16 keys are the
+//!         lanes of a register; values [keys][head_dim]
+//! int8    a key and a value each have one step; a score is scale * step_j * <q, k_j>, and the step
+//!         of a value is multiplied into its weight
+//! Work    4 operations a query, visible key and element
 //! Exact   f32 throughout; keys and values are widened from what the cache stores
 //! ```
 
 use super::Kernels;
-use crate::view::Elements;
+use phidias_quant::{bf16, f16};
 use std::ops::Range;
+
+/// Keys in a panel.
+pub const KEY_PANEL: usize = 16;
+
+/// Queries that are computed together at most.
+pub(super) const GROUP: usize = 8;
+
+/// Elements of keys or values as the cache stores them.
+#[derive(Clone, Copy, Debug)]
+pub enum Cached<'a> {
+    /// 32-bit floats.
+    F32(&'a [f32]),
+    /// IEEE half precision.
+    F16(&'a [f16]),
+    /// The upper half of a 32-bit float.
+    Bf16(&'a [bf16]),
+    /// Signed bytes.
+    I8 {
+        /// The bytes.
+        quants: &'a [i8],
+        /// One step a key, whole panels.
+        steps: &'a [f32],
+    },
+}
+
+impl Cached<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Self::F32(s) => s.len(),
+            Self::F16(s) => s.len(),
+            Self::Bf16(s) => s.len(),
+            Self::I8 { quants, .. } => quants.len(),
+        }
+    }
+}
 
 /// One block of keys and values of one KV head, and the queries that look at it.
 #[derive(Clone, Copy, Debug)]
@@ -27,10 +68,10 @@ pub struct AttentionTask<'a> {
     pub queries: &'a [f32],
     /// The keys of the block that each query may see, as a range within the block; `[queries]`.
     pub visible: &'a [Range<usize>],
-    /// `[keys, head_dim]`, rotated.
-    pub keys: Elements<'a>,
+    /// `[panels, head_dim, 16]`, rotated.
+    pub keys: Cached<'a>,
     /// `[keys, head_dim]`
-    pub values: Elements<'a>,
+    pub values: Cached<'a>,
     /// Factor on every score.
     pub scale: f32,
 }
@@ -45,7 +86,7 @@ pub struct AttentionState {
     sum: Vec<f32>,
     /// `[queries, head_dim]`, the values weighted alike
     acc: Vec<f32>,
-    /// scores of one query on one block; then the block's own weighted values
+    /// scores of a group on one block; then its own weighted values
     scratch: Vec<f32>,
 }
 
@@ -58,25 +99,59 @@ pub(super) struct StateMut<'a> {
     pub sum: &'a mut [f32],
     /// `[queries, head_dim]`
     pub acc: &'a mut [f32],
-    /// `[keys]`
+    /// `[GROUP][keys, whole panels]`
     pub scores: &'a mut [f32],
-    /// `[head_dim]`
+    /// `[GROUP][head_dim, whole sixteens]`
     pub block: &'a mut [f32],
+}
+
+/// The keys and values of a block.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Block<'a, T> {
+    pub head_dim: usize,
+    /// `[panels][head_dim][16]`
+    pub keys: &'a [T],
+    /// `[keys][head_dim]`
+    pub values: &'a [T],
+    /// `[panels * 16]` for bytes, else empty
+    pub key_steps: &'a [f32],
+    /// `[panels * 16]` for bytes, else empty
+    pub value_steps: &'a [f32],
+    /// Factor on every score.
+    pub scale: f32,
 }
 
 /// Merges one block into the state of each query.
 /// # Safety
-/// The CPU has the features of the table; `queries` is `[visible.len(), d]` with `d = block.len()`;
-/// `keys` and `values` are `[scores.len(), d]`; every visible range is inside `0..scores.len()`;
-/// the state is of those queries.
-pub(super) type Attend<T> = unsafe fn(
-    queries: &[f32],
-    visible: &[Range<usize>],
-    keys: &[T],
-    values: &[T],
-    scale: f32,
-    state: StateMut<'_>,
-);
+/// The CPU has the features of the table; the slices of `block` are of one number of keys, as its
+/// fields say; `queries` is `[visible.len(), head_dim]`; every visible range is inside the keys; the
+/// state is of those queries and that block.
+pub(super) type Attend<T> =
+    unsafe fn(block: Block<'_, T>, queries: &[f32], visible: &[Range<usize>], state: StateMut<'_>);
+
+/// What one block, or several, gave one query: the largest score, the sum of the exponentials, and the
+/// values weighted by them.
+#[derive(Debug)]
+pub(super) struct Partial<'a> {
+    pub max: f32,
+    pub sum: f32,
+    /// `[head_dim]`
+    pub acc: &'a [f32],
+}
+
+/// The same, to be merged into.
+#[derive(Debug)]
+pub(super) struct PartialMut<'a> {
+    pub max: &'a mut f32,
+    pub sum: &'a mut f32,
+    /// `[head_dim]`
+    pub acc: &'a mut [f32],
+}
+
+/// Merges what one block gave into the state of a query.
+/// # Safety
+/// The CPU has the features of the table; both are of one head_dim.
+pub(super) type Merge = unsafe fn(block: Partial<'_>, state: PartialMut<'_>);
 
 impl AttentionState {
     /// Starts anew for `queries` queries.
@@ -89,6 +164,35 @@ impl AttentionState {
         ] {
             v.clear();
             v.resize(len, start);
+        }
+    }
+
+    /// Merges the state of the same queries on later blocks, as if they had been attended to here.
+    ///
+    /// `later` must have seen one block only: then this is what [`Kernels::attend`] does with it, bit
+    /// for bit, and blocks can be computed by different threads.
+    /// # Panics
+    /// When the states are of different queries.
+    pub fn merge(&mut self, kernels: &Kernels, later: &Self) {
+        assert_eq!(
+            (self.max.len(), self.head_dim),
+            (later.max.len(), later.head_dim),
+            "queries and head_dim of the states"
+        );
+        let d = self.head_dim;
+        for i in 0..self.max.len() {
+            let acc = &later.acc[i * d..][..d];
+            let (max, sum) = (later.max[i], later.sum[i]);
+            if max == f32::NEG_INFINITY && sum == 0.0 {
+                continue; // that query saw no key of the block
+            }
+            let state = PartialMut {
+                max: &mut self.max[i],
+                sum: &mut self.sum[i],
+                acc: &mut self.acc[i * d..][..d],
+            };
+            // SAFETY: the table exists only where the CPU has its features; both are `d` long.
+            unsafe { (kernels.merge)(Partial { max, sum, acc }, state) }
         }
     }
 
@@ -116,12 +220,17 @@ impl Kernels {
         let d = state.head_dim;
         let n = task.visible.len();
         assert!(
-            d > 0 && task.keys.len().is_multiple_of(d),
-            "{} key elements in heads of {d}",
-            task.keys.len()
+            d > 0 && task.values.len().is_multiple_of(d),
+            "{} value elements in heads of {d}",
+            task.values.len()
         );
-        let keys = task.keys.len() / d;
-        assert_eq!(task.values.len(), task.keys.len(), "keys and values");
+        let keys = task.values.len() / d;
+        let padded = keys.next_multiple_of(KEY_PANEL);
+        assert_eq!(
+            task.keys.len(),
+            padded * d,
+            "keys in whole panels, and values"
+        );
         assert_eq!(task.queries.len(), n * d, "{n} queries of {d}");
         assert_eq!(state.max.len(), n, "queries of the state and of the task");
         for r in task.visible {
@@ -130,8 +239,9 @@ impl Kernels {
                 "visible {r:?} of {keys} keys"
             );
         }
-        state.scratch.resize(keys + d, 0.0);
-        let (scores, block) = state.scratch.split_at_mut(keys);
+        let width = d.next_multiple_of(KEY_PANEL);
+        state.scratch.resize(GROUP * (padded + width), 0.0);
+        let (scores, block) = state.scratch.split_at_mut(GROUP * padded);
         let s = StateMut {
             max: &mut state.max,
             sum: &mut state.sum,
@@ -139,20 +249,42 @@ impl Kernels {
             scores,
             block,
         };
-        // SAFETY: the table exists only where the CPU has its features; shapes are checked above.
-        unsafe {
-            match (task.keys, task.values) {
-                (Elements::F32(k), Elements::F32(v)) => {
-                    (self.attend_f32)(task.queries, task.visible, k, v, task.scale, s)
-                }
-                (Elements::F16(k), Elements::F16(v)) => {
-                    (self.attend_f16)(task.queries, task.visible, k, v, task.scale, s)
-                }
-                (Elements::Bf16(k), Elements::Bf16(v)) => {
-                    (self.attend_bf16)(task.queries, task.visible, k, v, task.scale, s)
-                }
-                (k, v) => panic!("keys {k:?} and values {v:?} are stored differently"),
+        let (queries, visible) = (task.queries, task.visible);
+        let scale = task.scale;
+        macro_rules! attend {
+            ($kernel:expr, $keys:expr, $values:expr, $key_steps:expr, $value_steps:expr) => {{
+                let block = Block {
+                    head_dim: d,
+                    keys: $keys,
+                    values: $values,
+                    key_steps: $key_steps,
+                    value_steps: $value_steps,
+                    scale,
+                };
+                // SAFETY: the table exists only where the CPU has its features; shapes are checked
+                // above, and below for the steps.
+                unsafe { $kernel(block, queries, visible, s) }
+            }};
+        }
+        match (task.keys, task.values) {
+            (Cached::F32(k), Cached::F32(v)) => attend!((self.attend_f32), k, v, &[], &[]),
+            (Cached::F16(k), Cached::F16(v)) => attend!((self.attend_f16), k, v, &[], &[]),
+            (Cached::Bf16(k), Cached::Bf16(v)) => attend!((self.attend_bf16), k, v, &[], &[]),
+            (
+                Cached::I8 {
+                    quants: k,
+                    steps: key_steps,
+                },
+                Cached::I8 {
+                    quants: v,
+                    steps: value_steps,
+                },
+            ) => {
+                assert_eq!(key_steps.len(), padded, "steps of the keys");
+                assert_eq!(value_steps.len(), padded, "steps of the values");
+                attend!((self.attend_i8), k, v, key_steps, value_steps)
             }
+            (k, v) => panic!("keys {k:?} and values {v:?} are stored differently"),
         }
     }
 }

@@ -19,10 +19,10 @@
 
 mod guard;
 
-use super::{AttentionState, AttentionTask, Isa, Kernels};
+use super::{AttentionState, AttentionTask, Cached, Isa, KEY_PANEL, Kernels};
 use crate::view::{ColsMut, Dense, Elements};
 use guard::{guarded, page_end};
-use phidias_quant::activations::{self, Activations};
+use phidias_quant::activations::{self, Activations, MAGIC, TILE};
 use phidias_quant::packed::{PANEL_ROWS, pack_panel};
 use phidias_quant::{AlignedBytes, BLOCK, Format, Packed, PackedLayout, bf16, f16};
 use std::io::Write;
@@ -53,7 +53,11 @@ fn tables() -> impl Iterator<Item = &'static Kernels> {
             );
         }
     });
-    Isa::ALL.into_iter().filter_map(Kernels::for_isa)
+    let tables = Isa::ALL.into_iter().filter_map(Kernels::for_isa);
+    #[cfg(target_arch = "x86_64")]
+    return tables.chain(super::avx2::vnni_twin());
+    #[cfg(not(target_arch = "x86_64"))]
+    tables
 }
 
 #[test]
@@ -132,6 +136,8 @@ trait Stored: Copy + std::fmt::Debug + 'static {
     fn narrow(v: f32) -> Self;
     fn exact(self) -> f64;
     fn elements(s: &[Self]) -> Elements<'_>;
+    /// As the cache stores it; only bytes have steps.
+    fn cached<'a>(s: &'a [Self], steps: &'a [f32]) -> Cached<'a>;
 }
 
 impl Stored for f32 {
@@ -144,6 +150,9 @@ impl Stored for f32 {
     }
     fn elements(s: &[Self]) -> Elements<'_> {
         Elements::F32(s)
+    }
+    fn cached<'a>(s: &'a [Self], _: &'a [f32]) -> Cached<'a> {
+        Cached::F32(s)
     }
 }
 
@@ -158,6 +167,9 @@ impl Stored for f16 {
     fn elements(s: &[Self]) -> Elements<'_> {
         Elements::F16(s)
     }
+    fn cached<'a>(s: &'a [Self], _: &'a [f32]) -> Cached<'a> {
+        Cached::F16(s)
+    }
 }
 
 impl Stored for bf16 {
@@ -170,6 +182,26 @@ impl Stored for bf16 {
     }
     fn elements(s: &[Self]) -> Elements<'_> {
         Elements::Bf16(s)
+    }
+    fn cached<'a>(s: &'a [Self], _: &'a [f32]) -> Cached<'a> {
+        Cached::Bf16(s)
+    }
+}
+
+/// What the cache holds besides floats: bytes, times a step that the scene draws for each key.
+impl Stored for i8 {
+    const NAN: Self = 77;
+    fn narrow(v: f32) -> Self {
+        (v * 40.0).round().clamp(-127.0, 127.0) as Self
+    }
+    fn exact(self) -> f64 {
+        f64::from(self)
+    }
+    fn elements(_: &[Self]) -> Elements<'_> {
+        unreachable!("matrices are not stored so")
+    }
+    fn cached<'a>(quants: &'a [Self], steps: &'a [f32]) -> Cached<'a> {
+        Cached::I8 { quants, steps }
     }
 }
 
@@ -199,7 +231,7 @@ fn bits(values: &[f32]) -> Vec<u32> {
 
 const SMALL_COLS: [usize; 11] = [1, 2, 31, 32, 33, 63, 64, 65, 95, 96, 97];
 const SMALL_ROWS: [usize; 5] = [1, 15, 16, 17, 33];
-const TOKENS: [usize; 6] = [1, 2, 3, 4, 5, 17];
+const TOKENS: [usize; 7] = [1, 2, 3, 4, 5, 17, 67];
 
 // ------------------------------------------------------------------------------ packed GEMM
 
@@ -248,13 +280,15 @@ impl Weights {
     }
 }
 
-/// Rows of activations, by the definition, every buffer at a guard page.
-fn activations(x: &[f32], rows: usize, cols: usize) -> Activations {
+/// Rows of activations for a format, by the definition, every buffer at a guard page.
+fn activations(format: Format, x: &[f32], rows: usize, cols: usize) -> Activations {
     guarded(|| {
         let mut quantized = Activations::default();
-        quantized.reshape(rows, cols);
-        for (x, out) in x.chunks_exact(cols).zip(quantized.rows_mut()) {
-            activations::quantize(x, out);
+        quantized.reshape(rows, cols, format.zero());
+        for (mut tile, x) in quantized.tiles_mut().zip(x.chunks(TILE * cols)) {
+            for (r, x) in x.chunks_exact(cols).enumerate() {
+                activations::quantize(x, &mut tile, r);
+            }
         }
         quantized
     })
@@ -262,23 +296,22 @@ fn activations(x: &[f32], rows: usize, cols: usize) -> Activations {
 
 /// Dequantize, then multiply, `[rows][tokens]`.
 ///
-/// A block's term is `I * (sw * sx)` with an exact integer `|I| <= 32 * 128 * 127 < 2^24`: two
-/// roundings, then one for each of the `B` additions it takes part in.
+/// A block's term is `I * sx * sw` with an exact integer `|I| <= 32 * 128 * 127 < 2^24` and a power
+/// of two `sx`: one rounding, then one for each of the `B` additions it takes part in.
 fn packed_reference(w: Packed<'_>, x: &Activations) -> Vec<Vec<Expected>> {
     let (rows, cols) = (w.layout().rows(), w.layout().cols());
     let mut weights = vec![0.0; cols];
-    let factor = gamma(x.blocks() + 2);
+    let factor = gamma(x.blocks() + 1);
     (0..rows)
         .map(|r| {
             w.dequantize_row(r, &mut weights);
             (0..x.rows())
                 .map(|t| {
-                    let row = x.row(t);
                     let (mut value, mut size) = (0.0, 0.0f64);
                     for (b, w) in weights.chunks(BLOCK).enumerate() {
-                        let quants = &row.quants[b * BLOCK..];
-                        let term: f64 = (w.iter().zip(quants))
-                            .map(|(w, a)| f64::from(*w) * f64::from(*a) * f64::from(row.scales[b]))
+                        let a = x.block(t, b);
+                        let term: f64 = (w.iter().zip(a.quants))
+                            .map(|(w, q)| f64::from(*w) * f64::from(*q) * f64::from(a.scale))
                             .sum();
                         value += term;
                         size += term.abs();
@@ -332,7 +365,7 @@ fn packed_case(
     let x = x.values(random, tokens * cols, 1e25, 1e-41);
     (
         Weights::new(format, rows, cols, &w),
-        activations(&x, tokens, cols),
+        activations(format, &x, tokens, cols),
     )
 }
 
@@ -382,9 +415,13 @@ fn gemm_packed_on_shapes_of_real_models() {
     for k in tables() {
         let mut random = Random(3);
         for format in FORMATS {
-            for (rows, cols, tokens) in
-                [(48, 3072, 1), (48, 3072, 17), (16, 8192, 2), (40, 5120, 5)]
-            {
+            for (rows, cols, tokens) in [
+                (48, 3072, 1),
+                (48, 3072, 17),
+                (16, 8192, 2),
+                (40, 5120, 5),
+                (32, 3072, 130),
+            ] {
                 let fills = (Fill::Random, Fill::Random);
                 let (w, x) = packed_case(&mut random, format, (rows, cols, tokens), fills);
                 check_packed(k, &w, &x, &format!("{rows} x {cols}, {tokens} tokens"));
@@ -405,10 +442,9 @@ fn gemm_packed_bound_notices_one_quant_and_the_zero_point() {
                 let y = gemm_packed(k, w.view(), &x);
                 let right = packed_reference(w.view(), &x);
                 assert!(right[16][1].admits(y[17 + 16]));
-                // The column whose activation is the largest of its block, in the middle row.
-                let column = (0..cols)
-                    .find(|c| x.row(1).quants[*c].unsigned_abs() == 127)
-                    .unwrap();
+                // The column with the largest quant, in the last row.
+                let quant = |c: &usize| x.block(1, c / BLOCK).quants[c % BLOCK].unsigned_abs();
+                let column = (0..cols).max_by_key(quant).unwrap();
                 let (at, shift) = w.quant_at(16, column);
                 let byte = &mut w.bytes.as_mut()[at];
                 *byte ^= 1 << shift;
@@ -420,11 +456,11 @@ fn gemm_packed_bound_notices_one_quant_and_the_zero_point() {
                 );
                 assert!(wrong[15][1].admits(y[17 + 15]), "only that row changed");
                 // What the sum is when zero * (sum of activations) stays in it.
-                let row = x.row(1);
                 let forgotten: f64 = (0..x.blocks())
                     .map(|b| {
                         let scale = w.view().panel(1).scales[b * PANEL_ROWS].to_f64();
-                        f64::from(format.zero() * row.sums[b]) * scale * f64::from(row.scales[b])
+                        let a = x.block(1, b);
+                        f64::from(format.zero() * a.sum) * scale * f64::from(a.scale)
                     })
                     .sum();
                 let value = right[16][1].value + forgotten;
@@ -443,16 +479,16 @@ fn gemm_packed_row_is_the_same_whatever_is_beside_it() {
     for k in tables() {
         let mut random = Random(5);
         for format in FORMATS {
-            for (rows, cols, tokens) in [(49, 97, 17), (33, 3072, 5), (80, 64, 9)] {
+            for (rows, cols, tokens) in [(49, 97, 17), (33, 3072, 5), (80, 64, 9), (33, 97, 70)] {
                 let x_values = random.values(tokens * cols, 1.0);
                 let w_values = random.values(rows * cols, 1.0);
                 let w = Weights::new(format, rows, cols, &w_values);
-                let whole = gemm_packed(k, w.view(), &activations(&x_values, tokens, cols));
+                let whole = gemm_packed(k, w.view(), &activations(format, &x_values, tokens, cols));
                 let panels = w.layout.panels();
                 for range in [0..1, 1..panels, panels - 1..panels, 1..1] {
                     for tokens in [0..tokens, 0..1, 1..3, tokens - 1..tokens] {
                         let x = &x_values[tokens.start * cols..tokens.end * cols];
-                        let x = activations(x, tokens.len(), cols);
+                        let x = activations(format, x, tokens.len(), cols);
                         // The range is written into the middle of a result with a border of
                         // sentinels, which must survive.
                         let columns = range.start * PANEL_ROWS..(range.end * PANEL_ROWS).min(rows);
@@ -513,7 +549,7 @@ fn gemm_packed_does_not_hide_a_nan() {
                     let y = gemm_packed(
                         k,
                         Weights::new(format, rows, cols, &w).view(),
-                        &activations(&x, tokens, cols),
+                        &activations(format, &x, tokens, cols),
                     );
                     for (i, v) in y.iter().enumerate() {
                         let spoiled = i / rows == 3;
@@ -714,35 +750,63 @@ fn quantize_is_the_definition() {
         }
         for x in rows {
             let x = page_end(&x);
-            let want = activations(&x, 1, x.len());
-            let got = guarded(|| {
-                let mut out = Activations::default();
-                out.reshape(1, x.len());
-                // What an earlier, larger use left behind must not show.
-                for row in out.rows_mut() {
-                    row.quants.fill(-1);
-                    row.scales.fill(-1.0);
-                    row.sums.fill(-1);
+            for format in FORMATS {
+                let want = activations(format, &x, 1, x.len());
+                let got = guarded(|| {
+                    let mut out = Activations::default();
+                    out.reshape(1, x.len(), format.zero());
+                    let mut tile = out.tiles_mut().next().unwrap();
+                    // What an earlier, larger use left behind must not show.
+                    tile.quants.fill(-1);
+                    tile.magics.fill(-1.0);
+                    tile.starts.fill(-1);
+                    k.quantize(&x, &mut tile, 0);
+                    out
+                });
+                let (got, want) = (got.tile(0), want.tile(0));
+                assert_eq!(got.quants, want.quants, "{} {} values", k.isa(), x.len());
+                for b in 0..want.magics.len() {
+                    let (a, b, starts) = (
+                        got.magics[b],
+                        want.magics[b],
+                        [got.starts[b], want.starts[b]],
+                    );
+                    let same = a.to_bits() == b.to_bits() && starts[0] == starts[1];
+                    let nan = |start: i32| f32::from_bits(start as u32).is_nan();
+                    let spoiled = a.is_nan() && b.is_nan() && starts.into_iter().all(nan);
+                    assert!(same || spoiled, "{} {a} {b} {starts:?}", k.isa());
                 }
-                k.quantize(&x, out.rows_mut().next().unwrap());
-                out
-            });
-            let (got, want) = (got.row(0), want.row(0));
-            assert_eq!(got.quants, want.quants, "{} {} values", k.isa(), x.len());
-            assert_eq!(got.sums, want.sums, "{} {} values", k.isa(), x.len());
-            for (a, b) in got.scales.iter().zip(want.scales) {
-                assert!(
-                    a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan(),
-                    "{} {a} {b}",
-                    k.isa()
-                );
             }
         }
     }
 }
 
-/// The definition itself: each value within half a step, and a hair for three roundings of a
-/// product of at most 127.
+/// The rows of a tile lie between each other; none may touch another's.
+#[test]
+fn quantize_fills_its_own_row_of_a_tile() {
+    for k in tables() {
+        let mut random = Random(16);
+        for (rows, cols) in [(1, 40), (3, 33), (16, 97), (35, 64)] {
+            let x = random.values(rows * cols, 1.0);
+            let want = activations(Format::Q4, &x, rows, cols);
+            let mut got = Activations::default();
+            got.reshape(rows, cols, Format::Q4.zero());
+            for (i, mut tile) in got.tiles_mut().enumerate() {
+                for r in (0..tile.rows).rev() {
+                    k.quantize(&x[(i * TILE + r) * cols..][..cols], &mut tile, r);
+                }
+            }
+            for i in 0..want.tiles() {
+                let (got, want) = (got.tile(i), want.tile(i));
+                assert_eq!(got.quants, want.quants, "{} {rows} x {cols}", k.isa());
+                assert_eq!(got.starts, want.starts, "{} {rows} x {cols}", k.isa());
+                assert_eq!(bits(got.magics), bits(want.magics), "{}", k.isa());
+            }
+        }
+    }
+}
+
+/// The definition itself: each value within half a step, and the step no larger than needed.
 #[test]
 fn quantize_is_to_the_nearest_step() {
     for k in tables() {
@@ -750,23 +814,26 @@ fn quantize_is_to_the_nearest_step() {
         for size in [1e-20, 1.0, 1e30] {
             let x = random.values(97, size);
             let mut out = Activations::default();
-            out.reshape(1, x.len());
-            k.quantize(&x, out.rows_mut().next().unwrap());
-            let row = out.row(0);
+            out.reshape(1, x.len(), 8);
+            k.quantize(&x, &mut out.tiles_mut().next().unwrap(), 0);
             for (b, x) in x.chunks(BLOCK).enumerate() {
-                let amax = x.iter().fold(0.0f64, |m, v| m.max(f64::from(*v).abs()));
-                assert!((f64::from(row.scales[b]) - amax / 127.0).abs() <= amax / 127.0 * U);
-                let q = &row.quants[b * BLOCK..][..BLOCK];
-                for (q, v) in q.iter().zip(x) {
-                    let exact = f64::from(*v) / amax * 127.0;
-                    assert!((f64::from(*q) - exact).abs() <= 0.5 + 127.0 * gamma(3));
+                let amax = x.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+                let block = out.block(0, b);
+                assert!(amax <= 127.0 * block.scale && amax > 63.5 * block.scale);
+                for (q, v) in block.quants.iter().zip(x) {
+                    let exact = f64::from(*v) / f64::from(block.scale);
+                    assert!((f64::from(*q) - exact).abs() <= 0.5);
                 }
-                assert_eq!(row.sums[b], q.iter().map(|q| i32::from(*q)).sum::<i32>());
                 assert!(
-                    q.iter().any(|q| q.unsigned_abs() == 127),
+                    block.quants.iter().any(|q| q.unsigned_abs() >= 63),
                     "the range is used"
                 );
-                assert!(q[x.len()..].iter().all(|q| *q == 0), "padding is zero");
+                assert!(
+                    block.quants[x.len()..].iter().all(|q| *q == 0),
+                    "padding is zero"
+                );
+                let start = (MAGIC * block.scale).to_bits() as i32 - 8 * block.sum;
+                assert_eq!(out.tile(0).starts[b], start);
             }
         }
     }
@@ -988,6 +1055,8 @@ struct Scene<T> {
     visible: Vec<Range<usize>>,
     keys: Vec<T>,
     values: Vec<T>,
+    /// One for each key, on keys and on values; all ones but for bytes.
+    steps: [Vec<f32>; 2],
     scale: f32,
     block: usize,
 }
@@ -1000,8 +1069,18 @@ impl<T: Stored> Scene<T> {
         block: usize,
         visible: Vec<Range<usize>>,
     ) -> Self {
+        let is_bytes = matches!(T::cached(&[], &[]), Cached::I8 { .. });
+        let steps = || match is_bytes {
+            true => random.values(keys, 0.02).iter().map(|v| v + 0.03).collect(),
+            false => vec![1.0; keys],
+        };
+        let steps = [(); 2].map({
+            let mut steps = steps;
+            move |()| steps()
+        });
         Self {
             d,
+            steps,
             // Scores of a few units, as trained models have: uniform values are 1/sqrt(3) wide.
             queries: random.values(visible.len() * d, 3.0),
             visible,
@@ -1014,6 +1093,13 @@ impl<T: Stored> Scene<T> {
 
     /// The kernel on the queries in `range`, block by block, `[range, d]`.
     fn run(&self, k: &Kernels, range: Range<usize>) -> Vec<f32> {
+        let one_state = self.run_in(k, range.clone(), false);
+        let merged = self.run_in(k, range, true);
+        assert_eq!(bits(&one_state), bits(&merged), "{} merged blocks", k.isa());
+        one_state
+    }
+
+    fn run_in(&self, k: &Kernels, range: Range<usize>, split: bool) -> Vec<f32> {
         let d = self.d;
         let queries = page_end(&self.queries[range.start * d..range.end * d]);
         let mut state = AttentionState::default();
@@ -1022,8 +1108,13 @@ impl<T: Stored> Scene<T> {
             .zip(self.values.chunks(self.block * d))
             .enumerate()
         {
-            let (keys, values) = (page_end(keys), page_end(values));
             let (start, count) = (b * self.block, keys.len() / d);
+            let (keys, values) = (page_end(&panels(keys, d)), page_end(values));
+            let [key_steps, value_steps] = self.steps.each_ref().map(|steps| {
+                let mut steps = steps[start..start + count].to_vec();
+                steps.resize(count.next_multiple_of(KEY_PANEL), f32::NAN);
+                page_end(&steps)
+            });
             let inside = |p: usize| p.clamp(start, start + count) - start;
             let visible: Vec<_> = (self.visible[range.clone()].iter())
                 .map(|v| inside(v.start)..inside(v.end))
@@ -1031,11 +1122,19 @@ impl<T: Stored> Scene<T> {
             let task = AttentionTask {
                 queries: &queries,
                 visible: &visible,
-                keys: T::elements(&keys),
-                values: T::elements(&values),
+                keys: T::cached(&keys, &key_steps),
+                values: T::cached(&values, &value_steps),
                 scale: self.scale,
             };
-            guarded(|| k.attend(task, &mut state));
+            if split {
+                // Each block on its own, then merged: what several threads do.
+                let mut alone = AttentionState::default();
+                alone.reset(range.len(), d);
+                k.attend(task, &mut alone);
+                state.merge(k, &alone);
+            } else {
+                guarded(|| k.attend(task, &mut state));
+            }
         }
         let mut out = page_end(&vec![f32::NAN; range.len() * d]);
         for (i, out) in out.chunks_exact_mut(d).enumerate() {
@@ -1046,11 +1145,11 @@ impl<T: Stored> Scene<T> {
 
     /// Softmax in one piece.
     ///
-    /// A key's weight `exp(s - m)` is off, relatively, by the error of its score (a dot product and
-    /// the scale), by the rounding of `s - m`, which is at most `U` of the range of scores, and by
+    /// A key's weight `exp(s - m)` is off, relatively, by the error of its score (a sum of `d` products,
+    /// the scale and the step), by the rounding of `s - m`, which is at most `U` of the range of scores, and by
     /// the exponential; and for each block that is merged once more by the last two and a product.
     /// An error common to all keys, as that of `m`, cancels. The weighted sum then rounds once for
-    /// each key and block and product; the sum of weights likewise, which doubles everything; the
+    /// each key and block and product and step; the sum of weights likewise, which doubles everything; the
     /// reciprocal and the last product are two more.
     fn reference(&self, query: usize) -> Vec<Expected> {
         let d = self.d;
@@ -1059,11 +1158,14 @@ impl<T: Stored> Scene<T> {
         let seen = self.visible[query].clone();
         let scores: Vec<Expected> = (seen.clone())
             .map(|j| {
-                let s = dot(&self.keys[j * d..][..d], q);
-                let value = s.value * scale;
+                let terms =
+                    (self.keys[j * d..][..d].iter().zip(q)).map(|(k, q)| k.exact() * f64::from(*q));
+                let (value, size) = terms.fold((0.0, 0.0), |(v, s), t| (v + t, s + t.abs()));
+                let factor = scale * f64::from(self.steps[0][j]);
                 Expected {
-                    value,
-                    bound: s.bound * scale.abs() + U * value.abs(),
+                    value: value * factor,
+                    bound: (gamma(d) * size + TINY) * factor.abs()
+                        + gamma(2) * (value * factor).abs(),
                 }
             })
             .collect();
@@ -1076,12 +1178,13 @@ impl<T: Stored> Scene<T> {
         // Below -87 an exponential is as good as zero, so a wider range does not count.
         let range = (max - min).clamp(0.0, 104.0);
         let of_weight = worst_score.exp_m1() + (merges as f64) * (U * range + EXP + U);
-        let relative = 2.0 * (of_weight + gamma(seen.len() + 2 * merges + 2)) + gamma(2);
+        let relative = 2.0 * (of_weight + gamma(seen.len() + 2 * merges + 3)) + gamma(2);
         (0..d)
             .map(|i| {
                 let (mut value, mut size) = (0.0, 0.0);
                 for (w, j) in weights.iter().zip(seen.clone()) {
-                    let term = w / sum * self.values[j * d + i].exact();
+                    let step = f64::from(self.steps[1][j]);
+                    let term = w / sum * self.values[j * d + i].exact() * step;
                     value += term;
                     size += term.abs();
                 }
@@ -1121,6 +1224,17 @@ impl<T: Stored> Scene<T> {
             }
         }
     }
+}
+
+/// Keys `[keys, d]` in panels; what pads the last one must not matter.
+fn panels<T: Stored>(keys: &[T], d: usize) -> Vec<T> {
+    let mut out = vec![T::NAN; (keys.len() / d).next_multiple_of(KEY_PANEL) * d];
+    for (j, key) in keys.chunks_exact(d).enumerate() {
+        for (e, v) in key.iter().enumerate() {
+            out[(j / KEY_PANEL * d + e) * KEY_PANEL + j % KEY_PANEL] = *v;
+        }
+    }
+    out
 }
 
 /// Causal: the last query sees all keys, each one before it one less; at most `window` of them.
@@ -1235,14 +1349,17 @@ fn attention_does_not_hide<T: Stored>(k: &Kernels, random: &mut Random) {
                     values: scene.values.clone(),
                     queries: scene.queries.clone(),
                     visible: scene.visible.clone(),
+                    steps: scene.steps.clone(),
                     ..scene
                 };
-                let store = if spoil_value {
-                    &mut bad.values
+                let (store, steps) = if spoil_value {
+                    (&mut bad.values, &mut bad.steps[1])
                 } else {
-                    &mut bad.keys
+                    (&mut bad.keys, &mut bad.steps[0])
                 };
+                // Bytes have no NaN, but their steps do, and all other steps are one and unused.
                 store[spoiled * d + element] = T::NAN;
+                steps[spoiled] = f32::NAN;
                 let out = bad.run(k, 0..6);
                 for (query, seen) in scene.visible.iter().enumerate() {
                     let (got, clean) = (&out[query * d..][..d], &clean[query * d..][..d]);
@@ -1287,4 +1404,9 @@ fn attend_f16() {
 #[test]
 fn attend_bf16() {
     attention_suite::<bf16>();
+}
+
+#[test]
+fn attend_i8() {
+    attention_suite::<i8>();
 }

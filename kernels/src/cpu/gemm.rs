@@ -3,13 +3,13 @@
 //! ```text
 //! Maths   y[t, r] = sum over k of w[r, k] * x[t, k]
 //! Packed  y[t, r] = sum over blocks b, in order, of
-//!                   sw[r, b] * sx[t, b] * (sum over i of u[r, b, i] * a[t, b, i]  -  zero * sum a[t, b])
+//!                   sw[r, b] * (sx[t, b] * (sum over i of u[r, b, i] * a[t, b, i]  -  zero * sum a[t, b]))
 //! Dense   partial sum l of 16 takes k = l, l + 16, l + 32, ...; then 16 -> 8 -> 4 -> 2 -> 1,
 //!         partial sum l plus partial sum l + half each time
 //! Work    2 operations a weight and row; q4 reads 4.5 bits a weight, q8 8.5, bf16 16
 //! Limit   one row: memory bandwidth; many rows: the multipliers
-//! Exact   packed: i32 inside a block (|sum| <= 32 * 255 * 127), f32 across blocks;
-//!         dense: f32
+//! Exact   packed: integers inside a block (|sum| <= 32 * 128 * 127), times a power of two: exact;
+//!         then f32 across blocks.  Dense: f32
 //! ```
 //!
 //! A worker computes a range of weight rows for all rows of activations. A result depends on its
@@ -25,7 +25,7 @@ use std::ops::Range;
 /// `y = x w^T` for the panels `panels` of `w`.
 /// # Safety
 /// The CPU has the features of the table; `w` is of the field's format; `panels` is inside `w`;
-/// `x.blocks() == w.blocks()`; `y` has `x.rows()` rows and the columns of those panels.
+/// `x.blocks() == w.blocks()`, `x.zero()` is that of the format; `y` has `x.rows()` rows and the columns of those panels.
 pub(super) type GemmPacked =
     unsafe fn(w: Packed<'_>, panels: Range<usize>, x: &Activations, y: ColsMut<'_>);
 
@@ -62,6 +62,11 @@ impl Kernels {
             x.blocks(),
             layout.blocks(),
             "blocks of the activations and of the weights"
+        );
+        assert_eq!(
+            x.zero(),
+            layout.format().zero(),
+            "zero point of the activations and of the weights"
         );
         assert_eq!(
             y.rows(),

@@ -1,12 +1,13 @@
 //! Kernels on the CPU: one table per instruction set, complete, chosen once.
 
-use phidias_quant::activations::RowMut;
 use std::fmt;
 use std::str::FromStr;
 
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 #[cfg(test)]
 mod check;
 mod gate;
@@ -16,8 +17,10 @@ pub mod peak;
 mod quantize;
 mod rope;
 mod scalar;
+#[cfg(target_arch = "x86_64")]
+mod vector;
 
-pub use attention::{AttentionState, AttentionTask};
+pub use attention::{AttentionState, AttentionTask, Cached, KEY_PANEL};
 
 /// An instruction set that a table exists for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -26,11 +29,16 @@ pub enum Isa {
     Scalar,
     /// AVX2 with FMA and F16C.
     Avx2,
+    /// AVX2 with the 8-bit inner products of AVX-VNNI.
+    AvxVnni,
+    /// AVX-512 with VNNI.
+    Avx512,
 }
 
 impl Isa {
-    /// Every instruction set this build has a table for, the plainest first.
-    pub const ALL: [Self; 2] = [Self::Scalar, Self::Avx2];
+    /// Every instruction set there is a table for, on one architecture or another, the plainest of
+    /// each first.
+    pub const ALL: [Self; 4] = [Self::Scalar, Self::Avx2, Self::AvxVnni, Self::Avx512];
 
     /// The name on the command line and in reports.
     #[must_use]
@@ -38,6 +46,8 @@ impl Isa {
         match self {
             Self::Scalar => "scalar",
             Self::Avx2 => "avx2",
+            Self::AvxVnni => "avxvnni",
+            Self::Avx512 => "avx512",
         }
     }
 
@@ -63,7 +73,7 @@ impl fmt::Display for UnknownIsa {
         let known: Vec<_> = Isa::ALL.iter().map(|isa| isa.name()).collect();
         write!(
             f,
-            "unknown instruction set '{}'; this build has: {}",
+            "unknown instruction set '{}'; expected one of: {}",
             self.0,
             known.join(", ")
         )
@@ -94,13 +104,15 @@ pub struct Kernels {
     gemm_f32: gemm::GemmDense<f32>,
     gemm_f16: gemm::GemmDense<phidias_quant::f16>,
     gemm_bf16: gemm::GemmDense<phidias_quant::bf16>,
-    quantize: unsafe fn(&[f32], RowMut<'_>),
+    quantize: quantize::Quantize,
     rms_norm: norm::RmsNorm,
     rope: rope::Rope,
     silu_mul: gate::Gate,
     attend_f32: attention::Attend<f32>,
     attend_f16: attention::Attend<phidias_quant::f16>,
     attend_bf16: attention::Attend<phidias_quant::bf16>,
+    attend_i8: attention::Attend<i8>,
+    merge: attention::Merge,
 }
 
 impl Kernels {
@@ -111,8 +123,12 @@ impl Kernels {
             Isa::Scalar => Some(&scalar::KERNELS),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => avx2::table(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::AvxVnni => avx2::vnni_table(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => avx512::table(),
             #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx2 => None,
+            Isa::Avx2 | Isa::AvxVnni | Isa::Avx512 => None,
         }
     }
 

@@ -1,6 +1,6 @@
 //! Causal self-attention with rotary positions, grouped heads and an optional sliding window.
 
-use phidias_engine::backend::{Cpu, Heads, Mask, Rotations};
+use phidias_engine::backend::{Heads, Input, Mask, Ops, Rotations};
 use phidias_engine::kv_cache::KvCache;
 use phidias_engine::tensor::{Buffer, Matrix};
 
@@ -35,25 +35,26 @@ pub struct Place<'a> {
 pub struct Scratch {
     qkv: Buffer,
     heads: Buffer,
+    input: Input,
 }
 
 impl Attention {
     /// `y = attention(x)`, both `[tokens, hidden]`; keys and values go to the cache.
     pub fn forward(
         &self,
-        cpu: &mut Cpu,
-        x: &Buffer,
+        ops: &Ops<'_>,
+        x: &Input,
         cache: &mut KvCache,
         at: Place<'_>,
         y: &mut Buffer,
         s: &mut Scratch,
     ) {
-        cpu.linear(&self.qkv_proj, x, &mut s.qkv);
-        cpu.rope(&mut s.qkv, self.heads, at.rotations);
-        cpu.store_kv(&s.qkv, self.heads, cache, at.layer, at.first);
-        cpu.attention(
+        let heads = self.heads;
+        ops.linear(&self.qkv_proj, x, &mut s.qkv);
+        ops.rope_and_store(&mut s.qkv, heads, at.rotations, cache, at.layer, at.first);
+        ops.attention(
             &s.qkv,
-            self.heads,
+            heads,
             cache,
             at.layer,
             at.first,
@@ -61,6 +62,7 @@ impl Attention {
             self.scale,
             &mut s.heads,
         );
-        cpu.linear(&self.o_proj, &s.heads, y);
+        ops.input(&s.heads, &self.o_proj, &mut s.input);
+        ops.linear(&self.o_proj, &s.input, y);
     }
 }

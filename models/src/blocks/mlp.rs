@@ -1,6 +1,6 @@
 //! The MLP: `down(up(x) * silu(gate(x)))`, gate and up in one matrix.
 
-use phidias_engine::backend::Cpu;
+use phidias_engine::backend::{Input, Ops};
 use phidias_engine::tensor::{Buffer, Matrix};
 
 /// SwiGLU with a fused input projection.
@@ -15,15 +15,15 @@ pub struct Mlp {
 /// What the MLP works with, kept from layer to layer.
 #[derive(Debug, Default)]
 pub struct Scratch {
-    gate_up: Buffer,
     gated: Buffer,
+    input: Input,
 }
 
 impl Mlp {
     /// `y = mlp(x)`, both `[tokens, hidden]`.
-    pub fn forward(&self, cpu: &mut Cpu, x: &Buffer, y: &mut Buffer, s: &mut Scratch) {
-        cpu.linear(&self.gate_up_proj, x, &mut s.gate_up);
-        cpu.silu_mul(&s.gate_up, &mut s.gated);
-        cpu.linear(&self.down_proj, &s.gated, y);
+    pub fn forward(&self, ops: &Ops<'_>, x: &Input, y: &mut Buffer, s: &mut Scratch) {
+        ops.gated_linear(&self.gate_up_proj, x, &mut s.gated);
+        ops.input(&s.gated, &self.down_proj, &mut s.input);
+        ops.linear(&self.down_proj, &s.input, y);
     }
 }

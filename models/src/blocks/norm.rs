@@ -1,8 +1,8 @@
 //! Norms.
 
-use phidias_engine::backend::Cpu;
+use phidias_engine::backend::{Input, Ops};
 use phidias_engine::checkpoint::{Checkpoint, CheckpointError};
-use phidias_engine::tensor::Buffer;
+use phidias_engine::tensor::{Buffer, Matrix};
 
 /// RMSNorm: `x / rms(x) * weight`.
 #[derive(Clone, Debug)]
@@ -29,7 +29,12 @@ impl RmsNorm {
     }
 
     /// `y = norm(x)`, both `[tokens, hidden]`.
-    pub fn forward(&self, cpu: &Cpu, x: &Buffer, y: &mut Buffer) {
-        cpu.rms_norm(x, &self.weight, self.eps, y);
+    pub fn forward(&self, ops: &Ops<'_>, x: &Buffer, y: &mut Buffer) {
+        ops.rms_norm(x, &self.weight, self.eps, y);
+    }
+
+    /// `norm(x)` as the matrix `w` takes it.
+    pub fn input(&self, ops: &Ops<'_>, x: &Buffer, w: &Matrix, y: &mut Input) {
+        ops.norm_input(x, &self.weight, self.eps, w, y);
     }
 }

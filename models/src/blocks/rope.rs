@@ -72,6 +72,15 @@ impl Rope {
         }
     }
 
+    /// The longest sequence in the regime of one of `len` tokens.
+    #[must_use]
+    pub fn regime_end(&self, len: usize) -> usize {
+        match &self.long {
+            Some((_, original)) if len <= *original => *original,
+            _ => usize::MAX,
+        }
+    }
+
     fn frequencies(&self, regime: Regime) -> &[f32] {
         match (regime, &self.long) {
             (Regime::Long, Some((long, _))) => long,

@@ -1,5 +1,5 @@
-//! GEMM, int4 and int8 weights x int8 activations; maths and layout in `gemm.rs` and
-//! [`phidias_quant::packed`].
+//! GEMM, int4 and int8 weights x int8 activations in 256-bit registers; maths in `gemm.rs`, layout
+//! in [`phidias_quant::packed`], the scales of the activations in [`phidias_quant::activations`].
 //!
 //! ```text
 //! A line of 64 bytes is two registers: rows 0-7 and 8-15 of the panel, four columns of each row.
@@ -10,200 +10,320 @@
 //!    16 bits (30480) and are widened once a block instead of eight times.
 //! 2. q8: u - 128 is a signed byte; vpmaddubsw takes its magnitude and the activations with its sign
 //!    (at most 2 * 128 * 127 = 32512). The zero point is then out already.
-//! 3. Two tokens a pass over the weights: unpacking is shared, and both fit in the 16 registers.
-//! Work   q4: 32 vpmaddubsw for 16 rows x 32 columns x 2 tokens; q8 twice that, and widening
-//! Limit  one token: memory bandwidth; many: the two ports of vpmaddubsw
+//! 3. AVX-VNNI does either in one instruction, `vpdpbusd`, as the AVX-512 table does.
+//! 4. Weights stay, tokens pass: half a panel's block is unpacked once into 8 registers, then up to
+//!    `TOKENS` tokens are multiplied with it, four at a time, their f32 sums in L1.
+//! 5. Zero point and scale of the activations are in the number that the sums start from.
+//! Work   q4: 8 vpmaddubsw and 8 vpaddw for 8 rows x 32 columns; q8 four instructions a product
+//! Limit  one token: memory bandwidth; many: the ports of vpmaddubsw and of the broadcast loads
 //! Exact  integers exactly; f32 with one fused multiply-add a block, where scalar rounds twice
 //! ```
 
-use crate::view::ColsMut;
-use phidias_quant::activations::{Activations, Row};
-use phidias_quant::packed::{LINE, PANEL_ROWS, Panel};
-use phidias_quant::{BLOCK, Packed, f16, q4};
+use phidias_quant::BLOCK;
 use std::arch::x86_64::*;
-use std::ops::Range;
-
-/// Distance of the prefetch, bytes: a page, which the hardware's own prefetcher does not cross.
-const AHEAD: usize = 4096;
-
-/// The halves of a line.
-#[target_feature(enable = "avx2")]
-#[inline]
-fn load(line: &[u8; LINE]) -> [__m256i; 2] {
-    // SAFETY: both loads are inside the 64 bytes; they need no alignment.
-    unsafe {
-        [
-            _mm256_loadu_si256(line.as_ptr().cast()),
-            _mm256_loadu_si256(line.as_ptr().add(32).cast()),
-        ]
-    }
-}
-
-/// Asks for the lines that are [`AHEAD`] bytes further on. They may belong to the next panel, or to
-/// nothing at the end of the weights: a prefetch never faults.
-#[target_feature(enable = "avx2")]
-#[inline]
-fn prefetch(lines: &[[u8; LINE]]) {
-    for line in lines {
-        _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_add(AHEAD).cast());
-    }
-}
-
-/// 16 scales as f32, rows 0-7 and 8-15.
-#[target_feature(enable = "avx2,f16c")]
-#[inline]
-fn load_scales(scales: &[f16; PANEL_ROWS]) -> [__m256; 2] {
-    // SAFETY: 16 scales are 32 bytes; the loads need no alignment.
-    let halves = unsafe {
-        [
-            _mm_loadu_si128(scales.as_ptr().cast()),
-            _mm_loadu_si128(scales.as_ptr().add(8).cast()),
-        ]
-    };
-    [_mm256_cvtph_ps(halves[0]), _mm256_cvtph_ps(halves[1])]
-}
 
 /// The four activations of group `g` of a block, in every row's place.
 #[target_feature(enable = "avx2")]
 #[inline]
 fn broadcast(block: &[i8; BLOCK], g: usize) -> __m256i {
-    let four = [
-        block[4 * g],
-        block[4 * g + 1],
-        block[4 * g + 2],
-        block[4 * g + 3],
-    ];
-    _mm256_set1_epi32(i32::from_le_bytes(four.map(|v| v as u8)))
+    let (fours, _) = block.as_chunks::<4>();
+    _mm256_set1_epi32(i32::from_le_bytes(fours[g].map(|v| v as u8)))
 }
 
-/// Integer sums of one block, without the zero point: `[token][half]` of eight rows.
-type Sums<const TOKENS: usize> = [[__m256i; 2]; TOKENS];
-
+/// The products of a block of nibbles with `T` tokens, scaled by the activations.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn block_q4<const TOKENS: usize>(
-    lines: &[[u8; LINE]],
-    a: [&[i8; BLOCK]; TOKENS],
-    sums: [i32; TOKENS],
-) -> Sums<TOKENS> {
-    let mask = _mm256_set1_epi8(15);
-    let mut acc = [[_mm256_setzero_si256(); 2]; TOKENS];
-    for (g, line) in lines.iter().enumerate() {
-        let bytes = load(line);
-        let low = bytes.map(|v| _mm256_and_si256(v, mask));
-        let high = bytes.map(|v| _mm256_and_si256(_mm256_srli_epi16::<4>(v), mask));
-        for t in 0..TOKENS {
-            let (x, y) = (broadcast(a[t], g), broadcast(a[t], g + 4));
-            for h in 0..2 {
-                acc[t][h] = _mm256_add_epi16(acc[t][h], _mm256_maddubs_epi16(low[h], x));
-                acc[t][h] = _mm256_add_epi16(acc[t][h], _mm256_maddubs_epi16(high[h], y));
-            }
+fn products_q4<const T: usize>(
+    w: &[__m256i; 8],
+    a: &[[i8; BLOCK]; T],
+    starts: &[i32; T],
+    magics: &[f32; T],
+) -> [__m256; T] {
+    let mut sums = [_mm256_setzero_si256(); T];
+    for g in 0..8 {
+        for t in 0..T {
+            sums[t] = _mm256_add_epi16(sums[t], _mm256_maddubs_epi16(w[g], broadcast(&a[t], g)));
         }
     }
     let one = _mm256_set1_epi16(1);
-    std::array::from_fn(|t| {
-        let zero = _mm256_set1_epi32(q4::ZERO * sums[t]);
-        acc[t].map(|v| _mm256_sub_epi32(_mm256_madd_epi16(v, one), zero))
-    })
+    let mut out = [_mm256_setzero_ps(); T];
+    for t in 0..T {
+        let sum = _mm256_add_epi32(
+            _mm256_madd_epi16(sums[t], one),
+            _mm256_set1_epi32(starts[t]),
+        );
+        out[t] = _mm256_sub_ps(_mm256_castsi256_ps(sum), _mm256_set1_ps(magics[t]));
+    }
+    out
 }
 
+/// The products of a block of bytes with `T` tokens, scaled by the activations.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn block_q8<const TOKENS: usize>(
-    lines: &[[u8; LINE]],
-    a: [&[i8; BLOCK]; TOKENS],
-    _: [i32; TOKENS],
-) -> Sums<TOKENS> {
+fn products_q8<const T: usize>(
+    w: &[__m256i; 8],
+    a: &[[i8; BLOCK]; T],
+    _: &[i32; T],
+    magics: &[f32; T],
+) -> [__m256; T] {
     let flip = _mm256_set1_epi8(i8::MIN);
     let one = _mm256_set1_epi16(1);
-    let mut acc = [[_mm256_setzero_si256(); 2]; TOKENS];
-    for (g, line) in lines.iter().enumerate() {
-        let w = load(line).map(|v| _mm256_xor_si256(v, flip));
-        let magnitude = w.map(|w| _mm256_abs_epi8(w));
-        for t in 0..TOKENS {
-            let x = broadcast(a[t], g);
-            for h in 0..2 {
-                let pairs = _mm256_maddubs_epi16(magnitude[h], _mm256_sign_epi8(x, w[h]));
-                acc[t][h] = _mm256_add_epi32(acc[t][h], _mm256_madd_epi16(pairs, one));
-            }
+    let mut sums = [_mm256_setzero_si256(); T];
+    for t in 0..T {
+        sums[t] = _mm256_castps_si256(_mm256_set1_ps(magics[t]));
+    }
+    for g in 0..8 {
+        let signed = _mm256_xor_si256(w[g], flip);
+        let magnitude = _mm256_abs_epi8(signed);
+        for t in 0..T {
+            let x = _mm256_sign_epi8(broadcast(&a[t], g), signed);
+            let pairs = _mm256_maddubs_epi16(magnitude, x);
+            sums[t] = _mm256_add_epi32(sums[t], _mm256_madd_epi16(pairs, one));
         }
     }
-    acc
+    let mut out = [_mm256_setzero_ps(); T];
+    for t in 0..T {
+        out[t] = _mm256_sub_ps(_mm256_castsi256_ps(sums[t]), _mm256_set1_ps(magics[t]));
+    }
+    out
 }
 
-macro_rules! gemm {
-    ($name:ident, $panel:ident, $block:ident) => {
-        #[target_feature(enable = "avx2,fma,f16c")]
-        pub(super) fn $name(
+/// Everything around the products of one block, for the instructions in `$features`:
+/// `$q4` and `$q8` multiply a block of half a panel with some tokens.
+macro_rules! packed_256 {
+    ($features:literal, $q4:ident, $q8:ident) => {
+        use crate::view::ColsMut;
+        use phidias_quant::activations::{Activations, TILE, Tile};
+        use phidias_quant::packed::{LINE, PANEL_ROWS, Panel};
+        use phidias_quant::{Packed, f16};
+        use std::ops::Range;
+
+        /// Tokens that pass a block of weights before the next one is unpacked.
+        const TOKENS: usize = 4 * TILE;
+        /// Distance of the prefetch, bytes: a page, which the hardware's own prefetcher does not
+        /// cross.
+        const AHEAD: usize = 4096;
+        /// Rows of half a panel.
+        const HALF: usize = PANEL_ROWS / 2;
+        /// Sums of 16 rows, by halves.
+        type Sums = [[f32; HALF]; 2];
+
+        /// The quants of one block of half a panel, four columns of 8 rows a register. `LINES` is 4
+        /// for nibbles, 8 for bytes.
+        #[target_feature(enable = $features)]
+        #[inline]
+        fn unpack<const LINES: usize>(lines: &[[u8; LINE]; LINES], half: usize) -> [__m256i; 8] {
+            let load = |g: usize| {
+                let bytes: &[u8; LINE / 2] = lines[g].as_chunks().0.get(half).expect("two halves");
+                // SAFETY: half a line is 32 bytes; the load needs no alignment.
+                unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
+            };
+            if LINES == 8 {
+                return std::array::from_fn(load);
+            }
+            let mask = _mm256_set1_epi8(15);
+            let mut w = [_mm256_setzero_si256(); 8];
+            for g in 0..4 {
+                let bytes = load(g);
+                w[g] = _mm256_and_si256(bytes, mask);
+                w[g + 4] = _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), mask);
+            }
+            w
+        }
+
+        /// 8 scales as f32.
+        #[target_feature(enable = $features)]
+        #[inline]
+        fn scales(scales: &[f16; PANEL_ROWS], half: usize) -> __m256 {
+            let eight: &[f16; HALF] = scales.as_chunks().0.get(half).expect("two halves");
+            // SAFETY: 8 scales are 16 bytes; the load needs no alignment.
+            _mm256_cvtph_ps(unsafe { _mm_loadu_si128(eight.as_ptr().cast()) })
+        }
+
+        /// Asks for what lies [`AHEAD`] bytes further on. It may belong to the next panel, or to
+        /// nothing at the end of the weights: a prefetch never faults.
+        #[inline(always)]
+        fn prefetch<T>(at: &T) {
+            let mut offset = 0;
+            while offset < size_of::<T>() {
+                let line = std::ptr::from_ref(at)
+                    .cast::<i8>()
+                    .wrapping_add(AHEAD + offset);
+                // SAFETY: SSE is part of x86-64, and the instruction reads nothing.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(line) };
+                offset += LINE;
+            }
+        }
+
+        #[target_feature(enable = $features)]
+        #[inline]
+        fn load(sums: &[f32; HALF]) -> __m256 {
+            // SAFETY: 8 floats; the load needs no alignment.
+            unsafe { _mm256_loadu_ps(sums.as_ptr()) }
+        }
+
+        #[target_feature(enable = $features)]
+        #[inline]
+        fn store(sums: &mut [f32; HALF], v: __m256) {
+            // SAFETY: 8 floats; the store needs no alignment.
+            unsafe { _mm256_storeu_ps(sums.as_mut_ptr(), v) }
+        }
+
+        /// The products of one block in the format of `LINES`.
+        #[target_feature(enable = $features)]
+        #[inline]
+        fn products<const T: usize, const LINES: usize>(
+            w: &[__m256i; 8],
+            x: Tile<'_>,
+            b: usize,
+            t: usize,
+        ) -> [__m256; T] {
+            let at = b * x.rows + t;
+            let (quants, _) = x.quants.as_chunks::<BLOCK>();
+            let inside = "tokens of the tile";
+            let a: &[[i8; BLOCK]; T] = quants[at..].first_chunk().expect(inside);
+            let starts: &[i32; T] = x.starts[at..].first_chunk().expect(inside);
+            let magics: &[f32; T] = x.magics[at..].first_chunk().expect(inside);
+            if LINES == 8 {
+                $q8(w, a, starts, magics)
+            } else {
+                $q4(w, a, starts, magics)
+            }
+        }
+
+        /// One block of half a panel with `T` tokens: the products are added to the sums in memory.
+        #[target_feature(enable = $features)]
+        #[inline]
+        fn group<const T: usize, const LINES: usize>(
+            w: &[__m256i; 8],
+            scales: __m256,
+            x: Tile<'_>,
+            (b, t, half): (usize, usize, usize),
+            acc: &mut [Sums],
+        ) {
+            let products = products::<T, LINES>(w, x, b, t);
+            let acc: &mut [Sums; T] = acc[t..].first_chunk_mut().expect("sums of the tile");
+            for t in 0..T {
+                let sum = _mm256_fmadd_ps(products[t], scales, load(&acc[t][half]));
+                store(&mut acc[t][half], sum);
+            }
+        }
+
+        /// A panel times up to [`TOKENS`] tokens, which are added up in `acc`.
+        #[target_feature(enable = $features)]
+        #[inline]
+        fn many<const LINES: usize>(panel: Panel<'_>, x: &[Tile<'_>], acc: &mut [Sums]) {
+            acc.as_flattened_mut().as_flattened_mut().fill(0.0);
+            let (lines, _) = panel.quants.as_chunks::<LINE>();
+            let (blocks, _) = lines.as_chunks::<LINES>();
+            let (all_scales, _) = panel.scales.as_chunks::<PANEL_ROWS>();
+            for (b, lines) in blocks.iter().enumerate() {
+                prefetch(lines);
+                for half in 0..2 {
+                    let w = unpack(lines, half);
+                    let s = scales(&all_scales[b], half);
+                    for (x, acc) in x.iter().zip(acc.chunks_mut(TILE)) {
+                        let mut t = 0;
+                        while t + 4 <= x.rows {
+                            group::<4, LINES>(&w, s, *x, (b, t, half), acc);
+                            t += 4;
+                        }
+                        match x.rows - t {
+                            1 => group::<1, LINES>(&w, s, *x, (b, t, half), acc),
+                            2 => group::<2, LINES>(&w, s, *x, (b, t, half), acc),
+                            3 => group::<3, LINES>(&w, s, *x, (b, t, half), acc),
+                            _ => {}
+                        }
+                    }
+                }
+            }
+        }
+
+        /// A panel times `T` tokens with the sums in registers.
+        #[target_feature(enable = $features)]
+        #[inline]
+        fn few<const T: usize, const LINES: usize>(
+            panel: Panel<'_>,
+            x: Tile<'_>,
+            acc: &mut [Sums],
+        ) {
+            let (lines, _) = panel.quants.as_chunks::<LINE>();
+            let (blocks, _) = lines.as_chunks::<LINES>();
+            let (all_scales, _) = panel.scales.as_chunks::<PANEL_ROWS>();
+            let mut sums = [[_mm256_setzero_ps(); 2]; T];
+            for (b, lines) in blocks.iter().enumerate() {
+                prefetch(lines);
+                prefetch(&all_scales[b]);
+                for half in 0..2 {
+                    let w = unpack(lines, half);
+                    let s = scales(&all_scales[b], half);
+                    let products = products::<T, LINES>(&w, x, b, 0);
+                    for t in 0..T {
+                        sums[t][half] = _mm256_fmadd_ps(products[t], s, sums[t][half]);
+                    }
+                }
+            }
+            for t in 0..T {
+                for half in 0..2 {
+                    store(&mut acc[t][half], sums[t][half]);
+                }
+            }
+        }
+
+        #[target_feature(enable = $features)]
+        #[inline]
+        fn gemm<const LINES: usize>(
             w: Packed<'_>,
             panels: Range<usize>,
             x: &Activations,
             mut y: ColsMut<'_>,
         ) {
-            for (p, panel) in panels.map(|p| w.panel(p)).enumerate() {
-                let first = p * PANEL_ROWS;
-                let mut put = |t: usize, results: [f32; PANEL_ROWS]| {
-                    let y = &mut y.row(t)[first..];
-                    let cols = y.len().min(PANEL_ROWS);
-                    y[..cols].copy_from_slice(&results[..cols]);
-                };
-                let mut t = 0;
-                while t + 2 <= x.rows() {
-                    let [a, b] = $panel(panel, [x.row(t), x.row(t + 1)]);
-                    put(t, a);
-                    put(t + 1, b);
-                    t += 2;
-                }
-                if t < x.rows() {
-                    let [a] = $panel(panel, [x.row(t)]);
-                    put(t, a);
-                }
-            }
-        }
-
-        /// A panel times some tokens. The sum over the blocks of each token is its own, so tokens
-        /// do not change each other's results.
-        #[target_feature(enable = "avx2,fma,f16c")]
-        #[inline]
-        fn $panel<const TOKENS: usize>(
-            panel: Panel<'_>,
-            x: [Row<'_>; TOKENS],
-        ) -> [[f32; PANEL_ROWS]; TOKENS] {
-            let (scales, _) = panel.scales.as_chunks::<PANEL_ROWS>();
-            let (lines, _) = panel.quants.as_chunks::<LINE>();
-            let per_block = lines.len() / scales.len();
-            let quants = x.map(|row| row.quants.as_chunks::<BLOCK>().0);
-            let mut acc = [[_mm256_setzero_ps(); 2]; TOKENS];
-            for (b, (scales, lines)) in scales.iter().zip(lines.chunks_exact(per_block)).enumerate()
-            {
-                prefetch(lines);
-                let sums = $block(
-                    lines,
-                    std::array::from_fn(|t| &quants[t][b]),
-                    x.map(|row| row.sums[b]),
-                );
-                let scales = load_scales(scales);
-                for t in 0..TOKENS {
-                    let sx = _mm256_set1_ps(x[t].scales[b]);
-                    for h in 0..2 {
-                        let scale = _mm256_mul_ps(scales[h], sx);
-                        acc[t][h] =
-                            _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[t][h]), scale, acc[t][h]);
+            let mut acc = [[[0.0; HALF]; 2]; TOKENS];
+            for (column, p) in panels.enumerate().map(|(i, p)| (i * PANEL_ROWS, p)) {
+                let panel = w.panel(p);
+                for first in (0..x.tiles()).step_by(TOKENS / TILE) {
+                    let count = (x.tiles() - first).min(TOKENS / TILE);
+                    let tiles: [Tile<'_>; TOKENS / TILE] =
+                        std::array::from_fn(|i| x.tile(first + i.min(count - 1)));
+                    let tokens = (x.rows() - first * TILE).min(TOKENS);
+                    let acc = &mut acc[..tokens];
+                    match tokens {
+                        1 => few::<1, LINES>(panel, tiles[0], acc),
+                        2 => few::<2, LINES>(panel, tiles[0], acc),
+                        3 => few::<3, LINES>(panel, tiles[0], acc),
+                        4 => few::<4, LINES>(panel, tiles[0], acc),
+                        _ => many::<LINES>(panel, &tiles[..count], acc),
+                    }
+                    for (t, sums) in acc.iter().enumerate() {
+                        let y = &mut y.row(first * TILE + t)[column..];
+                        let cols = y.len().min(PANEL_ROWS);
+                        y[..cols].copy_from_slice(&sums.as_flattened()[..cols]);
                     }
                 }
             }
-            acc.map(|halves| {
-                let mut out = [0.0; PANEL_ROWS];
-                // SAFETY: the two stores fill the 16 floats; they need no alignment.
-                unsafe {
-                    _mm256_storeu_ps(out.as_mut_ptr(), halves[0]);
-                    _mm256_storeu_ps(out.as_mut_ptr().add(8), halves[1]);
-                }
-                out
-            })
+        }
+
+        #[target_feature(enable = $features)]
+        pub(in crate::cpu) fn gemm_q4(
+            w: Packed<'_>,
+            panels: Range<usize>,
+            x: &Activations,
+            y: ColsMut<'_>,
+        ) {
+            gemm::<4>(w, panels, x, y);
+        }
+
+        #[target_feature(enable = $features)]
+        pub(in crate::cpu) fn gemm_q8(
+            w: Packed<'_>,
+            panels: Range<usize>,
+            x: &Activations,
+            y: ColsMut<'_>,
+        ) {
+            gemm::<8>(w, panels, x, y);
         }
     };
 }
+pub(in crate::cpu) use packed_256;
 
-gemm!(gemm_q4, panel_q4, block_q4);
-gemm!(gemm_q8, panel_q8, block_q8);
+packed_256!("avx2,fma,f16c", products_q4, products_q8);

@@ -1,47 +1,58 @@
 //! The definition of attention on one block of keys.
 
-use super::super::attention::StateMut;
-use super::{Element, dot};
+use super::super::attention::{Block, KEY_PANEL, Partial, PartialMut, StateMut};
+use super::{Element, LANES, fold};
 use std::ops::Range;
 
-#[inline(always)]
-pub(in crate::cpu) fn attend<T: Element>(
+pub(super) fn attend<T: Element>(
+    block: Block<'_, T>,
     queries: &[f32],
     visible: &[Range<usize>],
-    keys: &[T],
-    values: &[T],
-    scale: f32,
     state: StateMut<'_>,
 ) {
-    let d = state.block.len();
-    for (i, (q, range)) in queries.chunks_exact(d).zip(visible).enumerate() {
-        if range.is_empty() {
+    let d = block.head_dim;
+    for (i, (q, seen)) in queries.chunks_exact(d).zip(visible).enumerate() {
+        if seen.is_empty() {
             continue;
         }
-        let scores = &mut state.scores[range.clone()];
         let mut max = f32::NEG_INFINITY;
-        for (s, k) in scores
-            .iter_mut()
-            .zip(keys[range.start * d..].chunks_exact(d))
-        {
-            *s = scale * dot(k, q);
-            max = max.max(*s);
+        for j in seen.clone() {
+            let panel = &block.keys[j / KEY_PANEL * KEY_PANEL * d..];
+            let mut dot = 0.0;
+            for e in 0..d {
+                dot += q[e] * panel[e * KEY_PANEL + j % KEY_PANEL].widen();
+            }
+            let step = block.key_steps.get(j).unwrap_or(&1.0);
+            state.scores[j] = dot * block.scale * step;
+            max = max.max(state.scores[j]);
         }
-        let mut sum = 0.0;
-        state.block.fill(0.0);
-        for (s, v) in scores.iter().zip(values[range.start * d..].chunks_exact(d)) {
-            let p = (s - max).exp();
-            sum += p;
-            for (o, v) in state.block.iter_mut().zip(v) {
-                *o += p * v.widen();
+        let mut sums = [0.0; LANES];
+        let acc = &mut state.block[..d];
+        acc.fill(0.0);
+        for j in seen.clone() {
+            let weight = (state.scores[j] - max).exp();
+            sums[j % LANES] += weight;
+            let weight = weight * block.value_steps.get(j).unwrap_or(&1.0);
+            for (a, v) in acc.iter_mut().zip(&block.values[j * d..]) {
+                *a += weight * v.widen();
             }
         }
-        let new = state.max[i].max(max);
-        let (old_factor, block_factor) = ((state.max[i] - new).exp(), (max - new).exp());
-        state.max[i] = new;
-        state.sum[i] = state.sum[i] * old_factor + sum * block_factor;
-        for (a, b) in state.acc[i * d..][..d].iter_mut().zip(&*state.block) {
-            *a = *a * old_factor + b * block_factor;
-        }
+        let sum = fold(sums);
+        let into = PartialMut {
+            max: &mut state.max[i],
+            sum: &mut state.sum[i],
+            acc: &mut state.acc[i * d..][..d],
+        };
+        merge(Partial { max, sum, acc }, into);
+    }
+}
+
+pub(super) fn merge(block: Partial<'_>, state: PartialMut<'_>) {
+    let new = state.max.max(block.max);
+    let (old, of_block) = ((*state.max - new).exp(), (block.max - new).exp());
+    *state.max = new;
+    *state.sum = *state.sum * old + block.sum * of_block;
+    for (a, v) in state.acc.iter_mut().zip(block.acc) {
+        *a = *a * old + v * of_block;
     }
 }

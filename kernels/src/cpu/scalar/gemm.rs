@@ -4,7 +4,7 @@ use super::{Element, dot};
 use crate::view::ColsMut;
 use phidias_quant::activations::Activations;
 use phidias_quant::packed::{LINE, PANEL_ROWS};
-use phidias_quant::{BLOCK, Format, Packed};
+use phidias_quant::{Format, Packed};
 use std::ops::Range;
 
 /// The inner products of 16 weight rows with four columns of one row of activations, added to `sums`.
@@ -50,18 +50,17 @@ fn gemm(
     for (p, panel) in panels.map(|p| w.panel(p)).enumerate() {
         let (lines, _) = panel.quants.as_chunks::<LINE>();
         for t in 0..x.rows() {
-            let row = x.row(t);
-            let (groups, _) = row.quants.as_chunks::<4>();
             let mut acc = [0.0f32; PANEL_ROWS];
             for b in 0..x.blocks() {
+                let a = x.block(t, b);
                 let sums = block(
                     &lines[b * lines_per_block..][..lines_per_block],
-                    &groups[b * BLOCK / 4..][..BLOCK / 4],
+                    a.quants.as_chunks().0,
                 );
-                let zero = format.zero() * row.sums[b];
+                let zero = format.zero() * a.sum;
                 for r in 0..PANEL_ROWS {
-                    let scale = panel.scales[b * PANEL_ROWS + r].widen() * row.scales[b];
-                    acc[r] += (sums[r] - zero) as f32 * scale;
+                    let weights = panel.scales[b * PANEL_ROWS + r].widen();
+                    acc[r] += (sums[r] - zero) as f32 * a.scale * weights;
                 }
             }
             let y = y.row(t);

@@ -3,9 +3,9 @@
 use super::{Isa, Kernels};
 use phidias_quant::{bf16, f16};
 
-pub(super) mod attention;
+mod attention;
 mod gemm;
-pub(super) mod norm;
+mod norm;
 
 pub(super) const KERNELS: Kernels = Kernels {
     isa: Isa::Scalar,
@@ -21,10 +21,11 @@ pub(super) const KERNELS: Kernels = Kernels {
     attend_f32: attention::attend::<f32>,
     attend_f16: attention::attend::<f16>,
     attend_bf16: attention::attend::<bf16>,
+    attend_i8: attention::attend::<i8>,
+    merge: attention::merge,
 };
 
-#[inline(always)]
-pub(super) fn rope(heads: &mut [f32], cos: &[f32], sin: &[f32]) {
+fn rope(heads: &mut [f32], cos: &[f32], sin: &[f32]) {
     let half = cos.len();
     for head in heads.chunks_exact_mut(2 * half) {
         let (a, b) = head.split_at_mut(half);
@@ -36,15 +37,14 @@ pub(super) fn rope(heads: &mut [f32], cos: &[f32], sin: &[f32]) {
     }
 }
 
-#[inline(always)]
-pub(super) fn silu_mul(gate: &[f32], up: &[f32], y: &mut [f32]) {
+fn silu_mul(gate: &[f32], up: &[f32], y: &mut [f32]) {
     for ((y, g), u) in y.iter_mut().zip(gate).zip(up) {
         *y = u * (g / (1.0 + (-g).exp()));
     }
 }
 
 /// A stored element and its exact value.
-pub(super) trait Element: Copy {
+trait Element: Copy {
     /// The value, exactly.
     fn widen(self) -> f32;
 }
@@ -53,6 +53,12 @@ impl Element for f32 {
     #[inline(always)]
     fn widen(self) -> f32 {
         self
+    }
+}
+
+impl Element for i8 {
+    fn widen(self) -> f32 {
+        f32::from(self)
     }
 }
 
@@ -80,11 +86,11 @@ impl Element for f16 {
 }
 
 /// Partial sums: sum `l` takes elements `l`, `l + 16`, ... and they are folded in halves.
-pub(super) const LANES: usize = 16;
+const LANES: usize = 16;
 
 /// The sum of the partial sums.
 #[inline(always)]
-pub(super) fn fold(mut acc: [f32; LANES]) -> f32 {
+fn fold(mut acc: [f32; LANES]) -> f32 {
     let mut half = LANES / 2;
     while half > 0 {
         for l in 0..half {
@@ -97,7 +103,7 @@ pub(super) fn fold(mut acc: [f32; LANES]) -> f32 {
 
 /// `<w, x>` in partial sums.
 #[inline(always)]
-pub(super) fn dot<T: Element>(w: &[T], x: &[f32]) -> f32 {
+fn dot<T: Element>(w: &[T], x: &[f32]) -> f32 {
     debug_assert_eq!(w.len(), x.len());
     let mut acc = [0.0; LANES];
     let (w_chunks, w_rest) = w.as_chunks::<LANES>();

@@ -2,8 +2,7 @@
 
 use super::dot;
 
-#[inline(always)]
-pub(in crate::cpu) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
+pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
     let mean = dot(x, x) / x.len() as f32;
     let inverse = 1.0 / (mean + eps).sqrt();
     for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {

@@ -1,0 +1,178 @@
+//! Sixteen floats in two registers. Safety: see [`crate::cpu::vector`].
+
+use crate::cpu::vector::{LANES, Lanes};
+use phidias_quant::{bf16, f16};
+use std::arch::x86_64::*;
+
+/// Lanes 0-7 and 8-15.
+#[derive(Clone, Copy)]
+pub(super) struct Ymm2([__m256; 2]);
+
+/// An expression of AVX2, FMA and F16C intrinsics, each load and store inside an array of sixteen.
+macro_rules! avx2 {
+    ($e:expr) => {
+        // SAFETY: the contract of `crate::cpu::vector`: the features are there; what is read and
+        // written lies inside the array that the reference is of, and needs no alignment.
+        unsafe { $e }
+    };
+}
+
+impl Ymm2 {
+    #[inline(always)]
+    fn map(self, f: impl Fn(__m256) -> __m256) -> Self {
+        Self([f(self.0[0]), f(self.0[1])])
+    }
+    #[inline(always)]
+    fn zip(self, b: Self, f: impl Fn(__m256, __m256) -> __m256) -> Self {
+        Self([f(self.0[0], b.0[0]), f(self.0[1], b.0[1])])
+    }
+    #[inline(always)]
+    fn zip3(self, b: Self, c: Self, f: impl Fn(__m256, __m256, __m256) -> __m256) -> Self {
+        Self([f(self.0[0], b.0[0], c.0[0]), f(self.0[1], b.0[1], c.0[1])])
+    }
+    #[inline(always)]
+    fn halves(f: impl Fn(usize) -> __m256) -> Self {
+        Self([f(0), f(LANES / 2)])
+    }
+}
+
+/// 2^n of each lane, `n` integral and that of a normal number.
+#[inline(always)]
+fn power(n: __m256) -> __m256 {
+    avx2!(_mm256_castsi256_ps(_mm256_slli_epi32::<23>(
+        _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127))
+    )))
+}
+
+impl Lanes for Ymm2 {
+    #[inline(always)]
+    fn splat(v: f32) -> Self {
+        Self(avx2!([_mm256_set1_ps(v); 2]))
+    }
+    #[inline(always)]
+    fn load(from: &[f32; LANES]) -> Self {
+        Self::halves(|i| avx2!(_mm256_loadu_ps(from.as_ptr().add(i))))
+    }
+    #[inline(always)]
+    fn load_f16(from: &[f16; LANES]) -> Self {
+        Self::halves(|i| {
+            avx2!(_mm256_cvtph_ps(_mm_loadu_si128(
+                from.as_ptr().add(i).cast()
+            )))
+        })
+    }
+    #[inline(always)]
+    fn load_bf16(from: &[bf16; LANES]) -> Self {
+        Self::halves(|i| {
+            avx2!({
+                let upper = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.as_ptr().add(i).cast()));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(upper))
+            })
+        })
+    }
+    #[inline(always)]
+    fn load_i8(from: &[i8; LANES]) -> Self {
+        Self::halves(|i| {
+            avx2!(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(
+                from.as_ptr().add(i).cast()
+            ))))
+        })
+    }
+    #[inline(always)]
+    fn store(self, to: &mut [f32; LANES]) {
+        avx2!({
+            _mm256_storeu_ps(to.as_mut_ptr(), self.0[0]);
+            _mm256_storeu_ps(to.as_mut_ptr().add(LANES / 2), self.0[1]);
+        });
+    }
+    #[inline(always)]
+    fn add(self, b: Self) -> Self {
+        self.zip(b, |a, b| avx2!(_mm256_add_ps(a, b)))
+    }
+    #[inline(always)]
+    fn sub(self, b: Self) -> Self {
+        self.zip(b, |a, b| avx2!(_mm256_sub_ps(a, b)))
+    }
+    #[inline(always)]
+    fn mul(self, b: Self) -> Self {
+        self.zip(b, |a, b| avx2!(_mm256_mul_ps(a, b)))
+    }
+    #[inline(always)]
+    fn div(self, b: Self) -> Self {
+        self.zip(b, |a, b| avx2!(_mm256_div_ps(a, b)))
+    }
+    #[inline(always)]
+    fn mul_add(self, b: Self, c: Self) -> Self {
+        self.zip3(b, c, |a, b, c| avx2!(_mm256_fmadd_ps(a, b, c)))
+    }
+    #[inline(always)]
+    fn neg_mul_add(self, b: Self, c: Self) -> Self {
+        self.zip3(b, c, |a, b, c| avx2!(_mm256_fnmadd_ps(a, b, c)))
+    }
+    #[inline(always)]
+    fn max(self, b: Self) -> Self {
+        // The instruction gives its second operand where either is a NaN.
+        self.zip(b, |a, b| avx2!(_mm256_max_ps(b, a)))
+    }
+    #[inline(always)]
+    fn min(self, b: Self) -> Self {
+        self.zip(b, |a, b| avx2!(_mm256_min_ps(b, a)))
+    }
+    #[inline(always)]
+    fn abs(self) -> Self {
+        self.map(|a| avx2!(_mm256_andnot_ps(_mm256_set1_ps(-0.0), a)))
+    }
+    #[inline(always)]
+    fn scale_by_power(self, n: Self) -> Self {
+        // In two steps, since 2^n alone may be too large or too small; the first is exact but for a
+        // result that is subnormal anyway.
+        let first = n.map(|n| avx2!(_mm256_floor_ps(_mm256_mul_ps(n, _mm256_set1_ps(0.5)))));
+        let second = n.sub(first);
+        self.mul(first.map(power)).mul(second.map(power))
+    }
+    #[inline(always)]
+    fn keep(self, from: usize, to: usize, other: Self) -> Self {
+        let mut mask = [0.0; LANES];
+        mask[from..to].fill(-0.0);
+        let mask = Self::load(&mask);
+        self.zip3(other, mask, |a, b, m| avx2!(_mm256_blendv_ps(b, a, m)))
+    }
+    #[inline(always)]
+    fn store_i8(self, to: &mut [i8; LANES]) {
+        avx2!({
+            let words =
+                _mm256_packs_epi32(_mm256_cvtps_epi32(self.0[0]), _mm256_cvtps_epi32(self.0[1]));
+            // 0-3, 8-11, 4-7, 12-15 as 64-bit words.
+            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
+            let bytes = _mm_packs_epi16(
+                _mm256_castsi256_si128(words),
+                _mm256_extracti128_si256::<1>(words),
+            );
+            _mm_storeu_si128(to.as_mut_ptr().cast(), bytes);
+        });
+    }
+    #[inline(always)]
+    fn sum(self) -> f32 {
+        avx2!({
+            let eight = _mm256_add_ps(self.0[0], self.0[1]);
+            let four = _mm_add_ps(
+                _mm256_castps256_ps128(eight),
+                _mm256_extractf128_ps::<1>(eight),
+            );
+            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+        })
+    }
+    #[inline(always)]
+    fn largest(self) -> f32 {
+        avx2!({
+            let eight = _mm256_max_ps(self.0[0], self.0[1]);
+            let four = _mm_max_ps(
+                _mm256_castps256_ps128(eight),
+                _mm256_extractf128_ps::<1>(eight),
+            );
+            let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
+        })
+    }
+}

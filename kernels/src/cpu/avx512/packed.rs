@@ -1,0 +1,319 @@
+//! GEMM, int4 and int8 weights x int8 activations; maths in `gemm.rs`, layout in
+//! [`phidias_quant::packed`], the scales of the activations in [`phidias_quant::activations`].
+//!
+//! ```text
+//! A line of 64 bytes is one register: 16 rows, four columns of each. `vpdpbusd` multiplies it with
+//! a broadcast of the four activations that meet those columns and adds the products to 16 sums.
+//! 1. Nibbles and bytes stay unsigned, the operand that vpdpbusd wants; the zero point is in the
+//!    number that the sum starts from. No sign, no absolute value.
+//! 2. The scale of the activations is in that start too: after the sum one subtraction leaves the
+//!    scaled product as a float. What is left a block is one multiply-add by the weights' scales:
+//!    one for eight vpdpbusd on the same two ports, so at most 8/9 of their rate can be reached.
+//! 3. Weights stay, tokens pass: a block of two panels is unpacked once into 16 registers, then up
+//!    to `TOKENS` tokens are multiplied with it, four at a time. Each broadcast is used twice.
+//! 4. The f32 sums of those tokens lie in L1 meanwhile (8 KiB); the store port has nothing else
+//!    to do.
+//! 5. Up to four tokens (decode) keep their sums in registers instead, and pages ahead are asked for.
+//! Work   64 multiply-adds a vpdpbusd
+//! Limit  many tokens: 8/9 of the vpdpbusd rate, 0.84 was measured; one: memory bandwidth
+//! Exact  integers exactly; f32 with one fused multiply-add a block, where scalar rounds twice
+//! ```
+
+use crate::view::ColsMut;
+use phidias_quant::activations::{Activations, TILE, Tile};
+use phidias_quant::packed::{LINE, PANEL_ROWS, Panel};
+use phidias_quant::{BLOCK, Packed, f16};
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+/// Tokens that pass a block of weights before the next one is unpacked.
+const TOKENS: usize = 4 * TILE;
+/// Tokens of one inner loop: with two panels, eight independent sums.
+const GROUP: usize = 4;
+/// Distance of the prefetch, bytes.
+const AHEAD: usize = 4096;
+
+/// Sums of 16 rows.
+type Sums = [f32; PANEL_ROWS];
+
+/// The quants of one block of a panel, four columns of 16 rows a register. `LINES` is 4 for
+/// nibbles, 8 for bytes.
+#[target_feature(enable = "avx512f,avx512bw")]
+#[inline]
+fn unpack<const LINES: usize>(lines: &[[u8; LINE]; LINES]) -> [__m512i; 8] {
+    // SAFETY: a line is 64 bytes; the load needs no alignment.
+    let load = |g: usize| unsafe { _mm512_loadu_si512(lines[g].as_ptr().cast()) };
+    if LINES == 8 {
+        return std::array::from_fn(load);
+    }
+    let mask = _mm512_set1_epi8(15);
+    let mut w = [_mm512_setzero_si512(); 8];
+    for g in 0..4 {
+        let bytes = load(g);
+        w[g] = _mm512_and_si512(bytes, mask);
+        w[g + 4] = _mm512_and_si512(_mm512_srli_epi16::<4>(bytes), mask);
+    }
+    w
+}
+
+/// 16 scales as f32.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn scales(scales: &[f16; PANEL_ROWS]) -> __m512 {
+    // SAFETY: 16 scales are 32 bytes; the load needs no alignment.
+    _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(scales.as_ptr().cast()) })
+}
+
+/// Asks for what lies [`AHEAD`] bytes further on. It may belong to the next panel, or to nothing
+/// at the end of the weights: a prefetch never faults.
+#[inline(always)]
+fn prefetch<T>(at: &T) {
+    let mut offset = 0;
+    while offset < size_of::<T>() {
+        let line = std::ptr::from_ref(at)
+            .cast::<i8>()
+            .wrapping_add(AHEAD + offset);
+        // SAFETY: SSE is part of x86-64, and the instruction reads nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line) };
+        offset += LINE;
+    }
+}
+
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn load(sums: &Sums) -> __m512 {
+    // SAFETY: 16 floats; the load needs no alignment.
+    unsafe { _mm512_loadu_ps(sums.as_ptr()) }
+}
+
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn store(sums: &mut Sums, v: __m512) {
+    // SAFETY: 16 floats; the store needs no alignment.
+    unsafe { _mm512_storeu_ps(sums.as_mut_ptr(), v) }
+}
+
+/// One block of `P` panels, unpacked.
+struct Weights<const P: usize> {
+    quants: [[__m512i; 8]; P],
+    scales: [__m512; P],
+}
+
+/// The scaled products of one block with `T` tokens, `[token][panel]`: the integer sums start at
+/// `starts` and are floats over `magics` at the end.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+#[inline]
+fn products<const T: usize, const P: usize>(
+    w: &[[__m512i; 8]; P],
+    a: &[[i8; BLOCK]; T],
+    starts: &[i32; T],
+    magics: &[f32; T],
+) -> [[__m512; P]; T] {
+    let mut sums = [[_mm512_setzero_si512(); P]; T];
+    for t in 0..T {
+        sums[t] = [_mm512_set1_epi32(starts[t]); P];
+    }
+    for g in 0..8 {
+        for t in 0..T {
+            let (fours, _) = a[t].as_chunks::<4>();
+            let four = _mm512_set1_epi32(i32::from_le_bytes(fours[g].map(|v| v as u8)));
+            for p in 0..P {
+                sums[t][p] = _mm512_dpbusd_epi32(sums[t][p], w[p][g], four);
+            }
+        }
+    }
+    let mut out = [[_mm512_setzero_ps(); P]; T];
+    for t in 0..T {
+        let magic = _mm512_set1_ps(magics[t]);
+        for p in 0..P {
+            out[t][p] = _mm512_sub_ps(_mm512_castsi512_ps(sums[t][p]), magic);
+        }
+    }
+    out
+}
+
+/// `T` tokens of a tile from `t` on, at block `b`.
+#[inline(always)]
+fn tokens<const T: usize>(
+    x: Tile<'_>,
+    b: usize,
+    t: usize,
+) -> (&[[i8; BLOCK]; T], &[i32; T], &[f32; T]) {
+    let at = b * x.rows + t;
+    let (quants, _) = x.quants.as_chunks::<BLOCK>();
+    let inside = "tokens of the tile";
+    (
+        quants[at..].first_chunk().expect(inside),
+        x.starts[at..].first_chunk().expect(inside),
+        x.magics[at..].first_chunk().expect(inside),
+    )
+}
+
+/// One block with `T` tokens: their products are added to the sums in memory.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+#[inline]
+fn group<const T: usize, const P: usize>(
+    w: &Weights<P>,
+    x: Tile<'_>,
+    b: usize,
+    t: usize,
+    acc: &mut [[Sums; P]],
+) {
+    let (a, starts, magics) = tokens::<T>(x, b, t);
+    let products = products(&w.quants, a, starts, magics);
+    let acc: &mut [[Sums; P]; T] = acc[t..].first_chunk_mut().expect("sums of the tile");
+    for t in 0..T {
+        for p in 0..P {
+            let sum = _mm512_fmadd_ps(products[t][p], w.scales[p], load(&acc[t][p]));
+            store(&mut acc[t][p], sum);
+        }
+    }
+}
+
+/// `P` neighbouring panels as blocks.
+struct Panels<'a, const P: usize, const LINES: usize> {
+    scales: [&'a [[f16; PANEL_ROWS]]; P],
+    quants: [&'a [[[u8; LINE]; LINES]]; P],
+}
+
+impl<'a, const P: usize, const LINES: usize> Panels<'a, P, LINES> {
+    fn new(w: Packed<'a>, first: usize) -> Self {
+        let panels: [Panel<'a>; P] = std::array::from_fn(|p| w.panel(first + p));
+        Self {
+            scales: panels.map(|p| p.scales.as_chunks().0),
+            quants: panels.map(|p| p.quants.as_chunks().0.as_chunks().0),
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw")]
+    #[inline]
+    fn block(&self, b: usize) -> Weights<P> {
+        let mut w = Weights {
+            quants: [[_mm512_setzero_si512(); 8]; P],
+            scales: [_mm512_setzero_ps(); P],
+        };
+        for p in 0..P {
+            prefetch(&self.quants[p][b]);
+            prefetch(&self.scales[p][b]);
+            w.quants[p] = unpack(&self.quants[p][b]);
+            w.scales[p] = scales(&self.scales[p][b]);
+        }
+        w
+    }
+}
+
+/// Some panels times up to [`TOKENS`] tokens, which are added up in `acc`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+#[inline]
+fn many<const P: usize, const LINES: usize>(
+    panels: &Panels<'_, P, LINES>,
+    blocks: usize,
+    x: &[Tile<'_>],
+    acc: &mut [[Sums; P]],
+) {
+    acc.as_flattened_mut().as_flattened_mut().fill(0.0);
+    for b in 0..blocks {
+        let w = panels.block(b);
+        for (x, acc) in x.iter().zip(acc.chunks_mut(TILE)) {
+            let mut t = 0;
+            while t + GROUP <= x.rows {
+                group::<GROUP, P>(&w, *x, b, t, acc);
+                t += GROUP;
+            }
+            match x.rows - t {
+                1 => group::<1, P>(&w, *x, b, t, acc),
+                2 => group::<2, P>(&w, *x, b, t, acc),
+                3 => group::<3, P>(&w, *x, b, t, acc),
+                _ => {}
+            }
+        }
+    }
+}
+
+/// Some panels times `T` tokens with the sums in registers.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+#[inline]
+fn few<const T: usize, const P: usize, const LINES: usize>(
+    panels: &Panels<'_, P, LINES>,
+    blocks: usize,
+    x: Tile<'_>,
+    acc: &mut [[Sums; P]],
+) {
+    let mut sums = [[_mm512_setzero_ps(); P]; T];
+    for b in 0..blocks {
+        let w = panels.block(b);
+        let (a, starts, magics) = tokens::<T>(x, b, 0);
+        let products = products(&w.quants, a, starts, magics);
+        for t in 0..T {
+            for p in 0..P {
+                sums[t][p] = _mm512_fmadd_ps(products[t][p], w.scales[p], sums[t][p]);
+            }
+        }
+    }
+    for t in 0..T {
+        for p in 0..P {
+            store(&mut acc[t][p], sums[t][p]);
+        }
+    }
+}
+
+/// `P` panels from panel `first` on, times all tokens; `column` is where their results begin.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+#[inline]
+fn panels<const P: usize, const LINES: usize>(
+    w: Packed<'_>,
+    first: usize,
+    x: &Activations,
+    y: &mut ColsMut<'_>,
+    column: usize,
+) {
+    let panels = Panels::<P, LINES>::new(w, first);
+    let mut acc = [[[0.0; PANEL_ROWS]; P]; TOKENS];
+    for first in (0..x.tiles()).step_by(TOKENS / TILE) {
+        let count = (x.tiles() - first).min(TOKENS / TILE);
+        let tiles: [Tile<'_>; TOKENS / TILE] =
+            std::array::from_fn(|i| x.tile(first + i.min(count - 1)));
+        let tokens = (x.rows() - first * TILE).min(TOKENS);
+        let acc = &mut acc[..tokens];
+        match tokens {
+            1 => few::<1, P, LINES>(&panels, x.blocks(), tiles[0], acc),
+            2 => few::<2, P, LINES>(&panels, x.blocks(), tiles[0], acc),
+            3 => few::<3, P, LINES>(&panels, x.blocks(), tiles[0], acc),
+            4 => few::<4, P, LINES>(&panels, x.blocks(), tiles[0], acc),
+            _ => many(&panels, x.blocks(), &tiles[..count], acc),
+        }
+        for (t, sums) in acc.iter().enumerate() {
+            let y = &mut y.row(first * TILE + t)[column..];
+            let cols = y.len().min(P * PANEL_ROWS);
+            y[..cols].copy_from_slice(&sums.as_flattened()[..cols]);
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+#[inline]
+fn gemm<const LINES: usize>(
+    w: Packed<'_>,
+    range: Range<usize>,
+    x: &Activations,
+    mut y: ColsMut<'_>,
+) {
+    let mut p = range.start;
+    while p + 2 <= range.end {
+        panels::<2, LINES>(w, p, x, &mut y, (p - range.start) * PANEL_ROWS);
+        p += 2;
+    }
+    if p < range.end {
+        panels::<1, LINES>(w, p, x, &mut y, (p - range.start) * PANEL_ROWS);
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(super) fn gemm_q4(w: Packed<'_>, panels: Range<usize>, x: &Activations, y: ColsMut<'_>) {
+    gemm::<4>(w, panels, x, y);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(super) fn gemm_q8(w: Packed<'_>, panels: Range<usize>, x: &Activations, y: ColsMut<'_>) {
+    gemm::<8>(w, panels, x, y);
+}

@@ -1,0 +1,358 @@
+//! Attention on one block of keys; maths and layout in `attention.rs`.
+//!
+//! ```text
+//! Sixteen keys are the lanes of a register: a score is one chain of multiply-adds over the elements
+//! of the head, the query's element broadcast, and needs no sum across lanes.
+//! 1. Scores: tiles of queries x panels of 16 keys. One query takes four panels at a time, so that
+//!    its chains are independent; eight take two, so that each load serves eight.
+//! 2. Softmax: a query's scores lie in one row (1 KiB); lanes that it does not see count as nothing.
+//! 3. Values: sixteen elements of the head are the lanes, weights are broadcast, keys follow each
+//!    other. The keys that all queries of a tile see are taken together; what only some see, the
+//!    triangle at the diagonal, one query at a time. So nothing is multiplied by a weight of zero,
+//!    and a value that a query does not see cannot reach it, not even as a NaN.
+//! Limit  one query: memory bandwidth; many: the multipliers
+//! Exact  each sum in the order of the definition, whatever is beside it; multiply-adds round once
+//! ```
+
+use super::{LANES, Lanes, Load, exp, padded};
+use crate::cpu::attention::{Block, GROUP, Partial, PartialMut, StateMut};
+use std::ops::Range;
+
+/// Scores of `Q` queries with `P` panels of keys from panel `first` on.
+#[inline(always)]
+fn score_tile<L: Lanes, T: Load, const Q: usize, const P: usize>(
+    block: &Block<'_, T>,
+    queries: [&[f32]; Q],
+    first: usize,
+    scores: &mut [f32],
+    stride: usize,
+) {
+    let d = block.head_dim;
+    let keys: [&[[T; LANES]]; P] =
+        std::array::from_fn(|p| &block.keys.as_chunks().0[(first + p) * d..][..d]);
+    let mut acc = [[L::splat(0.0); P]; Q];
+    for i in 0..d {
+        let k: [L; P] = std::array::from_fn(|p| T::load(&keys[p][i]));
+        for q in 0..Q {
+            let x = L::splat(queries[q][i]);
+            for p in 0..P {
+                acc[q][p] = x.mul_add(k[p], acc[q][p]);
+            }
+        }
+    }
+    let scale = L::splat(block.scale);
+    for q in 0..Q {
+        let (row, _) = scores[q * stride..][..stride].as_chunks_mut::<LANES>();
+        for p in 0..P {
+            let mut s = acc[q][p].mul(scale);
+            if let Some(steps) = block.key_steps.as_chunks().0.get(first + p) {
+                s = s.mul(L::load(steps));
+            }
+            s.store(&mut row[first + p]);
+        }
+    }
+}
+
+/// Scores of `Q` queries with all panels, `P` at a time.
+#[inline(always)]
+fn score_rows<L: Lanes, T: Load, const Q: usize, const P: usize>(
+    block: &Block<'_, T>,
+    queries: &[f32],
+    panels: Range<usize>,
+    scores: &mut [f32],
+    stride: usize,
+) {
+    let d = block.head_dim;
+    let queries: [&[f32]; Q] = std::array::from_fn(|q| &queries[q * d..][..d]);
+    let mut p = panels.start;
+    while p + P <= panels.end {
+        score_tile::<L, T, Q, P>(block, queries, p, scores, stride);
+        p += P;
+    }
+    for p in p..panels.end {
+        score_tile::<L, T, Q, 1>(block, queries, p, scores, stride);
+    }
+}
+
+/// Turns the scores of one query into weights: the largest score, and the sum of the exponentials.
+/// Where values have steps, these are in the weights then, but not in the sum.
+#[inline(always)]
+fn softmax<L: Lanes>(row: &mut [f32], seen: &Range<usize>, value_steps: &[f32]) -> (f32, f32) {
+    let (row, _) = row.as_chunks_mut::<LANES>();
+    let panels = seen.start / LANES..seen.end.div_ceil(LANES);
+    // The lanes of a panel that the query sees.
+    let lanes = |p: usize| {
+        let base = p * LANES;
+        (seen.start.max(base) - base, (seen.end - base).min(LANES))
+    };
+    let mut max = L::splat(f32::NEG_INFINITY);
+    for p in panels.clone() {
+        let (from, to) = lanes(p);
+        max = max.max(L::load(&row[p]).keep(from, to, L::splat(f32::NEG_INFINITY)));
+    }
+    let max = max.largest();
+    let mut sum = L::splat(0.0);
+    for p in panels {
+        let (from, to) = lanes(p);
+        let weight = exp(L::load(&row[p]).sub(L::splat(max))).keep(from, to, L::splat(0.0));
+        sum = sum.add(weight);
+        match value_steps.as_chunks().0.get(p) {
+            Some(steps) => weight.mul(L::load(steps)).store(&mut row[p]),
+            None => weight.store(&mut row[p]),
+        }
+    }
+    (max, sum.sum())
+}
+
+/// Adds the values of the keys `seen`, weighted, to `C` times 16 elements of `Q` queries.
+#[inline(always)]
+fn value_tile<L: Lanes, T: Load, const Q: usize, const C: usize>(
+    block: &Block<'_, T>,
+    weights: [&[f32]; Q],
+    seen: Range<usize>,
+    column: usize,
+    sums: &mut [f32],
+    width: usize,
+) {
+    let d = block.head_dim;
+    let at = |q: usize| q * width + column;
+    let mut acc: [[L; C]; Q] = std::array::from_fn(|q| {
+        let (chunks, _) = sums[at(q)..].as_chunks::<LANES>();
+        std::array::from_fn(|c| L::load(&chunks[c]))
+    });
+    let weights = weights.map(|w| &w[seen.clone()]);
+    let values = &block.values[seen.start * d..seen.end * d];
+    for (j, row) in values.chunks_exact(d).enumerate() {
+        let row: &[[T; LANES]; C] = row[column..].as_chunks().0.first_chunk().expect("columns");
+        let v: [L; C] = std::array::from_fn(|c| T::load(&row[c]));
+        for q in 0..Q {
+            let w = L::splat(weights[q][j]);
+            for c in 0..C {
+                acc[q][c] = w.mul_add(v[c], acc[q][c]);
+            }
+        }
+    }
+    for q in 0..Q {
+        let (chunks, _) = sums[at(q)..].as_chunks_mut::<LANES>();
+        for c in 0..C {
+            acc[q][c].store(&mut chunks[c]);
+        }
+    }
+}
+
+/// The same for the last elements of a head, fewer than 16.
+#[inline(always)]
+fn value_rest<L: Lanes, T: Load>(
+    block: &Block<'_, T>,
+    weights: &[f32],
+    seen: Range<usize>,
+    column: usize,
+    sums: &mut [f32],
+) {
+    let d = block.head_dim;
+    let (sums, _) = sums[column..].as_chunks_mut::<LANES>();
+    let mut acc = L::load(&sums[0]);
+    for j in seen {
+        let v: L = T::load(&padded(&block.values[j * d + column..(j + 1) * d]));
+        acc = L::splat(weights[j]).mul_add(v, acc);
+    }
+    acc.store(&mut sums[0]);
+}
+
+/// Adds the values of the keys `seen` to the sums of `Q` queries, `C` or `D` columns of 16 at a time.
+#[inline(always)]
+fn values<L: Lanes, T: Load, const Q: usize, const C: usize, const D: usize>(
+    block: &Block<'_, T>,
+    scores: &[f32],
+    stride: usize,
+    seen: Range<usize>,
+    sums: &mut [f32],
+    width: usize,
+) {
+    if seen.is_empty() {
+        return;
+    }
+    let weights: [&[f32]; Q] = std::array::from_fn(|q| &scores[q * stride..][..stride]);
+    let columns = block.head_dim / LANES;
+    let mut c = 0;
+    while c < columns {
+        let rest = columns - c;
+        let seen = seen.clone();
+        if rest == C || rest >= C + D {
+            value_tile::<L, T, Q, C>(block, weights, seen, c * LANES, sums, width);
+            c += C;
+        } else if rest >= D {
+            value_tile::<L, T, Q, D>(block, weights, seen, c * LANES, sums, width);
+            c += D;
+        } else {
+            value_tile::<L, T, Q, 1>(block, weights, seen, c * LANES, sums, width);
+            c += 1;
+        }
+    }
+    if !block.head_dim.is_multiple_of(LANES) {
+        for q in 0..Q {
+            let sums = &mut sums[q * width..][..width];
+            value_rest::<L, T>(block, weights[q], seen.clone(), c * LANES, sums);
+        }
+    }
+}
+
+/// Adds the values that `Q` queries see; what only some of them see, one by one.
+#[inline(always)]
+fn value_rows<L: Lanes, T: Load, const Q: usize, const C: usize, const D: usize>(
+    block: &Block<'_, T>,
+    scores: &[f32],
+    stride: usize,
+    visible: &[Range<usize>],
+    sums: &mut [f32],
+    width: usize,
+) {
+    let start = visible.iter().map(|r| r.start).max().unwrap_or(0);
+    let end = visible.iter().map(|r| r.end).min().unwrap_or(0);
+    let common = start..end.max(start);
+    let alone = |sums: &mut [f32], part: fn(&Range<usize>, &Range<usize>) -> Range<usize>| {
+        for (q, seen) in visible.iter().enumerate() {
+            let scores = &scores[q * stride..][..stride];
+            let sums = &mut sums[q * width..][..width];
+            values::<L, T, 1, C, D>(block, scores, stride, part(seen, &common), sums, width);
+        }
+    };
+    if Q == 1 || common.is_empty() {
+        alone(sums, |seen, _| seen.clone());
+        return;
+    }
+    alone(sums, |seen, common| seen.start..common.start);
+    values::<L, T, Q, C, D>(block, scores, stride, common.clone(), sums, width);
+    alone(sums, |seen, common| common.end..seen.end);
+}
+
+/// At most [`GROUP`] queries: scores, weights, values, and the merge into their state.
+///
+/// `P` panels at a time for many queries, `P1` for one; values in tiles of `VQ` queries and `C` or
+/// `D` columns.
+#[inline(always)]
+fn group<
+    L: Lanes,
+    T: Load,
+    const P: usize,
+    const P1: usize,
+    const VQ: usize,
+    const C: usize,
+    const D: usize,
+>(
+    block: &Block<'_, T>,
+    queries: &[f32],
+    visible: &[Range<usize>],
+    first: usize,
+    state: &mut StateMut<'_>,
+) {
+    let d = block.head_dim;
+    let n = visible.len();
+    let stride = state.scores.len() / GROUP;
+    let width = state.block.len() / GROUP;
+    let seen = || visible.iter().filter(|r| !r.is_empty());
+    let (Some(start), Some(end)) = (seen().map(|r| r.start).min(), seen().map(|r| r.end).max())
+    else {
+        return;
+    };
+    let panels = start / LANES..end.div_ceil(LANES);
+    let mut i = 0;
+    while i < n {
+        let queries = &queries[i * d..n * d];
+        let scores = &mut state.scores[i * stride..n * stride];
+        let panels = panels.clone();
+        match n - i {
+            8.. => score_rows::<L, T, 8, P>(block, queries, panels, scores, stride),
+            4.. => score_rows::<L, T, 4, P>(block, queries, panels, scores, stride),
+            2.. => score_rows::<L, T, 2, P>(block, queries, panels, scores, stride),
+            _ => score_rows::<L, T, 1, P1>(block, queries, panels, scores, stride),
+        }
+        i += match n - i {
+            8.. => 8,
+            4.. => 4,
+            2.. => 2,
+            _ => 1,
+        };
+    }
+    let mut stats = [(f32::NEG_INFINITY, 0.0); GROUP];
+    for (q, seen) in visible.iter().enumerate() {
+        if !seen.is_empty() {
+            let row = &mut state.scores[q * stride..][..stride];
+            stats[q] = softmax::<L>(row, seen, block.value_steps);
+        }
+    }
+    state.block[..n * width].fill(0.0);
+    let mut i = 0;
+    while i + VQ <= n {
+        let scores = &state.scores[i * stride..][..VQ * stride];
+        let sums = &mut state.block[i * width..][..VQ * width];
+        value_rows::<L, T, VQ, C, D>(block, scores, stride, &visible[i..i + VQ], sums, width);
+        i += VQ;
+    }
+    for i in i..n {
+        let scores = &state.scores[i * stride..][..stride];
+        let sums = &mut state.block[i * width..][..width];
+        value_rows::<L, T, 1, C, D>(block, scores, stride, &visible[i..=i], sums, width);
+    }
+    for (q, seen) in visible.iter().enumerate() {
+        if !seen.is_empty() {
+            let block = Partial {
+                max: stats[q].0,
+                sum: stats[q].1,
+                acc: &state.block[q * width..][..d],
+            };
+            let q = first + q;
+            let state = PartialMut {
+                max: &mut state.max[q],
+                sum: &mut state.sum[q],
+                acc: &mut state.acc[q * d..][..d],
+            };
+            merge::<L>(block, state);
+        }
+    }
+}
+
+/// Merges what one block gave into the state of a query.
+#[inline(always)]
+pub(in crate::cpu) fn merge<L: Lanes>(block: Partial<'_>, state: PartialMut<'_>) {
+    let new = state.max.max(block.max);
+    // Both factors in one exponential.
+    let mut factors = [0.0; LANES];
+    (factors[0], factors[1]) = (*state.max - new, block.max - new);
+    exp(L::load(&factors)).store(&mut factors);
+    let (old, of_block) = (factors[0], factors[1]);
+    *state.max = new;
+    *state.sum = *state.sum * old + block.sum * of_block;
+    let (acc, acc_rest) = state.acc.as_chunks_mut::<LANES>();
+    let (values, values_rest) = block.acc.as_chunks::<LANES>();
+    for (a, v) in acc.iter_mut().zip(values) {
+        let kept = L::load(a).mul(L::splat(old));
+        kept.add(L::load(v).mul(L::splat(of_block))).store(a);
+    }
+    for (a, v) in acc_rest.iter_mut().zip(values_rest) {
+        *a = *a * old + v * of_block;
+    }
+}
+
+/// One block of keys for all queries; the constants are tile sizes, as in [`group`].
+#[inline(always)]
+pub(in crate::cpu) fn attend<
+    L: Lanes,
+    T: Load,
+    const P: usize,
+    const P1: usize,
+    const VQ: usize,
+    const C: usize,
+    const D: usize,
+>(
+    block: Block<'_, T>,
+    queries: &[f32],
+    visible: &[Range<usize>],
+    mut state: StateMut<'_>,
+) {
+    let d = block.head_dim;
+    for (g, visible) in visible.chunks(GROUP).enumerate() {
+        let queries = &queries[g * GROUP * d..][..visible.len() * d];
+        group::<L, T, P, P1, VQ, C, D>(&block, queries, visible, g * GROUP, &mut state);
+    }
+}

@@ -1,0 +1,100 @@
+//! RMSNorm, rotary embedding and the gate; maths in `norm.rs`, `rope.rs`, `gate.rs`.
+
+use super::{LANES, Lanes, exp, padded};
+
+/// The sum of squares, in four times sixteen partial sums.
+#[inline(always)]
+fn squares<L: Lanes>(x: &[f32]) -> f32 {
+    let mut acc = [L::splat(0.0); 4];
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    let (fours, last) = chunks.as_chunks::<4>();
+    for four in fours {
+        for i in 0..4 {
+            let x = L::load(&four[i]);
+            acc[i] = x.mul_add(x, acc[i]);
+        }
+    }
+    for (i, chunk) in last.iter().enumerate() {
+        let x = L::load(chunk);
+        acc[i] = x.mul_add(x, acc[i]);
+    }
+    let x = L::load(&padded(rest));
+    acc[3] = x.mul_add(x, acc[3]);
+    acc[0].add(acc[1]).add(acc[2].add(acc[3])).sum()
+}
+
+#[inline(always)]
+pub(in crate::cpu) fn rms_norm<L: Lanes>(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
+    let mean = squares::<L>(x) / x.len() as f32;
+    let inverse = L::splat(1.0 / (mean + eps).sqrt());
+    let (x, x_rest) = x.as_chunks::<LANES>();
+    let (w, w_rest) = weight.as_chunks::<LANES>();
+    let (y, y_rest) = y.as_chunks_mut::<LANES>();
+    for ((x, w), y) in x.iter().zip(w).zip(y) {
+        L::load(x).mul(inverse).mul(L::load(w)).store(y);
+    }
+    let mut last = [0.0; LANES];
+    let x = L::load(&padded(x_rest));
+    x.mul(inverse)
+        .mul(L::load(&padded(w_rest)))
+        .store(&mut last);
+    y_rest.copy_from_slice(&last[..y_rest.len()]);
+}
+
+/// `x cos - y sin` and `y cos + x sin`.
+#[inline(always)]
+fn turn<L: Lanes>(x: L, y: L, cos: L, sin: L) -> (L, L) {
+    (y.neg_mul_add(sin, x.mul(cos)), x.mul_add(sin, y.mul(cos)))
+}
+
+#[inline(always)]
+pub(in crate::cpu) fn rope<L: Lanes>(heads: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let half = cos.len();
+    let (cos, cos_rest) = cos.as_chunks::<LANES>();
+    let (sin, sin_rest) = sin.as_chunks::<LANES>();
+    let (last_cos, last_sin) = (padded(cos_rest), padded(sin_rest));
+    for head in heads.chunks_exact_mut(2 * half) {
+        let (a, b) = head.split_at_mut(half);
+        let (a, a_rest) = a.as_chunks_mut::<LANES>();
+        let (b, b_rest) = b.as_chunks_mut::<LANES>();
+        for (((a, b), cos), sin) in a.iter_mut().zip(b).zip(cos).zip(sin) {
+            let (x, y) = turn(L::load(a), L::load(b), L::load(cos), L::load(sin));
+            x.store(a);
+            y.store(b);
+        }
+        if !a_rest.is_empty() {
+            let (mut last_a, mut last_b) = (padded(a_rest), padded(b_rest));
+            let (x, y) = turn(
+                L::load(&last_a),
+                L::load(&last_b),
+                L::load(&last_cos),
+                L::load(&last_sin),
+            );
+            x.store(&mut last_a);
+            y.store(&mut last_b);
+            a_rest.copy_from_slice(&last_a[..a_rest.len()]);
+            b_rest.copy_from_slice(&last_b[..b_rest.len()]);
+        }
+    }
+}
+
+/// `up * gate / (1 + e^-gate)`
+#[inline(always)]
+fn silu<L: Lanes>(gate: L, up: L) -> L {
+    let one = L::splat(1.0);
+    let negative = L::splat(0.0).sub(gate);
+    up.mul(gate.div(one.add(exp(negative))))
+}
+
+#[inline(always)]
+pub(in crate::cpu) fn silu_mul<L: Lanes>(gate: &[f32], up: &[f32], y: &mut [f32]) {
+    let (gate, gate_rest) = gate.as_chunks::<LANES>();
+    let (up, up_rest) = up.as_chunks::<LANES>();
+    let (y, y_rest) = y.as_chunks_mut::<LANES>();
+    for ((gate, up), y) in gate.iter().zip(up).zip(y) {
+        silu(L::load(gate), L::load(up)).store(y);
+    }
+    let mut last = [0.0; LANES];
+    silu(L::load(&padded(gate_rest)), L::load(&padded(up_rest))).store(&mut last);
+    y_rest.copy_from_slice(&last[..y_rest.len()]);
+}

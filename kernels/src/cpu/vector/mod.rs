@@ -1,0 +1,142 @@
+//! Kernels written once for every vector instruction set: sixteen floats at a time.
+//!
+//! [`Lanes`] is sixteen f32 in whatever registers an instruction set has: one of AVX-512, two of
+//! AVX2, four of NEON. What is written on it computes in the same order everywhere, and as the
+//! scalar twin does, but for the rounding of fused multiply-adds and of the exponential.
+//!
+//! The methods are plain functions that are inlined without exception, so that they compile to the
+//! instructions of the function they are used in: one with `#[target_feature]`, in the folder of
+//! the instruction set.
+//!
+//! # Safety
+//! Values of a type that implements [`Lanes`] are made and used only in such functions, which are
+//! reached through a table that exists only where the CPU has the features.
+
+use phidias_quant::{bf16, f16};
+
+pub(super) mod attention;
+pub(super) mod dense;
+pub(super) mod elementwise;
+pub(super) mod quantize;
+
+/// Floats in [`Lanes`].
+pub(super) const LANES: usize = 16;
+
+/// Sixteen f32.
+pub(super) trait Lanes: Copy {
+    /// All lanes `v`.
+    fn splat(v: f32) -> Self;
+    /// Lane `i` is `from[i]`.
+    fn load(from: &[f32; LANES]) -> Self;
+    /// Widened exactly.
+    fn load_f16(from: &[f16; LANES]) -> Self;
+    /// Widened exactly.
+    fn load_bf16(from: &[bf16; LANES]) -> Self;
+    /// Converted exactly.
+    fn load_i8(from: &[i8; LANES]) -> Self;
+    /// `to[i]` is lane `i`.
+    fn store(self, to: &mut [f32; LANES]);
+    /// `self + b`
+    fn add(self, b: Self) -> Self;
+    /// `self - b`
+    fn sub(self, b: Self) -> Self;
+    /// `self * b`
+    fn mul(self, b: Self) -> Self;
+    /// `self / b`
+    fn div(self, b: Self) -> Self;
+    /// `self * b + c`, rounded once.
+    fn mul_add(self, b: Self, c: Self) -> Self;
+    /// `c - self * b`, rounded once.
+    fn neg_mul_add(self, b: Self, c: Self) -> Self;
+    /// The larger of each pair; `self` where it is a NaN.
+    fn max(self, b: Self) -> Self;
+    /// The smaller of each pair; `self` where it is a NaN.
+    fn min(self, b: Self) -> Self;
+    /// Magnitudes.
+    fn abs(self) -> Self;
+    /// `self * 2^n` for integral `n` in -300..=300, rounded once at most; too large is infinite.
+    fn scale_by_power(self, n: Self) -> Self;
+    /// `self` in the lanes `from..to`, `other` elsewhere.
+    fn keep(self, from: usize, to: usize, other: Self) -> Self;
+    /// Integral floats in -127..=127 as bytes.
+    fn store_i8(self, to: &mut [i8; LANES]);
+    /// The sum: 16 -> 8 -> 4 -> 2 -> 1, lane `l` plus lane `l + half` each time.
+    fn sum(self) -> f32;
+    /// The largest lane; a NaN may be passed over.
+    fn largest(self) -> f32;
+}
+
+/// An element of a matrix or of the KV cache that loads as f32.
+pub(super) trait Load: Copy + Default {
+    /// Sixteen of them, widened exactly.
+    fn load<L: Lanes>(from: &[Self; LANES]) -> L;
+}
+
+impl Load for f32 {
+    #[inline(always)]
+    fn load<L: Lanes>(from: &[Self; LANES]) -> L {
+        L::load(from)
+    }
+}
+
+impl Load for f16 {
+    #[inline(always)]
+    fn load<L: Lanes>(from: &[Self; LANES]) -> L {
+        L::load_f16(from)
+    }
+}
+
+impl Load for bf16 {
+    #[inline(always)]
+    fn load<L: Lanes>(from: &[Self; LANES]) -> L {
+        L::load_bf16(from)
+    }
+}
+
+impl Load for i8 {
+    #[inline(always)]
+    fn load<L: Lanes>(from: &[Self; LANES]) -> L {
+        L::load_i8(from)
+    }
+}
+
+/// `x`, at most sixteen, padded with zeros.
+#[inline(always)]
+pub(super) fn padded<T: Copy + Default>(x: &[T]) -> [T; LANES] {
+    let mut chunk = [T::default(); LANES];
+    chunk[..x.len()].copy_from_slice(x);
+    chunk
+}
+
+/// `e^x`, off by at most two units in the last place; from -87.3 down results are subnormal or zero.
+///
+/// `x = n ln 2 + r` with `|r| <= ln(2) / 2`, then the Taylor series of `e^r` to the seventh power
+/// (what is left out is below `0.3466^8 / 8! = 5.2e-9`, a twelfth of a unit) and a multiplication by
+/// `2^n`. `ln 2` is taken in two parts so that `r` keeps its digits (Cody & Waite 1980).
+#[inline(always)]
+pub(super) fn exp<L: Lanes>(x: L) -> L {
+    const LN2_HIGH: f32 = 0.693_145_75; // 15 bits: its products with n are exact
+    const LN2_LOW: f32 = 1.428_606_8e-6;
+    const MAGIC: f32 = 12_582_912.0;
+    // Beyond these results are zero and infinite anyway; a NaN stays.
+    let x = x.max(L::splat(-150.0)).min(L::splat(150.0));
+    let magic = L::splat(MAGIC);
+    let n = x
+        .mul_add(L::splat(std::f32::consts::LOG2_E), magic)
+        .sub(magic);
+    let r = n.neg_mul_add(L::splat(LN2_HIGH), x);
+    let r = n.neg_mul_add(L::splat(LN2_LOW), r);
+    let mut p = L::splat(1.0 / 5040.0);
+    for c in [
+        1.0 / 720.0,
+        1.0 / 120.0,
+        1.0 / 24.0,
+        1.0 / 6.0,
+        0.5,
+        1.0,
+        1.0,
+    ] {
+        p = p.mul_add(r, L::splat(c));
+    }
+    p.scale_by_power(n)
+}
