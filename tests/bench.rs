@@ -233,6 +233,19 @@ fn bad_usage_is_one_error_each() {
             "cannot be used with",
         ),
         (2, &["--peaks", "-p", "3"], "cannot be used with"),
+        (2, &["--plot", "roof.svg"], "--kernels"),
+        (2, &["--kernels", "--peaks"], "cannot be used with"),
+        (2, &["--kernels", "-n", "3"], "cannot be used with"),
+        (
+            1,
+            &["--kernels", "--plot", "roof.svg", "--threads", "1,2"],
+            "--plot: draws one number of threads, 2 were given",
+        ),
+        (
+            1,
+            &["--kernels", "--plot", "no/such/folder/roof.svg"],
+            "no/such/folder/roof.svg",
+        ),
         (1, &["--synth", "phi-9"], "unknown preset 'phi-9'"),
         (
             1,

@@ -2,11 +2,16 @@
 //!
 //! [`account`] counts what a token must read and compute, [`model`] times it, and
 //! [`phidias_engine::peaks`] says what the machine could do at best, measured in the same run.
+//! [`kernels`] times the [`operations`] of a forward pass alone, [`roofline`] draws them.
 
 pub mod account;
+pub mod kernels;
 pub mod model;
+pub mod operations;
+pub mod roofline;
 
 pub use account::{Account, Work};
+pub use kernels::{KernelBench, KernelRecord};
 pub use model::{ModelBench, Record, Test, TestError};
 pub use phidias_engine::peaks::{Peak, PeakError, PeakOptions, Peaks, Spread};
 
@@ -43,6 +48,20 @@ pub enum BenchError {
     NotFinite {
         /// The test.
         test: Test,
+    },
+    /// A kernel computes something else than its definition.
+    #[error("{kernel}: the {isa} table's result differs from the scalar one's; nothing was timed")]
+    WrongResult {
+        /// Kernel and shape.
+        kernel: String,
+        /// The table.
+        isa: phidias_engine::Isa,
+    },
+    /// The allocator refused.
+    #[error("out of memory: {bytes} bytes of weights more were asked for")]
+    OutOfMemory {
+        /// Bytes asked for.
+        bytes: usize,
     },
     /// Two repetitions of one computation differ.
     #[error(

@@ -174,7 +174,8 @@ pub struct Around {
 
 impl Around {
     /// The mean of the two.
-    fn mean(&self, limit: impl Fn(&Limits) -> f64) -> f64 {
+    #[must_use]
+    pub fn mean(&self, limit: impl Fn(&Limits) -> f64) -> f64 {
         (limit(&self.before) + limit(&self.after)) / 2.0
     }
 }

@@ -287,31 +287,31 @@ pub struct Eval {
 #[derive(Debug, Args)]
 pub struct Bench {
     /// Folder or Hugging Face id
-    #[arg(conflicts_with_all = ["synth", "peaks"])]
+    #[arg(conflicts_with_all = ["synth", "peaks", "kernels"])]
     pub model: Option<String>,
     /// Random weights in a published model's shapes, such as phi-3.5-mini; kept for the next time
-    #[arg(long, value_name = "PRESET", conflicts_with = "peaks")]
+    #[arg(long, value_name = "PRESET", conflicts_with_all = ["peaks", "kernels"])]
     pub synth: Option<String>,
     /// With --synth: fewer layers than the published model
     #[arg(long, value_name = "N", requires = "synth")]
     pub layers: Option<usize>,
     /// f32, bf16, q8 or q4 [default: as `run` has it; q4 with --synth]
-    #[arg(long, value_name = "F", conflicts_with = "peaks")]
+    #[arg(long, value_name = "F", conflicts_with_all = ["peaks", "kernels"])]
     pub format: Option<WeightFormat>,
     /// What the KV cache stores: f32, f16 or bf16 [default: f16; f32 with --format f32]
-    #[arg(long, value_name = "TYPE", value_parser = kv_type, conflicts_with = "peaks")]
+    #[arg(long, value_name = "TYPE", value_parser = kv_type, conflicts_with_all = ["peaks", "kernels"])]
     pub kv: Option<KvType>,
     /// Prefill: tokens of a prompt, computed together [default, without -p and -n: -p 512 -n 128]
-    #[arg(short, long = "prompt-tokens", value_name = "N", value_delimiter = ',', value_parser = count, conflicts_with = "peaks")]
+    #[arg(short, long = "prompt-tokens", value_name = "N", value_delimiter = ',', value_parser = count, conflicts_with_all = ["peaks", "kernels"])]
     pub prompt: Vec<usize>,
     /// Decode: tokens one after the other
-    #[arg(short = 'n', long = "new-tokens", value_name = "N", value_delimiter = ',', value_parser = count, conflicts_with = "peaks")]
+    #[arg(short = 'n', long = "new-tokens", value_name = "N", value_delimiter = ',', value_parser = count, conflicts_with_all = ["peaks", "kernels"])]
     pub new: Vec<usize>,
     /// Tokens in the cache before each test
-    #[arg(short, long, value_name = "DEPTH", value_delimiter = ',', value_parser = depth, default_value = "0", conflicts_with = "peaks")]
+    #[arg(short, long, value_name = "DEPTH", value_delimiter = ',', value_parser = depth, default_value = "0", conflicts_with_all = ["peaks", "kernels"])]
     pub depth: Vec<usize>,
     /// Repetitions, after a warm-up
-    #[arg(short, long = "reps", value_name = "REPS", value_parser = repetitions, default_value = "3", conflicts_with = "peaks")]
+    #[arg(short, long = "reps", value_name = "REPS", value_parser = repetitions, default_value = "3", conflicts_with_all = ["peaks", "kernels"])]
     pub repetitions: usize,
     /// Numbers of threads, each measured [default: physical cores, within the affinity mask and the
     /// cgroup's quota; with --peaks also 1]
@@ -320,6 +320,12 @@ pub struct Bench {
     /// Only the machine's own limits: read bandwidth, and multiply-adds in registers
     #[arg(long)]
     pub peaks: bool,
+    /// Only the kernels, each alone, at the shapes of Phi-3.5-mini
+    #[arg(long, conflicts_with = "peaks")]
+    pub kernels: bool,
+    /// With --kernels: draw them as a roofline
+    #[arg(long, value_name = "FILE.svg", requires = "kernels")]
+    pub plot: Option<PathBuf>,
     /// Print one JSON object a line instead of the table
     #[arg(long)]
     pub json: bool,

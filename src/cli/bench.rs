@@ -2,10 +2,14 @@
 
 use super::args::{Bench, Global};
 use super::console::{Steps, Unit};
+use super::files;
 use super::open::{Origin, Setup, cache_folder, open_source};
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use phidias::bench::model::Kind;
-use phidias::bench::{BenchError, ModelBench, Peak, PeakOptions, Peaks, Progress, Record, Test};
+use phidias::bench::{
+    BenchError, KernelBench, KernelRecord, ModelBench, Peak, PeakOptions, Peaks, Progress, Record,
+    Test, roofline,
+};
 use phidias::engine::PACKED_VERSION;
 use phidias::engine::kernels::cpu::peak::Number;
 use phidias::engine::machine::{Machine, cpu_name};
@@ -30,6 +34,9 @@ pub fn bench(args: &Bench, global: &Global) -> Result<()> {
     }
     if args.peaks {
         return self::peaks(args, &setup, &machine, peaks);
+    }
+    if args.kernels {
+        return kernels(args, &setup, &machine, peaks);
     }
     model(args, &setup, &machine, peaks)
 }
@@ -237,6 +244,93 @@ fn write_row<'c>(
         write!(out, "| {text:width$} ")?;
     }
     writeln!(out, "|")
+}
+
+// ---- the kernels ---------------------------------------------------------------------------------
+
+fn kernels(args: &Bench, setup: &Setup, machine: &Machine, peaks: PeakOptions) -> Result<()> {
+    let counts = match args.threads.as_slice() {
+        [] => vec![machine.threads()],
+        asked => asked.to_vec(),
+    };
+    if args.plot.is_some() && counts.len() > 1 {
+        bail!(
+            "--plot: draws one number of threads, {} were given",
+            counts.len()
+        );
+    }
+    if let Some(file) = &args.plot {
+        // Better now than after a minute of measuring.
+        files::check_writable(file).with_context(|| file.display().to_string())?;
+    }
+    let steps = Arc::new(setup.console.steps());
+    let cancel = setup.cancel.clone();
+    let mut bench = KernelBench::new(setup.kernels, 1, peaks, machine.last_cache, cancel);
+    for threads in counts {
+        bench.threads = threads;
+        let records = bench.run(&told_by(&steps))?;
+        steps.suspend(|| write_kernels(&mut io::stdout().lock(), args, &records))?;
+        if let Some(file) = &args.plot {
+            let picture =
+                roofline::svg(&records).map_err(|e| anyhow!("{}: {e}", file.display()))?;
+            files::write(file, picture.as_bytes()).with_context(|| file.display().to_string())?;
+            steps.suspend(|| {
+                setup
+                    .console
+                    .note(format_args!("drawn in {}", file.display()))
+            });
+        }
+    }
+    Ok(())
+}
+
+fn write_kernels(out: &mut impl Write, args: &Bench, records: &[KernelRecord]) -> Result<()> {
+    if args.json {
+        for record in records {
+            writeln!(out, "{}", serde_json::to_string(record)?)?;
+        }
+        return Ok(());
+    }
+    let Some(first) = records.first() else {
+        return Ok(());
+    };
+    writeln!(
+        out,
+        "{} table, {}; read {:.1} GB/s, int8 {:.0} Gop/s, f32 {:.0} Gop/s (mean of before and after)\n",
+        first.isa,
+        plural(first.threads),
+        first.peak_gb_s,
+        first.peaks.mean(|l| l.int8_gop_s),
+        first.peaks.mean(|l| l.f32_gop_s),
+    )?;
+    let heads = [
+        "kernel",
+        "shape",
+        "tokens",
+        "time, us",
+        "GB/s",
+        "Gop/s",
+        "ops/byte",
+        "share of peak",
+    ];
+    const WIDTHS: [usize; 8] = [12, 27, 6, 10, 6, 7, 8, 16];
+    write_row(out, heads.into_iter().zip(WIDTHS))?;
+    let lines = WIDTHS.map(|w| "-".repeat(w));
+    write_row(out, lines.iter().map(|l| (l.as_str(), l.len())))?;
+    for r in records {
+        let cells = [
+            r.kernel.clone(),
+            r.shape.clone(),
+            r.tokens.to_string(),
+            format!("{:.1}", 1e6 * r.seconds.median),
+            format!("{:.1}", r.gb_s),
+            format!("{:.1}", r.gop_s),
+            format!("{:.2}", r.ops as f64 / r.bytes as f64),
+            format!("{:.1} % of {}", 100.0 * r.share_of_peak, r.bound),
+        ];
+        write_row(out, cells.iter().map(String::as_str).zip(WIDTHS))?;
+    }
+    Ok(())
 }
 
 // ---- the machine ---------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ mod bench;
 mod chat;
 pub mod console;
 mod eval;
+mod files;
 mod inspect;
 mod logits;
 mod open;
