@@ -11,9 +11,10 @@ use std::error::Error;
 use std::ops::Range;
 
 const SIZE: (u32, u32) = (1280, 860);
-const FONT: i32 = 12;
-/// Width of a letter as SVG viewers draw it, on average, in hundredths of the font's size.
-const LETTER: i32 = 56;
+/// Size of the labels as the drawing library takes it; in pixels it is four fifths of that.
+const FONT: i32 = 14;
+/// Width of a letter as SVG viewers draw it, on average, in hundredths of that size.
+const LETTER: i32 = 46;
 
 /// Draws records as an SVG picture. Nothing is drawn of none.
 /// # Errors
@@ -46,9 +47,10 @@ fn draw(
     let top = roofs.iter().fold(0.0, |m: f64, r| m.max(r.1));
     let right = (top / bandwidth).max(1.0);
     let xs = decades(records.iter().map(x_of).chain([right]));
+    let xs = xs.start..xs.end * 4.0; // room for labels
     let ys = decades(records.iter().map(|r| r.gop_s).chain([top]));
     let caption = format!(
-        "Kernels at the shapes of Phi-3.5-mini: {} table, {} thread{}; {bandwidth:.1} GB/s",
+        "Kernels at the shapes of Phi-3.5-mini: {} table, {} thread{}",
         first.isa,
         first.threads,
         if first.threads == 1 { "" } else { "s" }
@@ -73,15 +75,32 @@ fn draw(
         taken: Vec::new(),
         room: SIZE,
     };
+    let from = (ys.start / bandwidth).max(xs.start);
+    let mut lines = vec![(
+        vec![(from, from * bandwidth), (right, right * bandwidth)],
+        RGBColor(90, 90, 90),
+        format!("memory: {bandwidth:.1} GB/s"),
+    )];
     for (limit, roof) in roofs {
         let corner = (roof / bandwidth).clamp(xs.start, xs.end);
-        let from = (ys.start / bandwidth).max(xs.start);
-        let line = [(from, from * bandwidth), (corner, roof), (xs.end, roof)];
-        let style = color(limit).stroke_width(2);
-        chart.draw_series(LineSeries::new(line, style))?;
-        let (x, y) = chart.backend_coord(&(xs.end, roof));
         let text = format!("{limit}: {roof:.0} Gop/s");
-        labels.fixed(root, (x - 6, y - FONT), &text, HPos::Right, color(limit))?;
+        lines.push((vec![(corner, roof), (xs.end, roof)], color(limit), text));
+    }
+    for (line, color, text) in lines {
+        let ends = [line[0], line[1]].map(|p| chart.backend_coord(&p));
+        chart.draw_series(LineSeries::new(line, color.stroke_width(2)))?;
+        labels.keep_off(ends);
+        // Beside the middle of the slope, above the right end of a roof.
+        let [(left, bottom), (right, top)] = ends;
+        let (at, anchor) = if bottom == top {
+            ((right - 6, top - FONT), HPos::Right)
+        } else {
+            (
+                ((left + right) / 2 - 14, (bottom + top) / 2 - 8),
+                HPos::Right,
+            )
+        };
+        labels.fixed(root, at, &text, anchor, color)?;
     }
     let points: Vec<_> = (records.iter())
         .map(|r| (chart.backend_coord(&(x_of(r), r.gop_s)), r))
@@ -92,21 +111,18 @@ fn draw(
             .map(|r| Circle::new((x_of(r), r.gop_s), 4, color(r.peak_number).filled())),
     )?;
     for (at, _) in &points {
-        labels.taken.push(Box2::around(*at, 5));
+        labels.taken.push(Box2::around(*at, 4));
     }
     for (at, r) in &points {
-        let tokens = if r.tokens == 1 { "" } else { " tokens" };
-        let shape = r.shape.split(' ').next().unwrap_or_default();
+        let matrix = r.shape.split(' ').next().unwrap_or_default();
+        let matrix = matrix.trim_end_matches("_proj");
         let name = match r.kernel.split_once('_') {
-            Some(("gemm", _)) => format!("{} {shape}", r.kernel),
+            Some(("gemm", _)) => format!("{} {matrix}", r.kernel),
             _ => r.kernel.clone(),
         };
-        let count = if tokens.is_empty() {
-            "1 token".to_owned()
-        } else {
-            format!("{}{tokens}", r.tokens)
-        };
-        let text = format!("{name}, {count}: {:.0} %", 100.0 * r.share_of_peak);
+        let tokens = if r.tokens == 1 { "token" } else { "tokens" };
+        let share = 100.0 * r.share_of_peak;
+        let text = format!("{name}, {} {tokens}: {share:.0} %", r.tokens);
         labels.near(root, *at, &text, color(r.peak_number))?;
     }
     Ok(())
@@ -170,6 +186,13 @@ struct Labels {
 }
 
 impl Labels {
+    /// Leaves a line free.
+    fn keep_off(&mut self, [(x0, y0), (x1, y1)]: [(i32, i32); 2]) {
+        let steps = ((x1 - x0).abs().max((y1 - y0).abs()) / 8).clamp(1, 1000);
+        let at = |i: i32| (x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps);
+        (self.taken).extend((0..=steps).map(|i| Box2::around(at(i), 3)));
+    }
+
     fn fixed(
         &mut self,
         root: &Area<'_>,
@@ -299,7 +322,7 @@ mod tests {
         assert!(picture.starts_with("<svg") && picture.trim_end().ends_with("</svg>"));
         assert_eq!(picture.matches("<circle").count(), 3);
         for words in [
-            "gemm_q4 qkv_proj, 512 tokens: 90 %",
+            "gemm_q4 qkv, 512 tokens: 90 %",
             "attend_f16, 512 tokens: 50 %",
             "int8: 2000 Gop/s",
             "f32: 500 Gop/s",

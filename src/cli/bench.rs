@@ -330,6 +330,13 @@ fn write_kernels(out: &mut impl Write, args: &Bench, records: &[KernelRecord]) -
         ];
         write_row(out, cells.iter().map(String::as_str).zip(WIDTHS))?;
     }
+    if records.iter().any(|r| r.share_of_peak > 1.0) {
+        writeln!(
+            out,
+            "\nAbove 100 % of memory: the activations of {} tokens lie in the caches.",
+            records.iter().map(|r| r.tokens).max().unwrap_or(0)
+        )?;
+    }
     Ok(())
 }
 
