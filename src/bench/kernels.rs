@@ -248,7 +248,7 @@ mod tests {
             format,
             name: "small",
             rows: 48,
-            cols: 96,
+            cols: 128,
             tokens: &[1, 3],
         };
         let bench = KernelBench {
@@ -278,8 +278,8 @@ mod tests {
             let ratio = r.gop_s / r.gb_s * r.bytes as f64 / r.ops as f64;
             assert!((ratio - 1.0).abs() < 1e-9);
         }
-        assert_eq!(records[0].bytes, 48 * 96 / 32 * 18 + 4 * (48 + 96));
-        assert_eq!((records[1].tokens, records[1].ops), (3, 2 * 3 * 48 * 96));
+        assert_eq!(records[0].bytes, 48 * 128 / 32 * 18 + 4 * (48 + 128));
+        assert_eq!((records[1].tokens, records[1].ops), (3, 2 * 3 * 48 * 128));
         bench.cancel.cancel();
         assert!(bench.run(&progress).is_err());
     }
