@@ -3,6 +3,9 @@
 //! The cache is filled to the depth once and truncated back between repetitions. Token ids are fixed,
 //! so each repetition computes the same thing, and that is checked: the logits after the last token
 //! must be finite and, bit for bit, those of the first repetition. Sampling is not timed.
+//!
+//! The machine's limits are measured before the first test, between two and after the last, so that
+//! each test has its own just before and just after it.
 
 use super::account::{Account, Work};
 use super::{BenchError, PeakOptions, Peaks, Progress, Spread, Step, token_ids};
@@ -133,13 +136,13 @@ pub struct ModelBench {
     pub kv_type: Option<KvType>,
     /// The kernels.
     pub kernels: &'static Kernels,
-    /// How the machine's limits are measured, before the tests and after.
+    /// How the machine's limits are measured.
     pub peaks: PeakOptions,
     /// Stops everything.
     pub cancel: Cancel,
 }
 
-/// The machine's limits around some tests.
+/// The machine's limits at some time.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Limits {
     /// GB/s from memory.
@@ -166,9 +169,9 @@ impl From<&Peaks> for Limits {
 /// The limits before and after.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Around {
-    /// Before the tests.
+    /// Just before.
     pub before: Limits,
-    /// After them.
+    /// Just after.
     pub after: Limits,
 }
 
@@ -251,11 +254,11 @@ pub struct Record {
     pub bound: Limit,
     /// Tokens a second of each repetition.
     pub samples: Vec<f64>,
-    /// The limits before the tests and after.
+    /// The limits just before the test and just after it.
     pub peaks: Around,
 }
 
-/// What was timed, before the limits around it are known.
+/// What was timed.
 struct Timed {
     test: Test,
     samples: Vec<f64>,
@@ -270,7 +273,7 @@ impl ModelBench {
         self.tests.iter().try_for_each(|test| test.check(config))
     }
 
-    /// Runs all tests; `each` gets the records of a number of threads when its tests are done.
+    /// Runs all tests; `each` gets the record of a test when it is done.
     /// # Errors
     /// A test that the model cannot run; what the model reports; cancellation.
     pub fn run<E: From<BenchError>>(
@@ -281,19 +284,18 @@ impl ModelBench {
     ) -> Result<(), E> {
         self.check(model.config()).map_err(BenchError::from)?;
         for &threads in &self.threads {
-            for record in self.with_threads(model, threads, progress)? {
-                each(record)?;
-            }
+            self.with_threads(model, threads, progress, &mut each)?;
         }
         Ok(())
     }
 
-    fn with_threads(
+    fn with_threads<E: From<BenchError>>(
         &self,
         model: &Arc<Model>,
         threads: usize,
         progress: &Progress,
-    ) -> Result<Vec<Record>, BenchError> {
+        each: &mut impl FnMut(Record) -> Result<(), E>,
+    ) -> Result<(), E> {
         let context = self.tests.iter().map(|t| t.needed()).max().unwrap_or(1);
         let options = SessionOptions {
             context: Some(context),
@@ -305,24 +307,24 @@ impl ModelBench {
         let mut runner = Runner::new(model, &options, self.cancel.clone(), progress)?;
         let kv_type = runner.session.cache().kind();
         let account = Account::of(model, kv_type);
-        let before = self.measure_peaks(&runner.session, progress)?;
-        let mut timed = Vec::new();
+        let mut before = self.measure_peaks(&runner.session, progress)?;
         for &test in &self.tests {
             let samples = runner.time(test, self.repetitions)?;
             let work = match test.kind {
                 Kind::Prefill => account.prefill(test.depth, test.tokens, options.chunk),
                 Kind::Decode => account.decode(test.depth, test.tokens),
             };
-            timed.push(Timed {
+            let after = self.measure_peaks(&runner.session, progress)?;
+            let peaks = Around { before, after };
+            before = after;
+            let timed = Timed {
                 test,
                 samples,
                 work,
-            });
+            };
+            each(self.record(model, threads, kv_type, timed, peaks))?;
         }
-        let after = self.measure_peaks(&runner.session, progress)?;
-        let around = Around { before, after };
-        let record = |timed| self.record(model, threads, kv_type, timed, around);
-        Ok(timed.into_iter().map(record).collect())
+        Ok(())
     }
 
     fn measure_peaks(&self, session: &Session, progress: &Progress) -> Result<Limits, BenchError> {

@@ -298,7 +298,7 @@ pub struct Bench {
     /// f32, bf16, q8 or q4 [default: as `run` has it; q4 with --synth]
     #[arg(long, value_name = "F", conflicts_with_all = ["peaks", "kernels"])]
     pub format: Option<WeightFormat>,
-    /// What the KV cache stores: f32, f16 or bf16 [default: f16; f32 with --format f32]
+    /// What the KV cache stores: f32, f16, bf16 or int8 [default: f16; f32 with --format f32]
     #[arg(long, value_name = "TYPE", value_parser = kv_type, conflicts_with_all = ["peaks", "kernels"])]
     pub kv: Option<KvType>,
     /// Prefill: tokens of a prompt, computed together [default, without -p and -n: -p 512 -n 128]

@@ -5,7 +5,7 @@ use super::console::{Steps, Unit};
 use super::files;
 use super::open::{Origin, Setup, cache_folder, open_source};
 use anyhow::{Context, Result, anyhow, bail};
-use phidias::bench::model::Kind;
+use phidias::bench::model::{Around, Kind};
 use phidias::bench::{
     BenchError, KernelBench, KernelRecord, ModelBench, Peak, PeakOptions, Peaks, Progress, Record,
     Test, roofline,
@@ -215,13 +215,13 @@ impl Table {
             ),
             (
                 "peaks GB/s, Gop/s",
-                format!("{:.1}, {:.0}", r.peak_gb_s, r.peak_gop_s),
+                format!("{}, {:.0}", bandwidth(&r.peaks), r.peak_gop_s),
             ),
             ("bound", r.bound.to_string()),
         ];
         // All rows have the same model.
         let name = r.model.chars().count().max("model".len());
-        let widths = [name, 6, 4, 6, 7, 14, 22, 6, 6, 14, 17, 6];
+        let widths = [name, 6, 4, 6, 7, 14, 22, 6, 6, 15, 17, 6];
         if !self.begun {
             self.begun = true;
             write_row(out, cells.iter().zip(widths).map(|((h, _), w)| (*h, w)))?;
@@ -233,6 +233,16 @@ impl Table {
             cells.iter().zip(widths).map(|((_, c), w)| (c.as_str(), w)),
         )?;
         Ok(())
+    }
+}
+
+/// The read bandwidth, or where it was before and after when it moved by more than a tenth.
+fn bandwidth(peaks: &Around) -> String {
+    let (a, b) = (peaks.before.read_gb_s, peaks.after.read_gb_s);
+    if (a - b).abs() > 0.1 * a.min(b) {
+        format!("{a:.0} then {b:.0}")
+    } else {
+        format!("{:.1}", (a + b) / 2.0)
     }
 }
 
