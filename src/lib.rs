@@ -37,6 +37,7 @@ use phidias_models::text::{Detokenizer, GenerationPrompt, Message, Special, Text
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
+pub mod bench;
 pub mod eval;
 #[cfg(feature = "hub")]
 pub mod hub;

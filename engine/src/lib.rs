@@ -9,6 +9,7 @@
 //! | [`sampling`], [`generate`] | from logits to a token, from a prompt to an answer |
 //! | [`lookup`] | guessing several tokens of an answer from the sequence itself |
 //! | [`pool`], [`machine`], [`memory`] | threads, what the machine has, what a model will take |
+//! | [`peaks`] | how fast the machine can be at best, measured |
 //!
 //! No intrinsics and no tensor names here.
 #![deny(unsafe_code)]
@@ -22,6 +23,7 @@ pub mod kv_cache;
 pub mod lookup;
 pub mod machine;
 pub mod memory;
+pub mod peaks;
 pub mod pool;
 pub mod sampling;
 pub mod tensor;

@@ -21,6 +21,8 @@ pub struct Machine {
     pub memory_available: Option<u64>,
     /// Bytes of memory that this process could have at most: the machine's or the cgroup's.
     pub memory_total: Option<u64>,
+    /// Bytes of the largest cache that a core reaches.
+    pub last_cache: Option<usize>,
 }
 
 impl Machine {
@@ -86,8 +88,29 @@ impl Machine {
             quota: groups.iter().filter_map(Group::quota).min(),
             memory_available: available,
             memory_total: total,
+            last_cache: (allowed.first()).and_then(|cpu| largest_cache(root, *cpu)),
         }
     }
+}
+
+/// The largest cache of a CPU, of any level.
+fn largest_cache(root: &Path, cpu: usize) -> Option<usize> {
+    let size = |index: usize| {
+        let path = format!("sys/devices/system/cpu/cpu{cpu}/cache/index{index}/size");
+        let text = fs::read_to_string(root.join(path)).ok()?;
+        let kib: usize = text.trim().strip_suffix('K')?.parse().ok()?;
+        kib.checked_mul(1024)
+    };
+    (0..8).filter_map(size).max()
+}
+
+/// What the CPU calls itself, where the system tells.
+#[must_use]
+pub fn cpu_name() -> Option<String> {
+    let info = fs::read_to_string("/proc/cpuinfo").ok()?;
+    let line = info.lines().find_map(|l| l.strip_prefix("model name"))?;
+    let name = line.trim_start().strip_prefix(':')?.trim();
+    (!name.is_empty()).then(|| name.to_owned())
 }
 
 /// `0-3,8` as `[0, 1, 2, 3, 8]`; nonsense as nothing.
@@ -225,6 +248,20 @@ mod tests {
             (8, 4, None, 4)
         );
         assert_eq!(machine.memory_available, Some(32 << 30));
+    }
+
+    #[test]
+    fn finds_the_largest_cache() {
+        let dir = host();
+        assert_eq!(Machine::read(dir.path()).last_cache, None);
+        for (index, size) in ["32K", "32K", "1024K", "32768K", "nonsense"]
+            .iter()
+            .enumerate()
+        {
+            let path = format!("sys/devices/system/cpu/cpu0/cache/index{index}/size");
+            put(dir.path(), &path, size);
+        }
+        assert_eq!(Machine::read(dir.path()).last_cache, Some(32 << 20));
     }
 
     #[test]

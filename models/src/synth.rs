@@ -74,14 +74,7 @@ impl Default for SynthOptions<'_> {
 /// [`Error::Layers`]; [`Error::Exists`]; [`Error::DiskSpace`] before anything is written; what the
 /// file system says; cancellation.
 pub fn synthesize(preset: Preset, out: &Path, options: SynthOptions<'_>) -> Result<(), Error> {
-    let layers = options.layers.unwrap_or(preset.layers);
-    if layers == 0 || layers > preset.layers {
-        return Err(Error::Layers {
-            preset: preset.name,
-            asked: layers,
-            max: preset.layers,
-        });
-    }
+    let layers = preset.checked(options.layers)?;
     let config_json = pretty(&preset.config(layers, options.format));
     let config = Config::from_json(&out.join("config.json"), &config_json)?;
     let drawn: Vec<(Spec, Drawn)> = (phi3::specs(&config).into_iter())
@@ -124,6 +117,29 @@ pub fn synthesize(preset: Preset, out: &Path, options: SynthOptions<'_>) -> Resu
         }
         Ok(())
     })
+}
+
+impl Preset {
+    /// The configuration that [`synthesize`] writes, with fewer layers where asked.
+    /// # Errors
+    /// [`Error::Layers`].
+    pub fn configuration(&self, layers: Option<usize>) -> Result<Config, Error> {
+        let json = pretty(&self.config(self.checked(layers)?, WeightFormat::Bf16));
+        Ok(Config::from_json(Path::new(self.name), &json)?)
+    }
+
+    /// The number of layers asked for: at least one, at most the published model's.
+    fn checked(&self, layers: Option<usize>) -> Result<usize, Error> {
+        let asked = layers.unwrap_or(self.layers);
+        if asked == 0 || asked > self.layers {
+            return Err(Error::Layers {
+                preset: self.name,
+                asked,
+                max: self.layers,
+            });
+        }
+        Ok(asked)
+    }
 }
 
 fn pretty(json: &serde_json::Value) -> Vec<u8> {

@@ -35,6 +35,8 @@ pub enum Command {
     Synth(Synth),
     /// Measure perplexity and bits per byte, and how far another format or model is away
     Eval(Eval),
+    /// Measure how fast a model runs, as a share of what this machine can do
+    Bench(Bench),
 }
 
 /// Options of every command.
@@ -282,6 +284,56 @@ pub struct Eval {
     pub running: Running,
 }
 
+#[derive(Debug, Args)]
+pub struct Bench {
+    /// Folder or Hugging Face id
+    #[arg(conflicts_with_all = ["synth", "peaks", "kernels"])]
+    pub model: Option<String>,
+    /// Random weights in a published model's shapes, such as phi-3.5-mini; kept for the next time
+    #[arg(long, value_name = "PRESET", conflicts_with_all = ["peaks", "kernels"])]
+    pub synth: Option<String>,
+    /// With --synth: fewer layers than the published model
+    #[arg(long, value_name = "N", requires = "synth")]
+    pub layers: Option<usize>,
+    /// f32, bf16, q8 or q4 [default: as `run` has it; q4 with --synth]
+    #[arg(long, value_name = "F", conflicts_with_all = ["peaks", "kernels"])]
+    pub format: Option<WeightFormat>,
+    /// What the KV cache stores: f32, f16, bf16 or int8 [default: f16; f32 with --format f32]
+    #[arg(long, value_name = "TYPE", value_parser = kv_type, conflicts_with_all = ["peaks", "kernels"])]
+    pub kv: Option<KvType>,
+    /// Prefill: tokens of a prompt, computed together [default, without -p and -n: -p 512 -n 128]
+    #[arg(short, long = "prompt-tokens", value_name = "N", value_delimiter = ',', value_parser = count, conflicts_with_all = ["peaks", "kernels"])]
+    pub prompt: Vec<usize>,
+    /// Decode: tokens one after the other
+    #[arg(short = 'n', long = "new-tokens", value_name = "N", value_delimiter = ',', value_parser = count, conflicts_with_all = ["peaks", "kernels"])]
+    pub new: Vec<usize>,
+    /// Tokens in the cache before each test
+    #[arg(short, long, value_name = "DEPTH", value_delimiter = ',', value_parser = depth, default_value = "0", conflicts_with_all = ["peaks", "kernels"])]
+    pub depth: Vec<usize>,
+    /// Repetitions, after a warm-up
+    #[arg(short, long = "reps", value_name = "REPS", value_parser = repetitions, default_value = "3", conflicts_with_all = ["peaks", "kernels"])]
+    pub repetitions: usize,
+    /// Numbers of threads, each measured [default: physical cores, within the affinity mask and the
+    /// cgroup's quota; with --peaks also 1]
+    #[arg(long, value_name = "N", value_delimiter = ',', value_parser = threads)]
+    pub threads: Vec<usize>,
+    /// Only the machine's own limits: read bandwidth, and multiply-adds in registers
+    #[arg(long)]
+    pub peaks: bool,
+    /// Only the kernels, each alone, at the shapes of Phi-3.5-mini
+    #[arg(long, conflicts_with = "peaks")]
+    pub kernels: bool,
+    /// With --kernels: draw them as a roofline
+    #[arg(long, value_name = "FILE.svg", requires = "kernels")]
+    pub plot: Option<PathBuf>,
+    /// Print one JSON object a line instead of the table
+    #[arg(long)]
+    pub json: bool,
+    /// Measure the limits in no time, and so wrongly: for tests of the program
+    #[arg(long, hide = true)]
+    pub rough_peaks: bool,
+}
+
 fn kv_type(name: &str) -> Result<KvType, String> {
     let unknown = || format!("unknown type '{name}'; expected f32, f16, bf16 or int8");
     KvType::ALL
@@ -291,9 +343,28 @@ fn kv_type(name: &str) -> Result<KvType, String> {
 }
 
 fn threads(text: &str) -> Result<usize, String> {
-    let max = phidias::engine::pool::MAX_THREADS;
-    let count = text.parse().ok().filter(|n| (1..=max).contains(n));
-    count.ok_or_else(|| format!("expected 1 to {max}"))
+    number(text, 1, phidias::engine::pool::MAX_THREADS)
+}
+
+/// More tokens than any model has positions.
+const MAX_TOKENS: usize = 1 << 24;
+const MAX_REPETITIONS: usize = 1000;
+
+fn count(text: &str) -> Result<usize, String> {
+    number(text, 1, MAX_TOKENS)
+}
+
+fn depth(text: &str) -> Result<usize, String> {
+    number(text, 0, MAX_TOKENS)
+}
+
+fn repetitions(text: &str) -> Result<usize, String> {
+    number(text, 1, MAX_REPETITIONS)
+}
+
+fn number(text: &str, min: usize, max: usize) -> Result<usize, String> {
+    let number = text.parse().ok().filter(|n| (min..=max).contains(n));
+    number.ok_or_else(|| format!("expected {min} to {max}"))
 }
 
 fn lookup(text: &str) -> Result<usize, String> {

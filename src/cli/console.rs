@@ -3,8 +3,9 @@
 use anyhow::Error;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use phidias::engine::Cancel;
-use std::io;
+use std::io::{self, IsTerminal};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 /// Prints notes and bars on stderr, or not at all.
@@ -50,6 +51,73 @@ impl Console {
             quiet: self.quiet,
             start: std::time::Instant::now(),
             shown: false,
+        }
+    }
+}
+
+impl Console {
+    /// What long work in many parts is doing: a bar on a terminal, else a line for each part.
+    pub fn steps(self) -> Steps {
+        let bar = (!self.quiet && io::stderr().is_terminal()).then(|| {
+            let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(5));
+            bar.set_style(
+                ProgressStyle::with_template("{msg} {wide_bar} {elapsed}")
+                    .expect("a constant")
+                    .progress_chars("=> "),
+            );
+            bar
+        });
+        Steps {
+            quiet: self.quiet,
+            bar,
+            what: Mutex::default(),
+        }
+    }
+}
+
+/// The parts of long work.
+pub struct Steps {
+    quiet: bool,
+    bar: Option<ProgressBar>,
+    /// The part that was named last.
+    what: Mutex<String>,
+}
+
+impl Steps {
+    /// Names a part and says how much of it is done; `total` 0: it has no parts of its own.
+    pub fn set(&self, what: &str, done: usize, total: usize) {
+        let mut last = self.what.lock().unwrap_or_else(PoisonError::into_inner);
+        let new = *last != what;
+        if new {
+            what.clone_into(&mut last);
+        }
+        match &self.bar {
+            _ if self.quiet => {}
+            Some(bar) => {
+                if new {
+                    bar.set_message(what.to_owned());
+                    bar.set_length(total as u64);
+                }
+                bar.set_position(done as u64);
+            }
+            None if new => eprintln!("{what}"),
+            None => {}
+        }
+    }
+
+    /// Takes the bar away while `write` writes to stdout.
+    pub fn suspend<R>(&self, write: impl FnOnce() -> R) -> R {
+        match &self.bar {
+            Some(bar) => bar.suspend(write),
+            None => write(),
+        }
+    }
+}
+
+impl Drop for Steps {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
         }
     }
 }

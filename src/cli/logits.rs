@@ -1,14 +1,14 @@
 //! `phidias logits`: what the model thinks after every token of a prompt.
 
 use super::args::{Global, Logits};
+use super::files::{is_device, temporary_beside};
 use super::open::Setup;
 use super::run::prompt_ids;
 use anyhow::{Context, Result};
 use phidias::{Session, WeightFormat};
 use serde_json::json;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io::{self, BufWriter, Write};
-use std::path::Path;
 
 /// Writes `input_ids [n] i64` and `logits [n, vocab] f32`.
 pub fn logits(args: &Logits, global: &Global) -> Result<()> {
@@ -28,19 +28,14 @@ pub fn logits(args: &Logits, global: &Global) -> Result<()> {
     };
     let mut session = setup.session(&model, &args.running)?;
     let name = || args.out.display().to_string();
-    if fs::metadata(&args.out).is_ok_and(|m| !m.is_file()) {
-        // A pipe or a device is written to; renaming over it would replace it.
+    if is_device(&args.out) {
         let mut file = OpenOptions::new()
             .write(true)
             .open(&args.out)
             .with_context(name)?;
         write(&mut session, &ids, &mut file)?.with_context(name)?;
     } else {
-        // Under a temporary name beside it, so that a reader sees the whole file or none.
-        let parent = args.out.parent().filter(|p| !p.as_os_str().is_empty());
-        let mut file = temporary()
-            .tempfile_in(parent.unwrap_or(Path::new(".")))
-            .with_context(name)?;
+        let mut file = temporary_beside(&args.out).with_context(name)?;
         write(&mut session, &ids, file.as_file_mut())?.with_context(name)?;
         file.persist(&args.out)
             .map_err(|e| e.error)
@@ -81,16 +76,4 @@ fn header(tokens: usize, vocab: usize) -> Vec<u8> {
     let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
     bytes.append(&mut json);
     bytes
-}
-
-/// A file that is not private, as temporary ones are otherwise: the user's mask decides.
-fn temporary() -> tempfile::Builder<'static, 'static> {
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".logits-");
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        builder.permissions(fs::Permissions::from_mode(0o666));
-    }
-    builder
 }

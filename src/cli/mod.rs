@@ -1,9 +1,11 @@
 //! One file a command; text goes to stdout, everything else to stderr.
 
 pub mod args;
+mod bench;
 mod chat;
 pub mod console;
 mod eval;
+mod files;
 mod inspect;
 mod logits;
 mod open;
@@ -25,5 +27,6 @@ pub fn run(arguments: Arguments) -> Result<()> {
         Command::Logits(args) => logits::logits(&args, &global),
         Command::Synth(args) => synth::synth(&args, &global),
         Command::Eval(args) => eval::eval(&args, &global),
+        Command::Bench(args) => bench::bench(&args, &global),
     }
 }

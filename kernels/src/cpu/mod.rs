@@ -15,6 +15,7 @@ mod gemm;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod norm;
+pub mod peak;
 mod quantize;
 mod rope;
 mod scalar;

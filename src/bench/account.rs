@@ -1,0 +1,266 @@
+//! What a token must read and compute, counted from the model's shapes.
+//!
+//! ```text
+//! Weights    a pass reads every matrix of the layers once, whatever the number of its tokens; the
+//!            head is computed for the last token of a test only. The embedding is one row: not counted
+//! KV cache   a pass reads, once, the positions that its queries see; what it writes is not counted
+//! Operations a multiply-add is two. `ops`: the matrices; `attention_ops`: scores and weighted values
+//!            of the positions seen, 4 * heads * head_dim for each and layer
+//! ```
+//!
+//! These are the least that the computation needs: a kernel that reads or multiplies more is slower
+//! than its share of the peak says, never faster.
+
+use phidias_engine::backend::Mask;
+use phidias_engine::kv_cache::KvType;
+use phidias_engine::tensor::Matrix;
+use phidias_models::transformer::Layer;
+use phidias_models::{Config, Model, phi3};
+
+/// Some matrices together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Weights {
+    /// Bytes as stored.
+    pub bytes: usize,
+    /// Elements: multiply-adds a token.
+    pub elements: usize,
+}
+
+impl Weights {
+    fn of<'m>(matrices: impl IntoIterator<Item = &'m Matrix>) -> Self {
+        (matrices.into_iter()).fold(Self::default(), |sum, m| Self {
+            bytes: sum.bytes + m.bytes(),
+            elements: sum.elements + m.rows() * m.cols(),
+        })
+    }
+}
+
+/// The shapes that decide what a token costs.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Account {
+    layers: Weights,
+    head: Weights,
+    /// Of all layers.
+    kv_bytes_per_position: usize,
+    /// Of all layers.
+    attention_ops_per_position: usize,
+    mask: Mask,
+}
+
+/// The cost of a token, on average over those of a test.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Work {
+    /// Bytes of weights.
+    pub weight_bytes: f64,
+    /// Bytes of keys and values.
+    pub kv_bytes: f64,
+    /// Operations on the weights.
+    pub ops: f64,
+    /// Operations on keys and values.
+    pub attention_ops: f64,
+}
+
+impl Work {
+    /// All bytes.
+    #[must_use]
+    pub fn bytes(&self) -> f64 {
+        self.weight_bytes + self.kv_bytes
+    }
+}
+
+impl Account {
+    /// The account of a model whose cache stores `kv`.
+    #[must_use]
+    pub fn of(model: &Model, kv: KvType) -> Self {
+        let transformer = model.transformer();
+        let matrices = |l: &Layer| {
+            Weights::of([
+                &l.attention.qkv_proj,
+                &l.attention.o_proj,
+                &l.mlp.gate_up_proj,
+                &l.mlp.down_proj,
+            ])
+        };
+        let layers =
+            (transformer.layers.iter())
+                .map(matrices)
+                .fold(Weights::default(), |sum, w| Weights {
+                    bytes: sum.bytes + w.bytes,
+                    elements: sum.elements + w.elements,
+                });
+        Self::new(
+            model.config(),
+            kv,
+            layers,
+            Weights::of([&transformer.lm_head]),
+        )
+    }
+
+    fn new(config: &Config, kv: KvType, layers: Weights, head: Weights) -> Self {
+        let queries = config.num_attention_heads * config.head_dim;
+        Self {
+            layers,
+            head,
+            kv_bytes_per_position: phi3::kv_shape(config).bytes_per_position(kv),
+            attention_ops_per_position: 4 * queries * config.num_hidden_layers,
+            mask: Mask {
+                window: config.sliding_window,
+            },
+        }
+    }
+
+    /// The weights of all layers.
+    #[must_use]
+    pub fn layers(&self) -> Weights {
+        self.layers
+    }
+
+    /// The weights of the head.
+    #[must_use]
+    pub fn head(&self) -> Weights {
+        self.head
+    }
+
+    /// `tokens` tokens one at a time, the first at position `depth`.
+    #[must_use]
+    pub fn decode(&self, depth: usize, tokens: usize) -> Work {
+        self.work(depth, tokens, 1, tokens)
+    }
+
+    /// `tokens` tokens at once, in chunks of `chunk`, the first at position `depth`.
+    #[must_use]
+    pub fn prefill(&self, depth: usize, tokens: usize, chunk: usize) -> Work {
+        self.work(depth, tokens, chunk.max(1), 1)
+    }
+
+    /// Passes over `chunk` tokens each; the head `heads` times.
+    fn work(&self, depth: usize, tokens: usize, chunk: usize, heads: usize) -> Work {
+        let (mut passes, mut read, mut seen) = (0usize, 0usize, 0usize);
+        for first in (depth..depth + tokens).step_by(chunk) {
+            let end = (first + chunk).min(depth + tokens);
+            passes += 1;
+            read += end - self.mask.visible(first).start;
+            seen += (first..end)
+                .map(|p| self.mask.visible(p).len())
+                .sum::<usize>();
+        }
+        let a_token = |total: usize, each: usize| total as f64 * each as f64 / tokens as f64;
+        Work {
+            weight_bytes: a_token(passes, self.layers.bytes) + a_token(heads, self.head.bytes),
+            kv_bytes: a_token(read, self.kv_bytes_per_position),
+            ops: 2.0 * (self.layers.elements as f64 + a_token(heads, self.head.elements)),
+            attention_ops: a_token(seen, self.attention_ops_per_position),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use phidias_engine::Format;
+    use phidias_engine::quant::PackedLayout;
+    use phidias_models::phi3::{HEAD, Role};
+    use serde_json::json;
+    use std::path::Path;
+
+    /// Phi-3.5-mini, or the 4k model with its window.
+    fn config(window: Option<usize>) -> Config {
+        let json = json!({
+            "model_type": "phi3", "vocab_size": 32064, "hidden_size": 3072,
+            "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 32,
+            "num_key_value_heads": 32, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": false, "sliding_window": window,
+        });
+        Config::from_json(Path::new("config.json"), json.to_string().as_bytes()).unwrap()
+    }
+
+    fn account(format: Format, window: Option<usize>) -> Account {
+        let config = config(window);
+        let (mut layers, mut head) = (Weights::default(), Weights::default());
+        for spec in phi3::specs(&config) {
+            if spec.role == Role::Matrix {
+                let to = if spec.name == HEAD {
+                    &mut head
+                } else {
+                    &mut layers
+                };
+                let layout = PackedLayout::new(format, spec.shape[0], spec.shape[1]).unwrap();
+                to.bytes += layout.bytes();
+                to.elements += spec.shape[0] * spec.shape[1];
+            }
+        }
+        Account::new(&config, KvType::F16, layers, head)
+    }
+
+    #[test]
+    fn phi_3_5_mini_by_hand() {
+        let q4 = account(Format::Q4, None);
+        assert_eq!(q4.layers.elements, 3_623_878_656);
+        assert_eq!(q4.head.elements, 98_500_608);
+        let work = q4.decode(0, 1);
+        assert_eq!(work.weight_bytes, 2_093_838_336.0);
+        assert_eq!(work.kv_bytes, 393_216.0);
+        assert_eq!(work.ops, 2.0 * 3_722_379_264.0);
+        assert_eq!(work.attention_ops, 4.0 * 3072.0 * 32.0);
+        let q8 = account(Format::Q8, None);
+        assert_eq!(q8.decode(0, 1).weight_bytes, 3_955_027_968.0);
+    }
+
+    #[test]
+    fn decode_at_depth_reads_the_cache_at_its_mean_length() {
+        // Positions seen: 4097, 4098, 4099, 4100.
+        let work = account(Format::Q4, None).decode(4096, 4);
+        assert_eq!(work.kv_bytes, 4098.5 * 393_216.0);
+        assert_eq!(work.attention_ops, 4098.5 * 393_216.0);
+        assert_eq!(work.bytes(), 2_093_838_336.0 + work.kv_bytes);
+    }
+
+    #[test]
+    fn prefill_reads_the_weights_once_a_chunk_and_the_head_once() {
+        let account = account(Format::Q4, None);
+        let one = account.prefill(0, 512, 512);
+        assert_eq!(one.weight_bytes * 512.0, 2_093_838_336.0);
+        assert_eq!(one.kv_bytes, 393_216.0);
+        assert_eq!(one.ops, 2.0 * (3_623_878_656.0 + 98_500_608.0 / 512.0));
+        // A causal triangle: 256.5 positions a token, 1.4 % of the operations.
+        assert_eq!(one.attention_ops, 256.5 * 393_216.0);
+        assert!((one.attention_ops / one.ops - 0.0139).abs() < 1e-4);
+        // Two chunks and a bit, at depth 100: the passes read 612, 1124 and 1125 positions.
+        let three = account.prefill(100, 1025, 512);
+        let head = account.head.bytes as f64;
+        let layers = account.layers.bytes as f64;
+        assert_eq!(three.weight_bytes, (3.0 * layers + head) / 1025.0);
+        let read = (612.0 + 1124.0 + 1125.0) * 393_216.0 / 1025.0;
+        assert!((three.kv_bytes / read - 1.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_window_bounds_what_is_read() {
+        let work = account(Format::Q4, Some(2047)).decode(4000, 8);
+        assert_eq!(work.kv_bytes, 2047.0 * 393_216.0);
+        // Queries 4000..4008 see 1954..4008 together.
+        let work = account(Format::Q4, Some(2047)).prefill(4000, 8, 512);
+        assert_eq!(work.kv_bytes * 8.0, 2054.0 * 393_216.0);
+        assert_eq!(work.attention_ops, 2047.0 * 393_216.0);
+    }
+
+    #[cfg(feature = "fable")]
+    #[test]
+    fn the_account_of_an_opened_model_agrees_with_the_model() {
+        let options = crate::OpenOptions {
+            format: Some(crate::WeightFormat::Q8),
+            ..Default::default()
+        };
+        let model = phidias_models::fable::open(options).unwrap();
+        let account = Account::of(&model, KvType::F16);
+        let work = account.decode(7, 1);
+        assert_eq!(
+            work.weight_bytes,
+            model.transformer().bytes_per_token() as f64
+        );
+        // 5 layers of 256 x (512 + 256 + 1024 + 512), 4 KV heads of 32; vocabulary 4096.
+        assert_eq!(account.layers.elements, 5 * 256 * (512 + 256 + 1024 + 512));
+        assert_eq!(account.head.elements, 4096 * 256);
+        assert_eq!(work.kv_bytes, 8.0 * (5 * 2 * 4 * 32 * 2) as f64);
+    }
+}

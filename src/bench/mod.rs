@@ -1,0 +1,93 @@
+//! Measuring: how fast a model runs, as a share of what the machine can do.
+//!
+//! [`account`] counts what a token must read and compute, [`model`] times it, and
+//! [`phidias_engine::peaks`] says what the machine could do at best, measured in the same run.
+//! [`kernels`] times the [`operations`] of a forward pass alone, [`roofline`] draws them.
+
+pub mod account;
+pub mod kernels;
+pub mod model;
+pub mod operations;
+pub mod roofline;
+
+pub use account::{Account, Work};
+pub use kernels::{KernelBench, KernelRecord};
+pub use model::{ModelBench, Record, Test, TestError};
+pub use phidias_engine::peaks::{Peak, PeakError, PeakOptions, Peaks, Spread};
+
+use std::sync::Arc;
+
+/// What a measurement is doing.
+#[derive(Clone, Copy, Debug)]
+pub struct Step<'a> {
+    /// The part of the work.
+    pub what: &'a str,
+    /// How much of it is done.
+    pub done: usize,
+    /// How much there is; 0 when it has no parts.
+    pub total: usize,
+}
+
+/// Told what a measurement is doing, between the times that count.
+pub type Progress = Arc<dyn Fn(Step<'_>) + Send + Sync>;
+
+/// Why nothing was measured.
+#[derive(Debug, thiserror::Error)]
+pub enum BenchError {
+    /// A test that this model cannot run.
+    #[error(transparent)]
+    Test(#[from] TestError),
+    /// What the model reports.
+    #[error(transparent)]
+    Model(#[from] phidias_models::Error),
+    /// What the peaks report.
+    #[error(transparent)]
+    Peaks(#[from] PeakError),
+    /// The answer is no answer, so its speed means nothing.
+    #[error("{test}: the logits hold a value that is not finite; nothing was timed")]
+    NotFinite {
+        /// The test.
+        test: Test,
+    },
+    /// A kernel computes something else than its definition.
+    #[error("{kernel}: the {isa} table's result differs from the scalar one's; nothing was timed")]
+    WrongResult {
+        /// Kernel and shape.
+        kernel: String,
+        /// The table.
+        isa: phidias_engine::Isa,
+    },
+    /// The allocator refused.
+    #[error("out of memory: {bytes} bytes of weights more were asked for")]
+    OutOfMemory {
+        /// Bytes asked for.
+        bytes: usize,
+    },
+    /// Two repetitions of one computation differ.
+    #[error(
+        "{test}: repetition {repetition} gave other logits than the first; its speed means nothing"
+    )]
+    NotRepeatable {
+        /// The test.
+        test: Test,
+        /// Which repetition, from 1.
+        repetition: usize,
+    },
+}
+
+/// Token ids that are always the same and look random.
+#[must_use]
+pub fn token_ids(count: usize, vocab: usize) -> Vec<u32> {
+    let mut state = 0u64;
+    (0..count)
+        .map(|_| (split_mix(&mut state) % vocab.max(1) as u64) as u32)
+        .collect()
+}
+
+/// SplitMix64 (Steele, Lea & Flood 2014).
+fn split_mix(state: &mut u64) -> u64 {
+    *state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    let z = (*state ^ (*state >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}

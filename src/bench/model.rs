@@ -1,0 +1,606 @@
+//! A model's speed: prefill and decode, at any depth, with any number of threads.
+//!
+//! The cache is filled to the depth once and truncated back between repetitions. Token ids are fixed,
+//! so each repetition computes the same thing, and that is checked: the logits after the last token
+//! must be finite and, bit for bit, those of the first repetition. Sampling is not timed.
+//!
+//! The machine's limits are measured before the first test, between two and after the last, so that
+//! each test has its own just before and just after it.
+
+use super::account::{Account, Work};
+use super::{BenchError, PeakOptions, Peaks, Progress, Spread, Step, token_ids};
+use phidias_engine::kernels::cpu::peak::Number;
+use phidias_engine::kv_cache::KvType;
+use phidias_engine::{Cancel, Kernels};
+use phidias_models::session::Prefill;
+use phidias_models::{Config, Model, Session, SessionOptions, WeightFormat};
+use serde::Serialize;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// What is timed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// Many tokens at once.
+    Prefill,
+    /// One token at a time.
+    Decode,
+}
+
+/// One test.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Test {
+    /// What is timed.
+    pub kind: Kind,
+    /// Tokens, at least one.
+    pub tokens: usize,
+    /// Tokens that are in the cache before.
+    pub depth: usize,
+}
+
+impl fmt::Display for Test {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = match self.kind {
+            Kind::Prefill => "pp",
+            Kind::Decode => "tg",
+        };
+        write!(f, "{kind}{}", self.tokens)?;
+        match self.depth {
+            0 => Ok(()),
+            depth => write!(f, " @ d{depth}"),
+        }
+    }
+}
+
+/// Why a model cannot run a test.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TestError {
+    /// No tokens.
+    #[error("{0}: expected at least one token")]
+    Empty(Test),
+    /// More positions than the model has.
+    #[error(
+        "{test}: needs {needed} positions, the model has {context}; ask for fewer tokens (-p, -n) or less depth (-d)"
+    )]
+    Context {
+        /// The test.
+        test: Test,
+        /// Positions it needs.
+        needed: usize,
+        /// Positions there are.
+        context: usize,
+    },
+    /// The sequence would outgrow the model's original length while it is timed.
+    #[error(
+        "{test}: the sequence outgrows the model's original length of {original} on the way, where the whole cache is computed again; choose a depth of at most {} or from {original} on",
+        original.saturating_sub(test.tokens)
+    )]
+    Crossing {
+        /// The test.
+        test: Test,
+        /// `original_max_position_embeddings`
+        original: usize,
+    },
+}
+
+impl Test {
+    /// Whether a model of this configuration can run it.
+    /// # Errors
+    /// [`TestError`].
+    pub fn check(self, config: &Config) -> Result<(), TestError> {
+        let (test, context) = (self, config.max_position_embeddings);
+        let needed = self.needed();
+        if self.tokens == 0 {
+            return Err(TestError::Empty(test));
+        }
+        if needed > context {
+            return Err(TestError::Context {
+                test,
+                needed,
+                context,
+            });
+        }
+        match &config.rope.long {
+            Some(long) if self.kind == Kind::Decode => {
+                let original = long.original_max_position_embeddings;
+                if self.depth < original && needed > original {
+                    return Err(TestError::Crossing { test, original });
+                }
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Positions that it needs.
+    fn needed(self) -> usize {
+        self.depth.saturating_add(self.tokens)
+    }
+}
+
+/// What to measure.
+#[derive(Clone, Debug)]
+pub struct ModelBench {
+    /// The model's name in the records.
+    pub name: String,
+    /// Tests, run in this order.
+    pub tests: Vec<Test>,
+    /// Timed repetitions of each, after a warm-up.
+    pub repetitions: usize,
+    /// Numbers of threads; all tests with the first, then with the next.
+    pub threads: Vec<usize>,
+    /// What the cache stores; `None`: as [`SessionOptions`] has it.
+    pub kv_type: Option<KvType>,
+    /// The kernels.
+    pub kernels: &'static Kernels,
+    /// How the machine's limits are measured.
+    pub peaks: PeakOptions,
+    /// Stops everything.
+    pub cancel: Cancel,
+}
+
+/// The machine's limits at some time.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Limits {
+    /// GB/s from memory.
+    pub read_gb_s: f64,
+    /// Gop/s with bytes.
+    pub int8_gop_s: f64,
+    /// Gop/s with bf16; 0 where no instruction multiplies it.
+    pub bf16_gop_s: f64,
+    /// Gop/s with f32.
+    pub f32_gop_s: f64,
+}
+
+impl From<&Peaks> for Limits {
+    fn from(peaks: &Peaks) -> Self {
+        Self {
+            read_gb_s: peaks.read_gb_s(),
+            int8_gop_s: peaks.gop_s(Number::Int8),
+            bf16_gop_s: peaks.gop_s(Number::Bf16),
+            f32_gop_s: peaks.gop_s(Number::F32),
+        }
+    }
+}
+
+/// The limits before and after.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Around {
+    /// Just before.
+    pub before: Limits,
+    /// Just after.
+    pub after: Limits,
+}
+
+impl Around {
+    /// The mean of the two.
+    #[must_use]
+    pub fn mean(&self, limit: impl Fn(&Limits) -> f64) -> f64 {
+        (limit(&self.before) + limit(&self.after)) / 2.0
+    }
+}
+
+/// A limit of the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Limit {
+    /// Reading memory.
+    Memory,
+    /// Multiplying bytes.
+    Int8,
+    /// Multiplying f32.
+    F32,
+}
+
+impl fmt::Display for Limit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Memory => "memory",
+            Self::Int8 => "int8",
+            Self::F32 => "f32",
+        })
+    }
+}
+
+/// One test's figures.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Record {
+    /// Name of the model.
+    pub model: String,
+    /// Format of its matrices.
+    pub format: &'static str,
+    /// Instruction set of the kernels.
+    pub isa: &'static str,
+    /// Threads.
+    pub threads: usize,
+    /// What was timed.
+    pub kind: Kind,
+    /// Tokens.
+    pub tokens: usize,
+    /// Tokens in the cache before.
+    pub depth: usize,
+    /// Repetitions.
+    pub reps: usize,
+    /// Tokens a second.
+    pub tok_s: Spread,
+    /// Bytes a token must read: weights and cache.
+    pub bytes_per_token: u64,
+    /// Operations on the weights a token; those of attention are `attention_ops_per_token`.
+    pub ops_per_token: u64,
+    /// 10^9 bytes a second at the median.
+    pub gb_s: f64,
+    /// 10^9 operations a second at the median, attention not counted.
+    pub gop_s: f64,
+    /// Read bandwidth of the machine, mean of before and after.
+    pub peak_gb_s: f64,
+    /// Multiply-add rate of the machine for `peak_number`, mean of before and after.
+    pub peak_gop_s: f64,
+    /// Prefill: of the multiply-add rate. Decode: of the read bandwidth.
+    pub share_of_peak: f64,
+    /// What the cache stores.
+    pub kv: &'static str,
+    /// Of `bytes_per_token`: weights.
+    pub weight_bytes_per_token: u64,
+    /// Of `bytes_per_token`: keys and values.
+    pub kv_bytes_per_token: u64,
+    /// Operations on keys and values a token.
+    pub attention_ops_per_token: u64,
+    /// The numbers that `peak_gop_s` multiplies.
+    pub peak_number: Limit,
+    /// The limit that allows the fewest tokens a second.
+    pub bound: Limit,
+    /// Tokens a second of each repetition.
+    pub samples: Vec<f64>,
+    /// The limits just before the test and just after it.
+    pub peaks: Around,
+}
+
+/// What was timed.
+struct Timed {
+    test: Test,
+    samples: Vec<f64>,
+    work: Work,
+}
+
+impl ModelBench {
+    /// Whether the model can run every test; costs nothing.
+    /// # Errors
+    /// [`TestError`] of the first that it cannot.
+    pub fn check(&self, config: &Config) -> Result<(), TestError> {
+        self.tests.iter().try_for_each(|test| test.check(config))
+    }
+
+    /// Runs all tests; `each` gets the record of a test when it is done.
+    /// # Errors
+    /// A test that the model cannot run; what the model reports; cancellation.
+    pub fn run<E: From<BenchError>>(
+        &self,
+        model: &Arc<Model>,
+        progress: &Progress,
+        mut each: impl FnMut(Record) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.check(model.config()).map_err(BenchError::from)?;
+        for &threads in &self.threads {
+            self.with_threads(model, threads, progress, &mut each)?;
+        }
+        Ok(())
+    }
+
+    fn with_threads<E: From<BenchError>>(
+        &self,
+        model: &Arc<Model>,
+        threads: usize,
+        progress: &Progress,
+        each: &mut impl FnMut(Record) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let context = self.tests.iter().map(|t| t.needed()).max().unwrap_or(1);
+        let options = SessionOptions {
+            context: Some(context),
+            kv_type: self.kv_type,
+            threads: Some(threads),
+            kernels: Some(self.kernels),
+            ..SessionOptions::default()
+        };
+        let mut runner = Runner::new(model, &options, self.cancel.clone(), progress)?;
+        let kv_type = runner.session.cache().kind();
+        let account = Account::of(model, kv_type);
+        let mut before = self.measure_peaks(&runner.session, progress)?;
+        for &test in &self.tests {
+            let samples = runner.time(test, self.repetitions)?;
+            let work = match test.kind {
+                Kind::Prefill => account.prefill(test.depth, test.tokens, options.chunk),
+                Kind::Decode => account.decode(test.depth, test.tokens),
+            };
+            let after = self.measure_peaks(&runner.session, progress)?;
+            let peaks = Around { before, after };
+            before = after;
+            let timed = Timed {
+                test,
+                samples,
+                work,
+            };
+            each(self.record(model, threads, kv_type, timed, peaks))?;
+        }
+        Ok(())
+    }
+
+    fn measure_peaks(&self, session: &Session, progress: &Progress) -> Result<Limits, BenchError> {
+        let pool = session.cpu().pool();
+        let peaks = Peaks::measure(pool, &self.peaks, &self.cancel, |done, total| {
+            progress(Step {
+                what: "the machine's limits",
+                done,
+                total,
+            });
+        })?;
+        Ok(Limits::from(&peaks))
+    }
+
+    fn record(
+        &self,
+        model: &Model,
+        threads: usize,
+        kv_type: KvType,
+        timed: Timed,
+        peaks: Around,
+    ) -> Record {
+        let Timed {
+            test,
+            samples,
+            work,
+        } = timed;
+        let tok_s = Spread::of(&samples).expect("at least one repetition");
+        let peak_number = match model.format() {
+            WeightFormat::Q4 | WeightFormat::Q8 => Limit::Int8,
+            WeightFormat::Bf16 | WeightFormat::F32 => Limit::F32,
+        };
+        let peak_gb_s = peaks.mean(|l| l.read_gb_s);
+        let peak_gop_s = peaks.mean(|l| match peak_number {
+            Limit::Int8 => l.int8_gop_s,
+            _ => l.f32_gop_s,
+        });
+        let gb_s = work.bytes() * tok_s.median / 1e9;
+        let gop_s = work.ops * tok_s.median / 1e9;
+        let memory_binds = work.bytes() / peak_gb_s > work.ops / peak_gop_s;
+        Record {
+            model: self.name.clone(),
+            format: model.format().name(),
+            isa: self.kernels.isa().name(),
+            threads,
+            kind: test.kind,
+            tokens: test.tokens,
+            depth: test.depth,
+            reps: samples.len(),
+            tok_s,
+            bytes_per_token: whole(work.bytes()),
+            ops_per_token: whole(work.ops),
+            gb_s,
+            gop_s,
+            peak_gb_s,
+            peak_gop_s,
+            share_of_peak: match test.kind {
+                Kind::Prefill => gop_s / peak_gop_s,
+                Kind::Decode => gb_s / peak_gb_s,
+            },
+            kv: kv_type.name(),
+            weight_bytes_per_token: whole(work.weight_bytes),
+            kv_bytes_per_token: whole(work.kv_bytes),
+            attention_ops_per_token: whole(work.attention_ops),
+            peak_number,
+            bound: if memory_binds {
+                Limit::Memory
+            } else {
+                peak_number
+            },
+            samples,
+            peaks,
+        }
+    }
+}
+
+/// A session that runs tests.
+struct Runner {
+    session: Session,
+    /// The fixed sequence; the cache always holds a part of its beginning.
+    ids: Vec<u32>,
+    progress: Progress,
+    /// Whether the session is filling its cache: a prompt that is timed draws no bars.
+    filling: Arc<AtomicBool>,
+    chunk: usize,
+}
+
+impl Runner {
+    fn new(
+        model: &Arc<Model>,
+        options: &SessionOptions,
+        cancel: Cancel,
+        progress: &Progress,
+    ) -> Result<Self, BenchError> {
+        let mut session = Session::new(Arc::clone(model), options)?;
+        session.set_cancel(cancel);
+        let filling = Arc::new(AtomicBool::new(false));
+        let (flag, told) = (Arc::clone(&filling), Arc::clone(progress));
+        session.set_progress(move |p: Prefill| {
+            if flag.load(Ordering::Relaxed) {
+                told(Step {
+                    what: "filling the cache",
+                    done: p.done,
+                    total: p.total,
+                });
+            }
+        });
+        Ok(Self {
+            ids: token_ids(session.context(), model.config().vocab_size),
+            progress: Arc::clone(progress),
+            filling,
+            chunk: options.chunk,
+            session,
+        })
+    }
+
+    /// Tokens a second of each repetition.
+    fn time(&mut self, test: Test, repetitions: usize) -> Result<Vec<f64>, BenchError> {
+        self.fill(test.depth)?;
+        self.warm_up(test)?;
+        let mut samples = Vec::new();
+        let mut first = None;
+        for repetition in 1..=repetitions.max(1) {
+            let (time, logits) = self.repetition(test, test.tokens, repetition - 1, repetitions)?;
+            if !logits.iter().all(|v| v.is_finite()) {
+                return Err(BenchError::NotFinite { test });
+            }
+            if *first.get_or_insert_with(|| bits(&logits)) != bits(&logits) {
+                return Err(BenchError::NotRepeatable { test, repetition });
+            }
+            samples.push(test.tokens as f64 / time.as_secs_f64());
+        }
+        Ok(samples)
+    }
+
+    /// Brings the cache to `depth` tokens, with the frequencies that one token more asks for.
+    fn fill(&mut self, depth: usize) -> Result<(), BenchError> {
+        self.session.truncate(depth);
+        let have = self.session.ids().len();
+        self.filling.store(true, Ordering::Relaxed);
+        // With more positions than the original length, the first chunk must know of the last.
+        let filled = self.session.extend(&self.ids[have..=depth]).map(|_| ());
+        self.filling.store(false, Ordering::Relaxed);
+        filled?;
+        self.session.truncate(depth);
+        Ok(())
+    }
+
+    /// Touches what the test touches: a chunk of a prompt, some tokens of an answer. All of a prompt
+    /// when it is that prompt that outgrows the original length, so that the cache is computed again
+    /// here and not in the first repetition.
+    fn warm_up(&mut self, test: Test) -> Result<(), BenchError> {
+        const DECODED: usize = 8;
+        let rope = &self.session.model().transformer().rope;
+        let tokens = match test.kind {
+            Kind::Decode => test.tokens.min(DECODED),
+            Kind::Prefill if rope.regime(test.depth + 1) != rope.regime(test.needed()) => {
+                test.tokens
+            }
+            Kind::Prefill => test.tokens.min(self.chunk),
+        };
+        self.repetition(test, tokens, 0, 0)?;
+        Ok(())
+    }
+
+    /// The first `tokens` tokens of a test: time and the last logits. Ends as it began.
+    fn repetition(
+        &mut self,
+        test: Test,
+        tokens: usize,
+        done: usize,
+        total: usize,
+    ) -> Result<(Duration, Vec<f32>), BenchError> {
+        let what = match total {
+            0 => format!("{test}: warming up"),
+            _ => test.to_string(),
+        };
+        let ids = &self.ids[test.depth..test.depth + tokens];
+        let step = match test.kind {
+            Kind::Prefill => tokens,
+            Kind::Decode => 1,
+        };
+        let mut time = Duration::ZERO;
+        let mut logits = Vec::new();
+        for (i, part) in ids.chunks(step).enumerate() {
+            (self.progress)(Step {
+                what: &what,
+                done: done * tokens + i * step,
+                total: total * tokens,
+            });
+            let start = Instant::now();
+            let row = self.session.extend(part)?;
+            time += start.elapsed();
+            if (i + 1) * step >= tokens {
+                logits = row.to_vec();
+            }
+        }
+        self.session.truncate(test.depth);
+        Ok((time, logits))
+    }
+}
+
+/// An average over tokens, to the nearest whole number.
+fn whole(value: f64) -> u64 {
+    value.round() as u64
+}
+
+fn bits(logits: &[f32]) -> Vec<u32> {
+    logits.iter().map(|v| v.to_bits()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    use std::path::Path;
+
+    fn config() -> Config {
+        let json = json!({
+            "model_type": "phi3", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "max_position_embeddings": 128, "original_max_position_embeddings": 64,
+            "rms_norm_eps": 1e-5, "tie_word_embeddings": false,
+            "rope_scaling": { "type": "longrope", "short_factor": ([1.0; 4]), "long_factor": ([2.0; 4]) },
+        });
+        Config::from_json(Path::new("config.json"), json.to_string().as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn tests_that_a_model_cannot_run_are_told_apart() {
+        let config = config();
+        let check = |kind, tokens, depth| {
+            Test {
+                kind,
+                tokens,
+                depth,
+            }
+            .check(&config)
+        };
+        assert!(matches!(
+            check(Kind::Decode, 0, 3),
+            Err(TestError::Empty(_))
+        ));
+        assert_eq!(check(Kind::Prefill, 128, 0), Ok(()));
+        assert!(matches!(
+            check(Kind::Prefill, 128, 1),
+            Err(TestError::Context {
+                needed: 129,
+                context: 128,
+                ..
+            })
+        ));
+        assert!(check(Kind::Prefill, usize::MAX, usize::MAX).is_err());
+        // A prompt may outgrow the original length, in one step; an answer may not while timed.
+        assert_eq!(check(Kind::Prefill, 60, 10), Ok(()));
+        assert_eq!(check(Kind::Decode, 60, 4), Ok(()));
+        assert_eq!(check(Kind::Decode, 60, 64), Ok(()));
+        let error = check(Kind::Decode, 60, 5).unwrap_err();
+        assert!(matches!(error, TestError::Crossing { original: 64, .. }));
+        assert!(
+            error.to_string().contains("at most 4 or from 64 on"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn names_are_those_of_llama_bench() {
+        let name = |kind, tokens, depth| {
+            Test {
+                kind,
+                tokens,
+                depth,
+            }
+            .to_string()
+        };
+        assert_eq!(name(Kind::Prefill, 512, 0), "pp512");
+        assert_eq!(name(Kind::Decode, 64, 4096), "tg64 @ d4096");
+    }
+}

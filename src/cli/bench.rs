@@ -1,0 +1,446 @@
+//! `phidias bench`: speed as a share of what the machine can do.
+
+use super::args::{Bench, Global};
+use super::console::{Steps, Unit};
+use super::files;
+use super::open::{Origin, Setup, cache_folder, open_source};
+use anyhow::{Context, Result, anyhow, bail};
+use phidias::bench::model::{Around, Kind};
+use phidias::bench::{
+    BenchError, KernelBench, KernelRecord, ModelBench, Peak, PeakOptions, Peaks, Progress, Record,
+    Test, roofline,
+};
+use phidias::engine::PACKED_VERSION;
+use phidias::engine::kernels::cpu::peak::Number;
+use phidias::engine::machine::{Machine, cpu_name};
+use phidias::engine::memory::Size;
+use phidias::engine::peaks::best;
+use phidias::engine::pool::Pool;
+use phidias::models::synth::{Preset, SynthOptions, synthesize};
+use phidias::models::{Config, Error};
+use phidias::{Model, WeightFormat};
+use serde_json::json;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// Measures a model, or the machine.
+pub fn bench(args: &Bench, global: &Global) -> Result<()> {
+    let setup = Setup::new(global)?;
+    let machine = Machine::detect();
+    let mut peaks = PeakOptions::thorough(&machine);
+    if args.rough_peaks {
+        peaks = PeakOptions::rough();
+    }
+    if args.peaks {
+        return self::peaks(args, &setup, &machine, peaks);
+    }
+    if args.kernels {
+        return kernels(args, &setup, &machine, peaks);
+    }
+    model(args, &setup, &machine, peaks)
+}
+
+fn told_by(steps: &Arc<Steps>) -> Progress {
+    let steps = Arc::clone(steps);
+    Arc::new(move |step| steps.set(step.what, step.done, step.total))
+}
+
+// ---- a model -------------------------------------------------------------------------------------
+
+fn model(args: &Bench, setup: &Setup, machine: &Machine, peaks: PeakOptions) -> Result<()> {
+    let mut bench = ModelBench {
+        name: String::new(),
+        tests: tests(args),
+        repetitions: args.repetitions,
+        threads: match args.threads.as_slice() {
+            [] => vec![machine.threads()],
+            asked => asked.to_vec(),
+        },
+        kv_type: args.kv,
+        kernels: setup.kernels,
+        peaks,
+        cancel: setup.cancel.clone(),
+    };
+    let (name, model) = open(args, setup, &|config| bench.check(config))?;
+    bench.name = name;
+    if let Some(cache) = machine.last_cache.filter(|c| *c > model.weight_bytes() / 2) {
+        setup.console.note(format_args!(
+            "the weights ({}) are no larger than twice the last cache ({}): decode is not limited by memory, and its share of the bandwidth says little",
+            Size(model.weight_bytes()),
+            Size(cache)
+        ));
+    }
+    let steps = Arc::new(setup.console.steps());
+    let mut table = Table::default();
+    bench.run(&model, &told_by(&steps), |record| {
+        steps.suspend(|| {
+            let mut out = io::stdout().lock();
+            if args.json {
+                writeln!(out, "{}", serde_json::to_string(&record)?)?;
+            } else {
+                table.row(&mut out, &record)?;
+            }
+            anyhow::Ok(())
+        })
+    })
+}
+
+/// For each depth: the prompts, then the answers.
+fn tests(args: &Bench) -> Vec<Test> {
+    let (mut prompt, mut new) = (args.prompt.clone(), args.new.clone());
+    if prompt.is_empty() && new.is_empty() {
+        (prompt, new) = (vec![512], vec![128]);
+    }
+    let mut tests = Vec::new();
+    for &depth in &args.depth {
+        for (kind, counts) in [(Kind::Prefill, &prompt), (Kind::Decode, &new)] {
+            tests.extend(counts.iter().map(|&tokens| Test {
+                kind,
+                tokens,
+                depth,
+            }));
+        }
+    }
+    tests
+}
+
+/// The model and its name in the records. Its configuration is checked before anything is written,
+/// quantized or measured.
+fn open(
+    args: &Bench,
+    setup: &Setup,
+    check: &dyn Fn(&Config) -> Result<(), phidias::bench::TestError>,
+) -> Result<(String, Arc<Model>)> {
+    let Some(preset) = &args.synth else {
+        let origin = setup.locate(args.model.as_deref())?;
+        check(&open_source(&origin)?.config)?;
+        let model = setup.open(&origin, args.format)?;
+        let name = args.model.as_deref().unwrap_or("fable (built in)");
+        return Ok((name.to_owned(), model));
+    };
+    let preset: Preset = preset.parse()?;
+    check(&preset.configuration(args.layers)?)?;
+    let format = args.format.unwrap_or(WeightFormat::Q4);
+    let folder = synthetic(setup, preset, args.layers, format)?;
+    let model = setup.open(&Origin::Folder(folder), Some(format))?;
+    let name = match args.layers {
+        Some(layers) if layers < preset.layers() => {
+            format!(
+                "{preset} (synthetic, {layers} of {} layers)",
+                preset.layers()
+            )
+        }
+        _ => format!("{preset} (synthetic)"),
+    };
+    Ok((name, model))
+}
+
+/// The folder of a preset, written where it is not there yet.
+fn synthetic(
+    setup: &Setup,
+    preset: Preset,
+    layers: Option<usize>,
+    format: WeightFormat,
+) -> Result<PathBuf> {
+    let layers = layers.unwrap_or(preset.layers());
+    let folder = cache_folder()
+        .unwrap_or_else(|| std::env::temp_dir().join("phidias"))
+        .join("synth")
+        .join(format!("{preset}-{layers}-{format}-v{PACKED_VERSION}"));
+    if folder.is_dir() {
+        return Ok(folder);
+    }
+    let mut bar = setup.console.bar("drawing weights", Unit::Bytes);
+    let mut progress = |done: usize, total: usize| bar.set(done as u64, Some(total as u64));
+    let options = SynthOptions {
+        format,
+        layers: Some(layers),
+        threads: setup.threads,
+        cancel: setup.cancel.clone(),
+        progress: Some(&mut progress),
+        ..SynthOptions::default()
+    };
+    match synthesize(preset, &folder, options) {
+        // Another process was faster.
+        Err(Error::Exists { .. }) if folder.is_dir() => {}
+        other => other?,
+    }
+    setup.console.note(format_args!(
+        "synthetic weights kept in {}",
+        folder.display()
+    ));
+    Ok(folder)
+}
+
+/// The table, row by row; the columns are wide enough for what usually stands in them.
+#[derive(Default)]
+struct Table {
+    begun: bool,
+}
+
+impl Table {
+    fn row(&mut self, out: &mut impl Write, r: &Record) -> Result<()> {
+        let test = Test {
+            kind: r.kind,
+            tokens: r.tokens,
+            depth: r.depth,
+        };
+        let speed = |v: f64| format!("{v:.*}", if v < 100.0 { 2 } else { 1 });
+        let limit = match r.kind {
+            Kind::Prefill => r.peak_number.to_string(),
+            Kind::Decode => "read".to_owned(),
+        };
+        let cells = [
+            ("model", r.model.clone()),
+            ("format", r.format.to_owned()),
+            ("kv", r.kv.to_owned()),
+            ("isa", r.isa.to_owned()),
+            ("threads", r.threads.to_string()),
+            ("test", test.to_string()),
+            (
+                "tok/s median (min-max)",
+                format!(
+                    "{} ({}-{})",
+                    speed(r.tok_s.median),
+                    speed(r.tok_s.min),
+                    speed(r.tok_s.max)
+                ),
+            ),
+            ("GB/s", format!("{:.1}", r.gb_s)),
+            ("Gop/s", format!("{:.1}", r.gop_s)),
+            (
+                "share of peak",
+                format!("{:.1} % of {limit}", 100.0 * r.share_of_peak),
+            ),
+            (
+                "peaks GB/s, Gop/s",
+                format!("{}, {:.0}", bandwidth(&r.peaks), r.peak_gop_s),
+            ),
+            ("bound", r.bound.to_string()),
+        ];
+        // All rows have the same model.
+        let name = r.model.chars().count().max("model".len());
+        let widths = [name, 6, 4, 6, 7, 14, 22, 6, 6, 15, 17, 6];
+        if !self.begun {
+            self.begun = true;
+            write_row(out, cells.iter().zip(widths).map(|((h, _), w)| (*h, w)))?;
+            let lines = widths.map(|w| "-".repeat(w));
+            write_row(out, lines.iter().map(|l| (l.as_str(), l.len())))?;
+        }
+        write_row(
+            out,
+            cells.iter().zip(widths).map(|((_, c), w)| (c.as_str(), w)),
+        )?;
+        Ok(())
+    }
+}
+
+/// The read bandwidth, or where it was before and after when it moved by more than a tenth.
+fn bandwidth(peaks: &Around) -> String {
+    let (a, b) = (peaks.before.read_gb_s, peaks.after.read_gb_s);
+    if (a - b).abs() > 0.1 * a.min(b) {
+        format!("{a:.0} then {b:.0}")
+    } else {
+        format!("{:.1}", (a + b) / 2.0)
+    }
+}
+
+fn write_row<'c>(
+    out: &mut impl Write,
+    cells: impl Iterator<Item = (&'c str, usize)>,
+) -> io::Result<()> {
+    for (text, width) in cells {
+        write!(out, "| {text:width$} ")?;
+    }
+    writeln!(out, "|")
+}
+
+// ---- the kernels ---------------------------------------------------------------------------------
+
+fn kernels(args: &Bench, setup: &Setup, machine: &Machine, peaks: PeakOptions) -> Result<()> {
+    let counts = match args.threads.as_slice() {
+        [] => vec![machine.threads()],
+        asked => asked.to_vec(),
+    };
+    if args.plot.is_some() && counts.len() > 1 {
+        bail!(
+            "--plot: draws one number of threads, {} were given",
+            counts.len()
+        );
+    }
+    if let Some(file) = &args.plot {
+        // Better now than after a minute of measuring.
+        files::check_writable(file).with_context(|| file.display().to_string())?;
+    }
+    let steps = Arc::new(setup.console.steps());
+    let cancel = setup.cancel.clone();
+    let mut bench = KernelBench::new(setup.kernels, 1, peaks, machine.last_cache, cancel);
+    for threads in counts {
+        bench.threads = threads;
+        let records = bench.run(&told_by(&steps))?;
+        steps.suspend(|| write_kernels(&mut io::stdout().lock(), args, &records))?;
+        if let Some(file) = &args.plot {
+            let picture =
+                roofline::svg(&records).map_err(|e| anyhow!("{}: {e}", file.display()))?;
+            files::write(file, picture.as_bytes()).with_context(|| file.display().to_string())?;
+            steps.suspend(|| {
+                setup
+                    .console
+                    .note(format_args!("drawn in {}", file.display()))
+            });
+        }
+    }
+    Ok(())
+}
+
+fn write_kernels(out: &mut impl Write, args: &Bench, records: &[KernelRecord]) -> Result<()> {
+    if args.json {
+        for record in records {
+            writeln!(out, "{}", serde_json::to_string(record)?)?;
+        }
+        return Ok(());
+    }
+    let Some(first) = records.first() else {
+        return Ok(());
+    };
+    writeln!(
+        out,
+        "{} table, {}; read {:.1} GB/s, int8 {:.0} Gop/s, f32 {:.0} Gop/s (mean of before and after)\n",
+        first.isa,
+        plural(first.threads),
+        first.peak_gb_s,
+        first.peaks.mean(|l| l.int8_gop_s),
+        first.peaks.mean(|l| l.f32_gop_s),
+    )?;
+    let heads = [
+        "kernel",
+        "shape",
+        "tokens",
+        "time, us",
+        "GB/s",
+        "Gop/s",
+        "ops/byte",
+        "share of peak",
+    ];
+    const WIDTHS: [usize; 8] = [12, 27, 6, 10, 6, 7, 8, 16];
+    write_row(out, heads.into_iter().zip(WIDTHS))?;
+    let lines = WIDTHS.map(|w| "-".repeat(w));
+    write_row(out, lines.iter().map(|l| (l.as_str(), l.len())))?;
+    for r in records {
+        let cells = [
+            r.kernel.clone(),
+            r.shape.clone(),
+            r.tokens.to_string(),
+            format!("{:.1}", 1e6 * r.seconds.median),
+            format!("{:.1}", r.gb_s),
+            format!("{:.1}", r.gop_s),
+            format!("{:.2}", r.ops as f64 / r.bytes as f64),
+            format!("{:.1} % of {}", 100.0 * r.share_of_peak, r.bound),
+        ];
+        write_row(out, cells.iter().map(String::as_str).zip(WIDTHS))?;
+    }
+    if records.iter().any(|r| r.share_of_peak > 1.0) {
+        writeln!(
+            out,
+            "\nAbove 100 % of memory: the activations of {} tokens lie in the caches.",
+            records.iter().map(|r| r.tokens).max().unwrap_or(0)
+        )?;
+    }
+    Ok(())
+}
+
+// ---- the machine ---------------------------------------------------------------------------------
+
+fn peaks(args: &Bench, setup: &Setup, machine: &Machine, options: PeakOptions) -> Result<()> {
+    let counts = match args.threads.as_slice() {
+        [] if machine.threads() == 1 => vec![1],
+        [] => vec![1, machine.threads()],
+        asked => asked.to_vec(),
+    };
+    let steps = Arc::new(setup.console.steps());
+    let mut all = Vec::new();
+    for threads in counts {
+        let pool = Pool::new(Some(threads))?;
+        let what = format!("the machine's limits, {}", plural(threads));
+        let peaks = Peaks::measure(&pool, &options, &setup.cancel, |done, total| {
+            steps.set(&what, done, total);
+        })
+        .map_err(BenchError::from)?;
+        if args.json {
+            steps.suspend(|| writeln!(io::stdout(), "{}", peaks_json(machine, &peaks)))?;
+        }
+        all.push(peaks);
+    }
+    drop(steps);
+    if !args.json {
+        write_peaks(&mut io::stdout().lock(), machine, &all)?;
+    }
+    Ok(())
+}
+
+fn plural(threads: usize) -> String {
+    match threads {
+        1 => "1 thread".to_owned(),
+        n => format!("{n} threads"),
+    }
+}
+
+fn peaks_json(machine: &Machine, peaks: &Peaks) -> serde_json::Value {
+    json!({
+        "cpu": cpu_name(),
+        "threads": peaks.threads,
+        "read_gb_s": peaks.read_gb_s(),
+        "int8_gop_s": peaks.gop_s(Number::Int8),
+        "bf16_gop_s": peaks.gop_s(Number::Bf16),
+        "f32_gop_s": peaks.gop_s(Number::F32),
+        "last_cache_bytes": machine.last_cache,
+        "buffer_bytes": peaks.buffer_bytes,
+        "variants": { "read": peaks.read, "int8": peaks.int8, "bf16": peaks.bf16, "f32": peaks.f32 },
+    })
+}
+
+/// A row a variant, a column a number of threads; the best variant of each limit is marked.
+fn write_peaks(out: &mut impl Write, machine: &Machine, all: &[Peaks]) -> Result<()> {
+    let Some(first) = all.first() else {
+        bail!("no number of threads");
+    };
+    let cache = match machine.last_cache {
+        Some(bytes) => format!(", last cache {}", Size(bytes)),
+        None => String::new(),
+    };
+    writeln!(
+        out,
+        "{}: median (min-max) of each; * the limit; {} read{cache}\n",
+        cpu_name().unwrap_or_else(|| "this machine".to_owned()),
+        Size(first.buffer_bytes),
+    )?;
+    const NAME: usize = 28;
+    const CELL: usize = 24;
+    let row = |out: &mut _, name: &str, cells: &[String]| {
+        let first = std::iter::once((name, NAME));
+        write_row(out, first.chain(cells.iter().map(|c| (c.as_str(), CELL))))
+    };
+    let heads: Vec<_> = all.iter().map(|p| plural(p.threads)).collect();
+    row(out, "", &heads)?;
+    row(out, &"-".repeat(NAME), &vec!["-".repeat(CELL); all.len()])?;
+    let mut section = |title: &str, of: &dyn Fn(&Peaks) -> &[Peak]| {
+        for (i, variant) in of(first).iter().enumerate() {
+            let cells: Vec<_> = (all.iter())
+                .map(|p| {
+                    let peak = &of(p)[i];
+                    let mark = if best(of(p)) == Some(peak) { "*" } else { "" };
+                    let rate = peak.rate;
+                    format!("{:.1} ({:.1}-{:.1}){mark}", rate.median, rate.min, rate.max)
+                })
+                .collect();
+            row(out, &format!("{title}, {}", variant.variant), &cells)?;
+        }
+        io::Result::Ok(())
+    };
+    section("GB/s", &|p| &p.read)?;
+    for number in Number::ALL {
+        section("Gop/s", &|p| p.loops(number))?;
+    }
+    Ok(())
+}

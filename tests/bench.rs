@@ -1,0 +1,335 @@
+//! `phidias bench` as its users meet it: the figures' form and arithmetic, never their size.
+//!
+//! Everything runs on the built-in demonstration model with limits that were measured in no time.
+#![cfg(feature = "fable")]
+
+use serde_json::Value;
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+fn phidias(home: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_phidias"));
+    command
+        .env("PHIDIAS_CACHE", home.join("cache"))
+        .env("HF_HOME", home.join("hf"))
+        .env("HF_HUB_OFFLINE", "1")
+        .env_remove("PHIDIAS_ISA")
+        .stdin(Stdio::null())
+        .arg("bench")
+        .args(arguments);
+    command
+}
+
+/// Exit code, stdout, stderr.
+fn run(arguments: &[&str]) -> (Option<i32>, String, String) {
+    let home = tempfile::tempdir().unwrap();
+    let output = phidias(home.path(), arguments).output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    let (out, err) = (text(output.stdout), text(output.stderr));
+    assert!(!err.contains("panicked"), "{arguments:?}\n{err}");
+    (output.status.code(), out, err)
+}
+
+fn json_lines(arguments: &[&str]) -> Vec<Value> {
+    let (code, out, err) = run(&[arguments, &["--json", "--quiet", "--rough-peaks"]].concat());
+    assert_eq!((code, err.as_str()), (Some(0), ""));
+    let parse = |line| serde_json::from_str(line).unwrap();
+    out.lines().map(parse).collect()
+}
+
+fn number(value: &Value, key: &str) -> f64 {
+    let number = value[key].as_f64();
+    number.unwrap_or_else(|| panic!("'{key}' in {value}"))
+}
+
+fn near(a: f64, b: f64) {
+    assert!((a - b).abs() <= 1e-6 * b.abs(), "{a} {b}");
+}
+
+#[test]
+fn one_object_a_test_with_figures_that_agree_with_each_other() {
+    let records = json_lines(&[
+        "-p",
+        "5,9",
+        "-n",
+        "3",
+        "-d",
+        "0,20",
+        "-r",
+        "2",
+        "--threads",
+        "1,2",
+        "--format",
+        "q8",
+    ]);
+    let tests: Vec<_> = (records.iter())
+        .map(|r| {
+            let integer = |key: &str| r[key].as_u64().unwrap();
+            let kind = r["kind"].as_str().unwrap();
+            (
+                integer("threads"),
+                kind,
+                integer("tokens"),
+                integer("depth"),
+            )
+        })
+        .collect();
+    let one = |threads, depth| {
+        [("prefill", 5), ("prefill", 9), ("decode", 3)].map(|(k, n)| (threads, k, n, depth))
+    };
+    assert_eq!(
+        tests,
+        [one(1, 0), one(1, 20), one(2, 0), one(2, 20)].concat()
+    );
+    let names = [
+        "model",
+        "format",
+        "isa",
+        "threads",
+        "kind",
+        "tokens",
+        "depth",
+        "reps",
+        "tok_s",
+        "bytes_per_token",
+        "ops_per_token",
+        "gb_s",
+        "gop_s",
+        "peak_gb_s",
+        "peak_gop_s",
+        "share_of_peak",
+    ];
+    for r in &records {
+        let keys: Vec<_> = r.as_object().unwrap().keys().collect();
+        assert_eq!(keys[..names.len()], names);
+        assert_eq!(
+            (r["format"].as_str(), r["reps"].as_u64()),
+            (Some("q8"), Some(2))
+        );
+        let [min, median, max] = ["min", "median", "max"].map(|k| number(&r["tok_s"], k));
+        assert!(0.0 < min && min <= median && median <= max);
+        near(
+            number(r, "gop_s"),
+            median * number(r, "ops_per_token") / 1e9,
+        );
+        // Bytes of a prompt's token are rounded to whole ones.
+        let bytes = median * number(r, "bytes_per_token") / 1e9;
+        assert!((number(r, "gb_s") / bytes - 1.0).abs() < 1e-5);
+        let peak = match r["kind"].as_str() {
+            Some("prefill") => number(r, "gop_s") / number(r, "peak_gop_s"),
+            _ => number(r, "gb_s") / number(r, "peak_gb_s"),
+        };
+        near(number(r, "share_of_peak"), peak);
+        let [before, after] = ["before", "after"].map(|k| number(&r["peaks"][k], "read_gb_s"));
+        near(number(r, "peak_gb_s"), (before + after) / 2.0);
+        let parts = number(r, "weight_bytes_per_token") + number(r, "kv_bytes_per_token");
+        assert!((number(r, "bytes_per_token") - parts).abs() <= 1.0);
+    }
+    // The demonstration model: layers of 5 * 256 * (512 + 256 + 1024 + 512) weights, a head of
+    // 4096 * 256, 34 bytes for 32 of them. The tokens at depth 20 read 21, 22 and 23 positions of keys
+    // and values, 4 heads of 32 in f16.
+    let (layers, head) = (5 * 256 * 2304, 4096 * 256);
+    let decode = &records[5];
+    let weights = (layers + head) * 34 / 32;
+    let cache = (21 + 22 + 23) * (5 * 2 * 4 * 32 * 2) / 3;
+    assert_eq!(decode["bytes_per_token"].as_u64(), Some(weights + cache));
+    assert_eq!(decode["ops_per_token"].as_u64(), Some(2 * (layers + head)));
+    let prefill = &records[0];
+    let ops = 2.0 * (layers as f64 + head as f64 / 5.0);
+    assert_eq!(number(prefill, "ops_per_token"), ops.round());
+    // What is counted does not depend on the threads.
+    for key in [
+        "bytes_per_token",
+        "ops_per_token",
+        "attention_ops_per_token",
+    ] {
+        assert_eq!(records[0][key], records[6][key]);
+    }
+}
+
+#[test]
+fn the_table_has_a_row_a_test_and_everything_else_goes_to_stderr() {
+    let (code, out, err) = run(&[
+        "-p",
+        "4",
+        "-n",
+        "2",
+        "-r",
+        "1",
+        "--kv",
+        "f32",
+        "--rough-peaks",
+    ]);
+    assert_eq!(code, Some(0), "{err}");
+    let lines: Vec<_> = out.lines().collect();
+    assert_eq!(lines.len(), 4, "{out}");
+    assert!(lines[0].contains("tok/s median") && lines[0].contains("share of peak"));
+    assert!(
+        lines[2].contains("pp4") && lines[2].contains("% of f32"),
+        "{out}"
+    );
+    assert!(
+        lines[3].contains("tg2") && lines[3].contains("% of read"),
+        "{out}"
+    );
+    // Progress: plain lines, each part once, where no terminal listens.
+    assert_eq!(err.lines().filter(|l| *l == "pp4").count(), 1, "{err}");
+    assert!(err.contains("decode is not limited by memory"), "{err}");
+}
+
+#[test]
+fn the_peaks_alone() {
+    let peaks = json_lines(&["--peaks", "--threads", "1,3"]);
+    let threads: Vec<_> = peaks.iter().map(|p| p["threads"].as_u64()).collect();
+    assert_eq!(threads, [Some(1), Some(3)]);
+    for p in &peaks {
+        for key in ["read_gb_s", "int8_gop_s", "f32_gop_s"] {
+            assert!(number(p, key) > 0.0, "{key}");
+        }
+        let best = |list: &Value| {
+            let medians = list
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|v| number(&v["rate"], "median"));
+            medians.fold(0.0, f64::max)
+        };
+        assert_eq!(number(p, "read_gb_s"), best(&p["variants"]["read"]));
+        assert_eq!(number(p, "int8_gop_s"), best(&p["variants"]["int8"]));
+    }
+    let (code, out, _) = run(&["--peaks", "--rough-peaks", "-q"]);
+    assert_eq!(code, Some(0));
+    assert!(out.contains("1 stream") && out.contains('*'), "{out}");
+}
+
+#[test]
+fn depths_beyond_the_original_length_are_measured_without_computing_the_cache_again() {
+    // The demonstration model changes its frequencies beyond 512 positions.
+    let records = json_lines(&["-p", "8", "-n", "4", "-d", "512,506,20", "-r", "2"]);
+    assert_eq!(records.len(), 6);
+}
+
+#[test]
+fn bad_usage_is_one_error_each() {
+    let cases: &[(i32, &[&str], &str)] = &[
+        (2, &["-p", "0"], "expected 1 to"),
+        (2, &["-n", "0"], "expected 1 to"),
+        (2, &["-p", "1,,2"], "expected 1 to"),
+        (2, &["-p", "-3"], "unexpected argument"),
+        (2, &["-n", "99999999999999999999999"], "expected 1 to"),
+        (2, &["-d", "99999999999999999999999"], "expected 0 to"),
+        (2, &["-r", "0"], "expected 1 to"),
+        (2, &["-r", "1000000"], "expected 1 to"),
+        (2, &["--threads", "0"], "expected 1 to"),
+        (2, &["--threads", "1,100000"], "expected 1 to"),
+        (2, &["--format", "q5"], "unknown format"),
+        (2, &["--kv", "int3"], "unknown type"),
+        (2, &["--isa", "mmx"], "unknown instruction set"),
+        (2, &["--layers", "2"], "--synth"),
+        (
+            2,
+            &["folder", "--synth", "phi-3.5-mini"],
+            "cannot be used with",
+        ),
+        (2, &["--peaks", "-p", "3"], "cannot be used with"),
+        (2, &["--plot", "roof.svg"], "--kernels"),
+        (2, &["--kernels", "--peaks"], "cannot be used with"),
+        (2, &["--kernels", "-n", "3"], "cannot be used with"),
+        (
+            1,
+            &["--kernels", "--plot", "roof.svg", "--threads", "1,2"],
+            "--plot: draws one number of threads, 2 were given",
+        ),
+        (
+            1,
+            &["--kernels", "--plot", "no/such/folder/roof.svg"],
+            "no/such/folder/roof.svg",
+        ),
+        (1, &["--synth", "phi-9"], "unknown preset 'phi-9'"),
+        (
+            1,
+            &["--synth", "phi-3.5-mini", "--layers", "0"],
+            "expected 1 to 32",
+        ),
+        (
+            1,
+            &["--synth", "phi-3.5-mini", "--layers", "33"],
+            "expected 1 to 32",
+        ),
+        (
+            1,
+            &["--synth", "phi-3.5-mini", "-d", "131072"],
+            "pp512 @ d131072: needs 131584 positions, the model has 131072",
+        ),
+        (
+            1,
+            &["-p", "1025"],
+            "pp1025: needs 1025 positions, the model has 1024",
+        ),
+        (
+            1,
+            &["-p", "16777216", "-d", "16777216"],
+            "the model has 1024",
+        ),
+        (1, &["-n", "20", "-d", "500"], "at most 492 or from 512 on"),
+        (1, &["no/such/folder"], "no such folder"),
+    ];
+    for (code, arguments, words) in cases {
+        let ran = run(arguments);
+        assert_eq!(
+            (ran.0, ran.1.as_str()),
+            (Some(*code), ""),
+            "{arguments:?}\n{}",
+            ran.2
+        );
+        assert!(
+            ran.2.contains(words),
+            "{arguments:?}: expected '{words}' in\n{}",
+            ran.2
+        );
+        assert_eq!(
+            ran.2.matches("error:").count(),
+            1,
+            "{arguments:?}\n{}",
+            ran.2
+        );
+    }
+}
+
+#[test]
+#[cfg(unix)]
+fn ctrl_c_ends_it_cleanly() {
+    let home = tempfile::tempdir().unwrap();
+    let mut child = phidias(home.path(), &["-p", "512", "-r", "1000", "--rough-peaks"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut err = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    while line != "pp512\n" {
+        line.clear();
+        assert_ne!(
+            err.read_line(&mut line).unwrap(),
+            0,
+            "ended before it began"
+        );
+    }
+    let interrupt = ["-INT", &child.id().to_string()];
+    assert!(
+        Command::new("kill")
+            .args(interrupt)
+            .status()
+            .unwrap()
+            .success()
+    );
+    let mut rest = String::new();
+    err.read_to_string(&mut rest).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(
+        (rest.as_str(), output.stdout.len()),
+        ("error: cancelled\n", 0)
+    );
+}
