@@ -3,8 +3,9 @@
 use crate::machine::Machine;
 use std::cell::Cell;
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 /// More threads than this are taken for a slip of the hand.
@@ -25,8 +26,8 @@ pub enum PoolError {
 ///
 /// A forward pass enters the pool once and stays: one thread leads, runs the model, and hands out work
 /// to all, itself included; the others wait for it at a barrier that spins briefly and then yields.
-/// Work is claimed piece by piece, so that a thread that the system takes away delays the others by
-/// one piece and not by its whole share. No result depends on who computes what.
+/// Everyone begins with a range of its own and takes from the others at the end, so that a thread that
+/// the system takes away delays them by one piece and not by its whole share. No result depends on who computes what.
 pub struct Pool {
     pool: rayon::ThreadPool,
     threads: usize,
@@ -67,7 +68,7 @@ impl Pool {
         let lead = Mutex::new(Some(lead));
         let results = self.pool.broadcast(|context| {
             if context.index() > 0 {
-                shared.follow();
+                shared.follow(context.index());
                 return None;
             }
             // However the leader ends, the others must not wait for ever.
@@ -107,16 +108,27 @@ impl Team<'_> {
         if count <= 1 || self.threads == 1 {
             return (0..count).for_each(work);
         }
-        let next = Line(AtomicUsize::new(0));
-        self.shared.run(self.threads, &|| {
-            loop {
-                let i = next.0.fetch_add(1, Ordering::Relaxed);
-                if i >= count {
-                    return;
-                }
+        // Everyone has a range of its own, so that neighbouring pieces follow each other on one core; who
+        // is through with it takes from the end of another's.
+        let ranges: Vec<Line<AtomicU64>> = (0..self.threads)
+            .map(|i| Line(AtomicU64::new(pack(self.share(count, i)))))
+            .collect();
+        let threads = self.threads;
+        self.shared.run(threads, &|own| {
+            while let Some(i) = take(&ranges[own].0, |r| (r.start, r.start + 1..r.end)) {
                 work(i);
             }
+            for other in (1..threads).map(|i| &ranges[(own + i) % threads].0) {
+                while let Some(i) = take(other, |r| (r.end - 1, r.start..r.end - 1)) {
+                    work(i);
+                }
+            }
         });
+    }
+
+    /// The part of `0..n` that thread `i` begins with: contiguous, all within one of each other.
+    fn share(&self, n: usize, i: usize) -> Range<usize> {
+        n * i / self.threads..n * (i + 1) / self.threads
     }
 
     /// Calls `work` once with every part, on all threads, and returns when all is done.
@@ -142,7 +154,29 @@ impl Team<'_> {
     pub fn pieces(&self, units: usize) -> usize {
         match self.threads {
             1 => 1,
-            n => units.min(n * 8),
+            n => units.min(n * 32),
+        }
+    }
+}
+
+/// A range of pieces in one word, so that it changes in one step.
+fn pack(range: Range<usize>) -> u64 {
+    debug_assert!(range.end <= u32::MAX as usize);
+    (range.start as u64) << 32 | range.end as u64
+}
+
+/// Takes one piece of a range that is not empty: `split` gives it and what is left.
+fn take(range: &AtomicU64, split: impl Fn(Range<usize>) -> (usize, Range<usize>)) -> Option<usize> {
+    let mut seen = range.load(Ordering::Relaxed);
+    loop {
+        let now = (seen >> 32) as usize..seen as u32 as usize;
+        if now.is_empty() {
+            return None;
+        }
+        let (piece, left) = split(now);
+        match range.compare_exchange_weak(seen, pack(left), Ordering::Relaxed, Ordering::Relaxed) {
+            Ok(_) => return Some(piece),
+            Err(changed) => seen = changed,
         }
     }
 }
@@ -165,7 +199,8 @@ struct Shared {
     panicked: AtomicBool,
 }
 
-type Task<'t> = dyn Fn() + Sync + 't;
+/// Called by every thread with its index.
+type Task<'t> = dyn Fn(usize) + Sync + 't;
 
 const FINISHED: usize = usize::MAX;
 
@@ -212,7 +247,7 @@ impl Shared {
         self.epoch.0.fetch_add(1, Ordering::Release);
         {
             let _rest = Rest(self);
-            task();
+            task(0);
         }
         assert!(
             !self.panicked.load(Ordering::Acquire),
@@ -221,7 +256,7 @@ impl Shared {
     }
 
     /// What all threads but the leader do.
-    fn follow(&self) {
+    fn follow(&self, index: usize) {
         let mut seen = 0;
         loop {
             wait(|| self.epoch.0.load(Ordering::Acquire) != seen);
@@ -231,7 +266,7 @@ impl Shared {
             }
             let task = *self.task.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(task) = task
-                && catch_unwind(AssertUnwindSafe(task)).is_err()
+                && catch_unwind(AssertUnwindSafe(|| task(index))).is_err()
             {
                 self.panicked.store(true, Ordering::Release);
             }

@@ -16,6 +16,8 @@ mod gemm;
 mod neon;
 mod norm;
 pub mod peak;
+#[cfg(target_arch = "x86_64")]
+mod prefetch;
 mod quantize;
 mod rope;
 mod scalar;

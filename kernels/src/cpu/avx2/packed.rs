@@ -22,12 +22,20 @@
 use phidias_quant::BLOCK;
 use std::arch::x86_64::*;
 
+/// Four bytes for a broadcast. Read through a pointer one by one, they become loads that broadcast by
+/// themselves; from an array the compiler would load several and shuffle.
+#[inline(always)]
+pub(in crate::cpu) fn four(at: *const i32) -> i32 {
+    // SAFETY: callers point at four bytes of a slice; the load needs no alignment.
+    unsafe { at.read_unaligned() }
+}
+
 /// The four activations of group `g` of a block, in every row's place.
 #[target_feature(enable = "avx2")]
 #[inline]
 fn broadcast(block: &[i8; BLOCK], g: usize) -> __m256i {
     let (fours, _) = block.as_chunks::<4>();
-    _mm256_set1_epi32(i32::from_le_bytes(fours[g].map(|v| v as u8)))
+    _mm256_set1_epi32(four(fours[g].as_ptr().cast()))
 }
 
 /// The products of a block of nibbles with `T` tokens, scaled by the activations.
@@ -50,7 +58,7 @@ fn products_q4<const T: usize>(
     for t in 0..T {
         let sum = _mm256_add_epi32(
             _mm256_madd_epi16(sums[t], one),
-            _mm256_set1_epi32(starts[t]),
+            _mm256_set1_epi32(four(&starts[t])),
         );
         out[t] = _mm256_sub_ps(_mm256_castsi256_ps(sum), _mm256_set1_ps(magics[t]));
     }
@@ -92,6 +100,7 @@ fn products_q8<const T: usize>(
 /// `$q4` and `$q8` multiply a block of half a panel with some tokens.
 macro_rules! packed_256 {
     ($features:literal, $q4:ident, $q8:ident) => {
+        use crate::cpu::prefetch;
         use crate::view::ColsMut;
         use phidias_quant::activations::{Activations, TILE, Tile};
         use phidias_quant::packed::{LINE, PANEL_ROWS, Panel};
@@ -99,14 +108,32 @@ macro_rules! packed_256 {
         use std::ops::Range;
 
         /// Tokens that pass a block of weights before the next one is unpacked.
-        const TOKENS: usize = 4 * TILE;
-        /// Distance of the prefetch, bytes: a page, which the hardware's own prefetcher does not
-        /// cross.
-        const AHEAD: usize = 4096;
+        const TOKENS: usize = 128;
+        /// Tokens of one inner loop.
+        const GROUP: usize = 4;
         /// Rows of half a panel.
         const HALF: usize = PANEL_ROWS / 2;
-        /// Sums of 16 rows, by halves.
-        type Sums = [[f32; HALF]; 2];
+        /// Sums of half a panel.
+        type Sums = [f32; HALF];
+
+        /// One block of half a panel, unpacked.
+        struct Weights {
+            quants: [__m256i; 8],
+            scales: __m256,
+        }
+
+        #[target_feature(enable = $features)]
+        #[inline]
+        fn weights<const LINES: usize>(
+            lines: &[[u8; LINE]; LINES],
+            of_rows: &[f16; PANEL_ROWS],
+            half: usize,
+        ) -> Weights {
+            Weights {
+                quants: unpack(lines, half),
+                scales: scales(of_rows, half),
+            }
+        }
 
         /// The quants of one block of half a panel, four columns of 8 rows a register. `LINES` is 4
         /// for nibbles, 8 for bytes.
@@ -140,21 +167,6 @@ macro_rules! packed_256 {
             _mm256_cvtph_ps(unsafe { _mm_loadu_si128(eight.as_ptr().cast()) })
         }
 
-        /// Asks for what lies [`AHEAD`] bytes further on. It may belong to the next panel, or to
-        /// nothing at the end of the weights: a prefetch never faults.
-        #[inline(always)]
-        fn prefetch<T>(at: &T) {
-            let mut offset = 0;
-            while offset < size_of::<T>() {
-                let line = std::ptr::from_ref(at)
-                    .cast::<i8>()
-                    .wrapping_add(AHEAD + offset);
-                // SAFETY: SSE is part of x86-64, and the instruction reads nothing.
-                unsafe { _mm_prefetch::<_MM_HINT_T0>(line) };
-                offset += LINE;
-            }
-        }
-
         #[target_feature(enable = $features)]
         #[inline]
         fn load(sums: &[f32; HALF]) -> __m256 {
@@ -174,16 +186,10 @@ macro_rules! packed_256 {
         #[inline]
         fn products<const T: usize, const LINES: usize>(
             w: &[__m256i; 8],
-            x: Tile<'_>,
-            b: usize,
-            t: usize,
+            a: &[[i8; BLOCK]; T],
+            starts: &[i32; T],
+            magics: &[f32; T],
         ) -> [__m256; T] {
-            let at = b * x.rows + t;
-            let (quants, _) = x.quants.as_chunks::<BLOCK>();
-            let inside = "tokens of the tile";
-            let a: &[[i8; BLOCK]; T] = quants[at..].first_chunk().expect(inside);
-            let starts: &[i32; T] = x.starts[at..].first_chunk().expect(inside);
-            let magics: &[f32; T] = x.magics[at..].first_chunk().expect(inside);
             if LINES == 8 {
                 $q8(w, a, starts, magics)
             } else {
@@ -195,47 +201,59 @@ macro_rules! packed_256 {
         #[target_feature(enable = $features)]
         #[inline]
         fn group<const T: usize, const LINES: usize>(
-            w: &[__m256i; 8],
-            scales: __m256,
-            x: Tile<'_>,
-            (b, t, half): (usize, usize, usize),
-            acc: &mut [Sums],
+            w: &Weights,
+            a: &[[i8; BLOCK]; T],
+            starts: &[i32; T],
+            magics: &[f32; T],
+            acc: &mut [Sums; T],
         ) {
-            let products = products::<T, LINES>(w, x, b, t);
-            let acc: &mut [Sums; T] = acc[t..].first_chunk_mut().expect("sums of the tile");
+            let products = products::<T, LINES>(&w.quants, a, starts, magics);
             for t in 0..T {
-                let sum = _mm256_fmadd_ps(products[t], scales, load(&acc[t][half]));
-                store(&mut acc[t][half], sum);
+                let sum = _mm256_fmadd_ps(products[t], w.scales, load(&acc[t]));
+                store(&mut acc[t], sum);
+            }
+        }
+
+        /// Block `b` of half a panel with all tokens of some tiles.
+        ///
+        /// A function of its own, so that the compiler has all registers for this loop.
+        #[target_feature(enable = $features)]
+        #[inline(never)]
+        fn pass<const LINES: usize>(w: &Weights, b: usize, x: &[Tile<'_>], acc: &mut [Sums]) {
+            for (x, acc) in x.iter().zip(acc.chunks_mut(TILE)) {
+                let at = b * x.rows..(b + 1) * x.rows;
+                let (a, a_rest) = x.quants.as_chunks().0[at.clone()].as_chunks::<GROUP>();
+                let (starts, starts_rest) = x.starts[at.clone()].as_chunks::<GROUP>();
+                let (magics, magics_rest) = x.magics[at].as_chunks::<GROUP>();
+                let (acc, acc_rest) = acc.as_chunks_mut::<GROUP>();
+                for (((a, starts), magics), acc) in a.iter().zip(starts).zip(magics).zip(acc) {
+                    group::<GROUP, LINES>(w, a, starts, magics, acc);
+                }
+                let rest = (a_rest.iter().zip(starts_rest)).zip(magics_rest.iter().zip(acc_rest));
+                for ((a, start), (magic, acc)) in rest {
+                    let acc = std::array::from_mut(acc);
+                    group::<1, LINES>(w, &[*a], &[*start], &[*magic], acc);
+                }
             }
         }
 
         /// A panel times up to [`TOKENS`] tokens, which are added up in `acc`.
         #[target_feature(enable = $features)]
         #[inline]
-        fn many<const LINES: usize>(panel: Panel<'_>, x: &[Tile<'_>], acc: &mut [Sums]) {
-            acc.as_flattened_mut().as_flattened_mut().fill(0.0);
+        fn many<const LINES: usize>(
+            panel: Panel<'_>,
+            x: &[Tile<'_>],
+            [low, high]: [&mut [Sums]; 2],
+        ) {
+            low.fill([0.0; HALF]);
+            high.fill([0.0; HALF]);
             let (lines, _) = panel.quants.as_chunks::<LINE>();
             let (blocks, _) = lines.as_chunks::<LINES>();
-            let (all_scales, _) = panel.scales.as_chunks::<PANEL_ROWS>();
+            let (scales, _) = panel.scales.as_chunks::<PANEL_ROWS>();
             for (b, lines) in blocks.iter().enumerate() {
-                prefetch(lines);
-                for half in 0..2 {
-                    let w = unpack(lines, half);
-                    let s = scales(&all_scales[b], half);
-                    for (x, acc) in x.iter().zip(acc.chunks_mut(TILE)) {
-                        let mut t = 0;
-                        while t + 4 <= x.rows {
-                            group::<4, LINES>(&w, s, *x, (b, t, half), acc);
-                            t += 4;
-                        }
-                        match x.rows - t {
-                            1 => group::<1, LINES>(&w, s, *x, (b, t, half), acc),
-                            2 => group::<2, LINES>(&w, s, *x, (b, t, half), acc),
-                            3 => group::<3, LINES>(&w, s, *x, (b, t, half), acc),
-                            _ => {}
-                        }
-                    }
-                }
+                prefetch::ahead(lines);
+                pass::<LINES>(&weights(lines, &scales[b], 0), b, x, low);
+                pass::<LINES>(&weights(lines, &scales[b], 1), b, x, high);
             }
         }
 
@@ -245,27 +263,30 @@ macro_rules! packed_256 {
         fn few<const T: usize, const LINES: usize>(
             panel: Panel<'_>,
             x: Tile<'_>,
-            acc: &mut [Sums],
+            acc: [&mut [Sums]; 2],
         ) {
             let (lines, _) = panel.quants.as_chunks::<LINE>();
             let (blocks, _) = lines.as_chunks::<LINES>();
-            let (all_scales, _) = panel.scales.as_chunks::<PANEL_ROWS>();
+            let (scales, _) = panel.scales.as_chunks::<PANEL_ROWS>();
+            // The tile has `T` rows, so its blocks are whole arrays.
+            let (a, _) = x.quants.as_chunks::<BLOCK>().0.as_chunks::<T>();
+            let (starts, _) = x.starts.as_chunks::<T>();
+            let (magics, _) = x.magics.as_chunks::<T>();
             let mut sums = [[_mm256_setzero_ps(); 2]; T];
             for (b, lines) in blocks.iter().enumerate() {
-                prefetch(lines);
-                prefetch(&all_scales[b]);
+                prefetch::ahead(lines);
+                prefetch::ahead(&scales[b]);
                 for half in 0..2 {
-                    let w = unpack(lines, half);
-                    let s = scales(&all_scales[b], half);
-                    let products = products::<T, LINES>(&w, x, b, 0);
+                    let w = weights(lines, &scales[b], half);
+                    let products = products::<T, LINES>(&w.quants, &a[b], &starts[b], &magics[b]);
                     for t in 0..T {
-                        sums[t][half] = _mm256_fmadd_ps(products[t], s, sums[t][half]);
+                        sums[t][half] = _mm256_fmadd_ps(products[t], w.scales, sums[t][half]);
                     }
                 }
             }
             for t in 0..T {
                 for half in 0..2 {
-                    store(&mut acc[t][half], sums[t][half]);
+                    store(&mut acc[half][t], sums[t][half]);
                 }
             }
         }
@@ -278,7 +299,7 @@ macro_rules! packed_256 {
             x: &Activations,
             mut y: ColsMut<'_>,
         ) {
-            let mut acc = [[[0.0; HALF]; 2]; TOKENS];
+            let (mut low, mut high) = ([[0.0; HALF]; TOKENS], [[0.0; HALF]; TOKENS]);
             for (column, p) in panels.enumerate().map(|(i, p)| (i * PANEL_ROWS, p)) {
                 let panel = w.panel(p);
                 for first in (0..x.tiles()).step_by(TOKENS / TILE) {
@@ -286,7 +307,7 @@ macro_rules! packed_256 {
                     let tiles: [Tile<'_>; TOKENS / TILE] =
                         std::array::from_fn(|i| x.tile(first + i.min(count - 1)));
                     let tokens = (x.rows() - first * TILE).min(TOKENS);
-                    let acc = &mut acc[..tokens];
+                    let acc = [&mut low[..tokens], &mut high[..tokens]];
                     match tokens {
                         1 => few::<1, LINES>(panel, tiles[0], acc),
                         2 => few::<2, LINES>(panel, tiles[0], acc),
@@ -294,10 +315,11 @@ macro_rules! packed_256 {
                         4 => few::<4, LINES>(panel, tiles[0], acc),
                         _ => many::<LINES>(panel, &tiles[..count], acc),
                     }
-                    for (t, sums) in acc.iter().enumerate() {
+                    for t in 0..tokens {
                         let y = &mut y.row(first * TILE + t)[column..];
-                        let cols = y.len().min(PANEL_ROWS);
-                        y[..cols].copy_from_slice(&sums.as_flattened()[..cols]);
+                        for (y, sums) in y.chunks_mut(HALF).zip([&low[t], &high[t]]) {
+                            y.copy_from_slice(&sums[..y.len()]);
+                        }
                     }
                 }
             }

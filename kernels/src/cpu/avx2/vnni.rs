@@ -7,6 +7,7 @@
 macro_rules! vnni {
     ($name:ident, $features:literal, $dot:ident) => {
         pub(in crate::cpu) mod $name {
+            use crate::cpu::avx2::packed::four;
             use phidias_quant::BLOCK;
             use std::arch::x86_64::*;
 
@@ -21,12 +22,12 @@ macro_rules! vnni {
             ) -> [__m256; T] {
                 let mut sums = [_mm256_setzero_si256(); T];
                 for t in 0..T {
-                    sums[t] = _mm256_set1_epi32(starts[t]);
+                    sums[t] = _mm256_set1_epi32(four(&starts[t]));
                 }
                 for g in 0..8 {
                     for t in 0..T {
                         let (fours, _) = a[t].as_chunks::<4>();
-                        let four = i32::from_le_bytes(fours[g].map(|v| v as u8));
+                        let four = four(fours[g].as_ptr().cast());
                         sums[t] = $dot(sums[t], w[g], _mm256_set1_epi32(four));
                     }
                 }

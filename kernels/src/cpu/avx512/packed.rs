@@ -13,12 +13,14 @@
 //!    to `TOKENS` tokens are multiplied with it, four at a time. Each broadcast is used twice.
 //! 4. The f32 sums of those tokens lie in L1 meanwhile (8 KiB); the store port has nothing else
 //!    to do.
-//! 5. Up to four tokens (decode) keep their sums in registers instead, and pages ahead are asked for.
+//! 5. Up to four tokens (decode) keep their sums in registers instead, one panel at a time, and what
+//!    lies ahead is asked for, see `prefetch.rs`.
 //! Work   64 multiply-adds a vpdpbusd
 //! Limit  many tokens: 8/9 of the vpdpbusd rate, 0.84 was measured; one: memory bandwidth
 //! Exact  integers exactly; f32 with one fused multiply-add a block, where scalar rounds twice
 //! ```
 
+use crate::cpu::prefetch;
 use crate::view::ColsMut;
 use phidias_quant::activations::{Activations, TILE, Tile};
 use phidias_quant::packed::{LINE, PANEL_ROWS, Panel};
@@ -27,14 +29,14 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 /// Tokens that pass a block of weights before the next one is unpacked.
-const TOKENS: usize = 4 * TILE;
+const TOKENS: usize = 128;
 /// Tokens of one inner loop: with two panels, eight independent sums.
 const GROUP: usize = 4;
-/// Distance of the prefetch, bytes.
-const AHEAD: usize = 4096;
 
-/// Sums of 16 rows.
-type Sums = [f32; PANEL_ROWS];
+/// Sums of 16 rows, on a line of the cache: a register that crosses two costs a tenth of the speed.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Sums([f32; PANEL_ROWS]);
 
 /// The quants of one block of a panel, four columns of 16 rows a register. `LINES` is 4 for
 /// nibbles, 8 for bytes.
@@ -64,33 +66,26 @@ fn scales(scales: &[f16; PANEL_ROWS]) -> __m512 {
     _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(scales.as_ptr().cast()) })
 }
 
-/// Asks for what lies [`AHEAD`] bytes further on. It may belong to the next panel, or to nothing
-/// at the end of the weights: a prefetch never faults.
-#[inline(always)]
-fn prefetch<T>(at: &T) {
-    let mut offset = 0;
-    while offset < size_of::<T>() {
-        let line = std::ptr::from_ref(at)
-            .cast::<i8>()
-            .wrapping_add(AHEAD + offset);
-        // SAFETY: SSE is part of x86-64, and the instruction reads nothing.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(line) };
-        offset += LINE;
-    }
-}
-
 #[target_feature(enable = "avx512f")]
 #[inline]
 fn load(sums: &Sums) -> __m512 {
-    // SAFETY: 16 floats; the load needs no alignment.
-    unsafe { _mm512_loadu_ps(sums.as_ptr()) }
+    // SAFETY: 16 floats, aligned by their type.
+    unsafe { _mm512_load_ps(sums.0.as_ptr()) }
 }
 
 #[target_feature(enable = "avx512f")]
 #[inline]
 fn store(sums: &mut Sums, v: __m512) {
-    // SAFETY: 16 floats; the store needs no alignment.
-    unsafe { _mm512_storeu_ps(sums.as_mut_ptr(), v) }
+    // SAFETY: 16 floats, aligned by their type.
+    unsafe { _mm512_store_ps(sums.0.as_mut_ptr(), v) }
+}
+
+/// Four bytes for a broadcast. Read through a pointer one by one, they become loads that broadcast by
+/// themselves; from an array the compiler would load several and shuffle.
+#[inline(always)]
+fn broadcast(four: *const i32) -> i32 {
+    // SAFETY: callers point at four bytes of a slice; the load needs no alignment.
+    unsafe { four.read_unaligned() }
 }
 
 /// One block of `P` panels, unpacked.
@@ -111,12 +106,12 @@ fn products<const T: usize, const P: usize>(
 ) -> [[__m512; P]; T] {
     let mut sums = [[_mm512_setzero_si512(); P]; T];
     for t in 0..T {
-        sums[t] = [_mm512_set1_epi32(starts[t]); P];
+        sums[t] = [_mm512_set1_epi32(broadcast(&starts[t])); P];
     }
     for g in 0..8 {
         for t in 0..T {
             let (fours, _) = a[t].as_chunks::<4>();
-            let four = _mm512_set1_epi32(i32::from_le_bytes(fours[g].map(|v| v as u8)));
+            let four = _mm512_set1_epi32(broadcast(fours[g].as_ptr().cast()));
             for p in 0..P {
                 sums[t][p] = _mm512_dpbusd_epi32(sums[t][p], w[p][g], four);
             }
@@ -124,7 +119,7 @@ fn products<const T: usize, const P: usize>(
     }
     let mut out = [[_mm512_setzero_ps(); P]; T];
     for t in 0..T {
-        let magic = _mm512_set1_ps(magics[t]);
+        let magic = _mm512_castsi512_ps(_mm512_set1_epi32(broadcast(magics[t..].as_ptr().cast())));
         for p in 0..P {
             out[t][p] = _mm512_sub_ps(_mm512_castsi512_ps(sums[t][p]), magic);
         }
@@ -154,19 +149,61 @@ fn tokens<const T: usize>(
 #[inline]
 fn group<const T: usize, const P: usize>(
     w: &Weights<P>,
-    x: Tile<'_>,
-    b: usize,
-    t: usize,
-    acc: &mut [[Sums; P]],
+    a: &[[i8; BLOCK]; T],
+    starts: &[i32; T],
+    magics: &[f32; T],
+    acc: &mut [[Sums; P]; T],
 ) {
-    let (a, starts, magics) = tokens::<T>(x, b, t);
     let products = products(&w.quants, a, starts, magics);
-    let acc: &mut [[Sums; P]; T] = acc[t..].first_chunk_mut().expect("sums of the tile");
     for t in 0..T {
         for p in 0..P {
             let sum = _mm512_fmadd_ps(products[t][p], w.scales[p], load(&acc[t][p]));
             store(&mut acc[t][p], sum);
         }
+    }
+}
+
+/// Block `b` with all tokens of some tiles.
+///
+/// A function of its own, so that the compiler has all registers for this loop.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+#[inline(never)]
+fn pass<const P: usize>(w: &Weights<P>, b: usize, x: &[Tile<'_>], acc: &mut [[Sums; P]]) {
+    let (whole, rest) = acc.as_chunks_mut::<TILE>();
+    let (whole_tiles, rest_tiles) = x.split_at(whole.len());
+    for (x, acc) in whole_tiles.iter().zip(whole) {
+        let a: &[[i8; BLOCK]; TILE] = &x.quants.as_chunks().0.as_chunks().0[b];
+        let starts: &[i32; TILE] = &x.starts.as_chunks().0[b];
+        let magics: &[f32; TILE] = &x.magics.as_chunks().0[b];
+        rows(w, a, starts, magics, acc);
+    }
+    for x in rest_tiles {
+        let at = b * x.rows..(b + 1) * x.rows;
+        let a = &x.quants.as_chunks().0[at.clone()];
+        rows(w, a, &x.starts[at.clone()], &x.magics[at], rest);
+    }
+}
+
+/// One block with some tokens, in groups.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+#[inline]
+fn rows<const P: usize>(
+    w: &Weights<P>,
+    a: &[[i8; BLOCK]],
+    starts: &[i32],
+    magics: &[f32],
+    acc: &mut [[Sums; P]],
+) {
+    let (a, a_rest) = a.as_chunks::<GROUP>();
+    let (starts, starts_rest) = starts.as_chunks::<GROUP>();
+    let (magics, magics_rest) = magics.as_chunks::<GROUP>();
+    let (acc, acc_rest) = acc.as_chunks_mut::<GROUP>();
+    for (((a, starts), magics), acc) in a.iter().zip(starts).zip(magics).zip(acc) {
+        group(w, a, starts, magics, acc);
+    }
+    let rest = (a_rest.iter().zip(starts_rest)).zip(magics_rest.iter().zip(acc_rest));
+    for ((a, start), (magic, acc)) in rest {
+        group(w, &[*a], &[*start], &[*magic], std::array::from_mut(acc));
     }
 }
 
@@ -193,8 +230,8 @@ impl<'a, const P: usize, const LINES: usize> Panels<'a, P, LINES> {
             scales: [_mm512_setzero_ps(); P],
         };
         for p in 0..P {
-            prefetch(&self.quants[p][b]);
-            prefetch(&self.scales[p][b]);
+            prefetch::ahead(&self.quants[p][b]);
+            prefetch::ahead(&self.scales[p][b]);
             w.quants[p] = unpack(&self.quants[p][b]);
             w.scales[p] = scales(&self.scales[p][b]);
         }
@@ -211,22 +248,10 @@ fn many<const P: usize, const LINES: usize>(
     x: &[Tile<'_>],
     acc: &mut [[Sums; P]],
 ) {
-    acc.as_flattened_mut().as_flattened_mut().fill(0.0);
+    acc.fill([Sums([0.0; PANEL_ROWS]); P]);
     for b in 0..blocks {
         let w = panels.block(b);
-        for (x, acc) in x.iter().zip(acc.chunks_mut(TILE)) {
-            let mut t = 0;
-            while t + GROUP <= x.rows {
-                group::<GROUP, P>(&w, *x, b, t, acc);
-                t += GROUP;
-            }
-            match x.rows - t {
-                1 => group::<1, P>(&w, *x, b, t, acc),
-                2 => group::<2, P>(&w, *x, b, t, acc),
-                3 => group::<3, P>(&w, *x, b, t, acc),
-                _ => {}
-            }
-        }
+        pass(&w, b, x, acc);
     }
 }
 
@@ -268,7 +293,7 @@ fn panels<const P: usize, const LINES: usize>(
     column: usize,
 ) {
     let panels = Panels::<P, LINES>::new(w, first);
-    let mut acc = [[[0.0; PANEL_ROWS]; P]; TOKENS];
+    let mut acc = [[Sums([0.0; PANEL_ROWS]); P]; TOKENS];
     for first in (0..x.tiles()).step_by(TOKENS / TILE) {
         let count = (x.tiles() - first).min(TOKENS / TILE);
         let tiles: [Tile<'_>; TOKENS / TILE] =
@@ -284,8 +309,9 @@ fn panels<const P: usize, const LINES: usize>(
         }
         for (t, sums) in acc.iter().enumerate() {
             let y = &mut y.row(first * TILE + t)[column..];
-            let cols = y.len().min(P * PANEL_ROWS);
-            y[..cols].copy_from_slice(&sums.as_flattened()[..cols]);
+            for (y, sums) in y.chunks_mut(PANEL_ROWS).zip(sums) {
+                y.copy_from_slice(&sums.0[..y.len()]);
+            }
         }
     }
 }
@@ -299,11 +325,12 @@ fn gemm<const LINES: usize>(
     mut y: ColsMut<'_>,
 ) {
     let mut p = range.start;
-    while p + 2 <= range.end {
+    // A few tokens are limited by memory, which likes one stream.
+    while x.rows() > GROUP && p + 2 <= range.end {
         panels::<2, LINES>(w, p, x, &mut y, (p - range.start) * PANEL_ROWS);
         p += 2;
     }
-    if p < range.end {
+    for p in p..range.end {
         panels::<1, LINES>(w, p, x, &mut y, (p - range.start) * PANEL_ROWS);
     }
 }

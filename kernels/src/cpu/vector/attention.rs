@@ -210,20 +210,32 @@ fn value_rows<L: Lanes, T: Load, const Q: usize, const C: usize, const D: usize>
     let start = visible.iter().map(|r| r.start).max().unwrap_or(0);
     let end = visible.iter().map(|r| r.end).min().unwrap_or(0);
     let common = start..end.max(start);
-    let alone = |sums: &mut [f32], part: fn(&Range<usize>, &Range<usize>) -> Range<usize>| {
-        for (q, seen) in visible.iter().enumerate() {
-            let scores = &scores[q * stride..][..stride];
-            let sums = &mut sums[q * width..][..width];
-            values::<L, T, 1, C, D>(block, scores, stride, part(seen, &common), sums, width);
-        }
-    };
     if Q == 1 || common.is_empty() {
-        alone(sums, |seen, _| seen.clone());
+        one_by_one::<L, T, C, D>(block, scores, stride, visible.iter().cloned(), sums, width);
         return;
     }
-    alone(sums, |seen, common| seen.start..common.start);
+    let before = visible.iter().map(|seen| seen.start..common.start);
+    let after = visible.iter().map(|seen| common.end..seen.end);
+    one_by_one::<L, T, C, D>(block, scores, stride, before, sums, width);
     values::<L, T, Q, C, D>(block, scores, stride, common.clone(), sums, width);
-    alone(sums, |seen, common| common.end..seen.end);
+    one_by_one::<L, T, C, D>(block, scores, stride, after, sums, width);
+}
+
+/// Adds to the sums of each query the values of its own keys.
+#[inline(always)]
+fn one_by_one<L: Lanes, T: Load, const C: usize, const D: usize>(
+    block: &Block<'_, T>,
+    scores: &[f32],
+    stride: usize,
+    seen: impl Iterator<Item = Range<usize>>,
+    sums: &mut [f32],
+    width: usize,
+) {
+    for (q, seen) in seen.enumerate() {
+        let scores = &scores[q * stride..][..stride];
+        let sums = &mut sums[q * width..][..width];
+        values::<L, T, 1, C, D>(block, scores, stride, seen, sums, width);
+    }
 }
 
 /// At most [`GROUP`] queries: scores, weights, values, and the merge into their state.
