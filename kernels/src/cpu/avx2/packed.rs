@@ -297,9 +297,27 @@ macro_rules! packed_256 {
             w: Packed<'_>,
             panels: Range<usize>,
             x: &Activations,
-            mut y: ColsMut<'_>,
+            y: ColsMut<'_>,
         ) {
-            let (mut low, mut high) = ([[0.0; HALF]; TOKENS], [[0.0; HALF]; TOKENS]);
+            // Room for the sums: little for few tokens, since it is set to zero each time.
+            if x.rows() <= GROUP {
+                let mut sums = [[[0.0; HALF]; GROUP]; 2];
+                gemm_in::<LINES, GROUP>(w, panels, x, y, &mut sums);
+            } else {
+                let mut sums = [[[0.0; HALF]; TOKENS]; 2];
+                gemm_in::<LINES, TOKENS>(w, panels, x, y, &mut sums);
+            }
+        }
+
+        #[target_feature(enable = $features)]
+        #[inline]
+        fn gemm_in<const LINES: usize, const ROOM: usize>(
+            w: Packed<'_>,
+            panels: Range<usize>,
+            x: &Activations,
+            mut y: ColsMut<'_>,
+            [low, high]: &mut [[Sums; ROOM]; 2],
+        ) {
             for (column, p) in panels.enumerate().map(|(i, p)| (i * PANEL_ROWS, p)) {
                 let panel = w.panel(p);
                 for first in (0..x.tiles()).step_by(TOKENS / TILE) {

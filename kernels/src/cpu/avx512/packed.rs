@@ -282,7 +282,8 @@ fn few<const T: usize, const P: usize, const LINES: usize>(
     }
 }
 
-/// `P` panels from panel `first` on, times all tokens; `column` is where their results begin.
+/// `P` panels from panel `first` on, times all tokens; `column` is where their results begin, `acc`
+/// room for the sums.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 #[inline]
 fn panels<const P: usize, const LINES: usize>(
@@ -291,15 +292,16 @@ fn panels<const P: usize, const LINES: usize>(
     x: &Activations,
     y: &mut ColsMut<'_>,
     column: usize,
+    acc: &mut [Sums],
 ) {
     let panels = Panels::<P, LINES>::new(w, first);
-    let mut acc = [[Sums([0.0; PANEL_ROWS]); P]; TOKENS];
+    let (all, _) = acc.as_chunks_mut::<P>();
     for first in (0..x.tiles()).step_by(TOKENS / TILE) {
         let count = (x.tiles() - first).min(TOKENS / TILE);
         let tiles: [Tile<'_>; TOKENS / TILE] =
             std::array::from_fn(|i| x.tile(first + i.min(count - 1)));
         let tokens = (x.rows() - first * TILE).min(TOKENS);
-        let acc = &mut acc[..tokens];
+        let acc = &mut all[..tokens];
         match tokens {
             1 => few::<1, P, LINES>(&panels, x.blocks(), tiles[0], acc),
             2 => few::<2, P, LINES>(&panels, x.blocks(), tiles[0], acc),
@@ -324,14 +326,23 @@ fn gemm<const LINES: usize>(
     x: &Activations,
     mut y: ColsMut<'_>,
 ) {
+    let column = |p: usize| (p - range.start) * PANEL_ROWS;
+    if x.rows() <= GROUP {
+        // Limited by memory, which likes one stream.
+        let mut acc = [Sums([0.0; PANEL_ROWS]); GROUP];
+        for p in range.clone() {
+            panels::<1, LINES>(w, p, x, &mut y, column(p), &mut acc);
+        }
+        return;
+    }
+    let mut acc = [Sums([0.0; PANEL_ROWS]); 2 * TOKENS];
     let mut p = range.start;
-    // A few tokens are limited by memory, which likes one stream.
-    while x.rows() > GROUP && p + 2 <= range.end {
-        panels::<2, LINES>(w, p, x, &mut y, (p - range.start) * PANEL_ROWS);
+    while p + 2 <= range.end {
+        panels::<2, LINES>(w, p, x, &mut y, column(p), &mut acc);
         p += 2;
     }
-    for p in p..range.end {
-        panels::<1, LINES>(w, p, x, &mut y, (p - range.start) * PANEL_ROWS);
+    if p < range.end {
+        panels::<1, LINES>(w, p, x, &mut y, column(p), &mut acc);
     }
 }
 
