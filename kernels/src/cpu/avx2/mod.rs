@@ -11,7 +11,7 @@ use std::ops::Range;
 
 mod lanes;
 pub(super) mod packed;
-mod vnni;
+pub(super) mod vnni;
 
 /// Its functions, for the tables that take some of them over.
 pub(super) const KERNELS: Kernels = Kernels {

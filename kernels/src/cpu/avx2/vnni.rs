@@ -2,7 +2,8 @@
 //! (2021), and Zen 5.
 //!
 //! The same source is compiled for the 256-bit form of AVX-512 VNNI, which differs in the encoding
-//! only: the tests run that one where a CPU has it and not the other.
+//! only: the AVX-512 table takes it for a few tokens, and the tests run it as a table of its own where a
+//! CPU has it and not the other.
 
 macro_rules! vnni {
     ($name:ident, $features:literal, $dot:ident) => {
@@ -45,7 +46,6 @@ macro_rules! vnni {
 }
 
 vnni!(avx_vnni, "avx2,fma,f16c,avxvnni", _mm256_dpbusd_avx_epi32);
-#[cfg(test)]
 vnni!(
     avx512_vnni,
     "avx2,fma,f16c,avx512vnni,avx512vl",

@@ -13,13 +13,16 @@
 //!    to `TOKENS` tokens are multiplied with it, four at a time. Each broadcast is used twice.
 //! 4. The f32 sums of those tokens lie in L1 meanwhile (8 KiB); the store port has nothing else
 //!    to do.
-//! 5. Up to four tokens (decode) keep their sums in registers instead, one panel at a time, and what
-//!    lies ahead is asked for, see `prefetch.rs`.
+//! 5. Up to four tokens (decode) go through 256-bit registers, as AVX-VNNI does it: the same sums in
+//!    the same order. Memory is the limit then, and 64-byte loads that run ahead of their data take the
+//!    places of the requests that `prefetch.rs` makes: one core read weights at 0.98 of plain reading
+//!    with 32-byte loads, at 0.89 with 64-byte ones.
 //! Work   64 multiply-adds a vpdpbusd
 //! Limit  many tokens: 8/9 of the vpdpbusd rate, 0.84 was measured; one: memory bandwidth
 //! Exact  integers exactly; f32 with one fused multiply-add a block, where scalar rounds twice
 //! ```
 
+use crate::cpu::avx2::vnni::avx512_vnni as halves;
 use crate::cpu::prefetch;
 use crate::view::ColsMut;
 use phidias_quant::activations::{Activations, TILE, Tile};
@@ -32,6 +35,8 @@ use std::ops::Range;
 const TOKENS: usize = 128;
 /// Tokens of one inner loop: with two panels, eight independent sums.
 const GROUP: usize = 4;
+/// Tokens that are too few to be limited by anything but memory.
+const FEW: usize = 4;
 
 /// Sums of 16 rows, on a line of the cache: a register that crosses two costs a tenth of the speed.
 #[derive(Clone, Copy)]
@@ -125,23 +130,6 @@ fn products<const T: usize, const P: usize>(
         }
     }
     out
-}
-
-/// `T` tokens of a tile from `t` on, at block `b`.
-#[inline(always)]
-fn tokens<const T: usize>(
-    x: Tile<'_>,
-    b: usize,
-    t: usize,
-) -> (&[[i8; BLOCK]; T], &[i32; T], &[f32; T]) {
-    let at = b * x.rows + t;
-    let (quants, _) = x.quants.as_chunks::<BLOCK>();
-    let inside = "tokens of the tile";
-    (
-        quants[at..].first_chunk().expect(inside),
-        x.starts[at..].first_chunk().expect(inside),
-        x.magics[at..].first_chunk().expect(inside),
-    )
 }
 
 /// One block with `T` tokens: their products are added to the sums in memory.
@@ -255,33 +243,6 @@ fn many<const P: usize, const LINES: usize>(
     }
 }
 
-/// Some panels times `T` tokens with the sums in registers.
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-#[inline]
-fn few<const T: usize, const P: usize, const LINES: usize>(
-    panels: &Panels<'_, P, LINES>,
-    blocks: usize,
-    x: Tile<'_>,
-    acc: &mut [[Sums; P]],
-) {
-    let mut sums = [[_mm512_setzero_ps(); P]; T];
-    for b in 0..blocks {
-        let w = panels.block(b);
-        let (a, starts, magics) = tokens::<T>(x, b, 0);
-        let products = products(&w.quants, a, starts, magics);
-        for t in 0..T {
-            for p in 0..P {
-                sums[t][p] = _mm512_fmadd_ps(products[t][p], w.scales[p], sums[t][p]);
-            }
-        }
-    }
-    for t in 0..T {
-        for p in 0..P {
-            store(&mut acc[t][p], sums[t][p]);
-        }
-    }
-}
-
 /// `P` panels from panel `first` on, times all tokens; `column` is where their results begin, `acc`
 /// room for the sums.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
@@ -302,13 +263,7 @@ fn panels<const P: usize, const LINES: usize>(
             std::array::from_fn(|i| x.tile(first + i.min(count - 1)));
         let tokens = (x.rows() - first * TILE).min(TOKENS);
         let acc = &mut all[..tokens];
-        match tokens {
-            1 => few::<1, P, LINES>(&panels, x.blocks(), tiles[0], acc),
-            2 => few::<2, P, LINES>(&panels, x.blocks(), tiles[0], acc),
-            3 => few::<3, P, LINES>(&panels, x.blocks(), tiles[0], acc),
-            4 => few::<4, P, LINES>(&panels, x.blocks(), tiles[0], acc),
-            _ => many(&panels, x.blocks(), &tiles[..count], acc),
-        }
+        many(&panels, x.blocks(), &tiles[..count], acc);
         for (t, sums) in acc.iter().enumerate() {
             let y = &mut y.row(first * TILE + t)[column..];
             for (y, sums) in y.chunks_mut(PANEL_ROWS).zip(sums) {
@@ -327,14 +282,6 @@ fn gemm<const LINES: usize>(
     mut y: ColsMut<'_>,
 ) {
     let column = |p: usize| (p - range.start) * PANEL_ROWS;
-    if x.rows() <= GROUP {
-        // Limited by memory, which likes one stream.
-        let mut acc = [Sums([0.0; PANEL_ROWS]); GROUP];
-        for p in range.clone() {
-            panels::<1, LINES>(w, p, x, &mut y, column(p), &mut acc);
-        }
-        return;
-    }
     let mut acc = [Sums([0.0; PANEL_ROWS]); 2 * TOKENS];
     let mut p = range.start;
     while p + 2 <= range.end {
@@ -346,12 +293,18 @@ fn gemm<const LINES: usize>(
     }
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 pub(super) fn gemm_q4(w: Packed<'_>, panels: Range<usize>, x: &Activations, y: ColsMut<'_>) {
-    gemm::<4>(w, panels, x, y);
+    match x.rows() {
+        ..=FEW => halves::gemm_q4(w, panels, x, y),
+        _ => gemm::<4>(w, panels, x, y),
+    }
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 pub(super) fn gemm_q8(w: Packed<'_>, panels: Range<usize>, x: &Activations, y: ColsMut<'_>) {
-    gemm::<8>(w, panels, x, y);
+    match x.rows() {
+        ..=FEW => halves::gemm_q8(w, panels, x, y),
+        _ => gemm::<8>(w, panels, x, y),
+    }
 }
