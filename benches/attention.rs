@@ -1,0 +1,24 @@
+//! Attention: a prompt of 512 tokens, and one token at depth 4096, on an f16 and on an int8 cache.
+
+mod common;
+
+use criterion::{Criterion, criterion_group, criterion_main};
+use phidias::bench::operations::Operation;
+use phidias::engine::kv_cache::KvType;
+
+/// Tables round the same sums in the same order, with and without fused multiply-add, and compute the
+/// exponentials differently: a score of 96 products is off by at most 97 roundings of 2^-24 times 30
+/// or so, and a weight by as much relatively.
+const TOLERANCE: f32 = 4e-4;
+
+fn attention(c: &mut Criterion) {
+    for (first, tokens) in [(0, 512), (4096, 1)] {
+        for kv in [KvType::F16, KvType::Int8] {
+            let operation = Operation::Attention { kv, first, tokens };
+            common::bench(c, &operation, &[tokens], TOLERANCE);
+        }
+    }
+}
+
+criterion_group!(benches, attention);
+criterion_main!(benches);
