@@ -76,7 +76,9 @@ pub fn text_ids(model: &Model, text: &str) -> Result<Vec<u32>, Error> {
 
 /// Begins anew with `ids[..start]` and computes the passes in which a model says exactly
 /// `ids[start..]`, with at most `lookup` tokens proposed for each. Nothing is sampled; the passes are
-/// those of an answer as long as the sequence stays on one side of LongRoPE's original length.
+/// those of an answer as long as the sequence stays on one side of LongRoPE's original length. Before
+/// each pass `told` hears how many of `ids` are certain; its time does not count. Afterwards the
+/// session holds all of `ids` but the last.
 /// # Errors
 /// What the session reports.
 /// # Panics
@@ -86,18 +88,23 @@ pub fn text_rate(
     ids: &[u32],
     start: usize,
     lookup: usize,
+    mut told: impl FnMut(usize),
 ) -> Result<LookupRate, Error> {
     session.truncate(0);
     session.extend(&ids[..start])?;
+    let mut elsewhere = Duration::ZERO;
     let begin = Instant::now();
     let stats = LookupStats::of_passes(ids, start, lookup, |at, tokens| {
+        let pause = Instant::now();
+        told(at);
+        elsewhere += pause.elapsed();
         session.truncate(at);
         session.extend_all(tokens, |_, _| {})
     })?;
     Ok(LookupRate {
         stats,
         tokens: ids.len() - start,
-        decode: begin.elapsed(),
+        decode: begin.elapsed().saturating_sub(elsewhere),
     })
 }
 

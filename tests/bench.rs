@@ -3,7 +3,10 @@
 //! Everything runs on the built-in demonstration model with limits that were measured in no time.
 #![cfg(feature = "fable")]
 
-use serde_json::Value;
+mod common;
+
+use serde_json::{Value, json};
+use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -211,6 +214,144 @@ fn depths_beyond_the_original_length_are_measured_without_computing_the_cache_ag
 }
 
 #[test]
+fn lookup_on_a_text_that_repeats_itself_and_on_one_that_does_not() {
+    let records = json_lines(&[
+        "--lookup",
+        "4,0,31",
+        "-r",
+        "2",
+        "--threads",
+        "1,2",
+        "--kv",
+        "f32",
+    ]);
+    let rows: Vec<_> = (records.iter())
+        .map(|r| {
+            let integer = |key: &str| r[key].as_u64().unwrap();
+            (
+                integer("threads"),
+                r["text"].as_str().unwrap(),
+                integer("lookup"),
+            )
+        })
+        .collect();
+    // Without lookup first, once, whether it is asked for or not.
+    let one = |threads, text| [0, 4, 31].map(|n| (threads, text, n));
+    assert_eq!(
+        rows,
+        [
+            one(1, "refrain"),
+            one(1, "plain"),
+            one(2, "refrain"),
+            one(2, "plain")
+        ]
+        .concat()
+    );
+    for (i, r) in records.iter().enumerate() {
+        assert_eq!((&r["kind"], &r["kv"]), (&json!("lookup"), &json!("f32")));
+        let [min, median, max] = ["min", "median", "max"].map(|k| number(&r["tok_s"], k));
+        assert!(0.0 < min && min <= median && median <= max);
+        assert_eq!(r["samples"].as_array().unwrap().len(), 2);
+        let none = &records[i / 3 * 3];
+        near(
+            number(r, "speedup"),
+            median / number(&none["tok_s"], "median"),
+        );
+        let [passes, proposed, accepted] =
+            ["passes", "proposed", "accepted"].map(|k| r[k].as_u64().unwrap());
+        assert!(accepted <= proposed);
+        assert_eq!(passes + accepted, r["tokens"].as_u64().unwrap());
+        assert_eq!(r["tokens"], none["tokens"]);
+        near(
+            number(r, "tokens_per_pass"),
+            (passes + accepted) as f64 / passes as f64,
+        );
+        assert!(number(r, "tokens_per_pass") >= 1.0);
+        if i % 3 == 0 {
+            assert_eq!((proposed, number(r, "tokens_per_pass")), (0, 1.0));
+            assert_eq!(number(r, "speedup"), 1.0);
+        }
+        // What is counted does not depend on the threads.
+        for key in ["passes", "proposed", "accepted"] {
+            assert_eq!(r[key], records[i % 6][key]);
+        }
+    }
+    let given = |row: usize| number(&records[row], "tokens_per_pass");
+    for (refrain, plain) in [(1, 4), (2, 5)] {
+        assert!(given(refrain) > 1.5 && given(plain) < 1.1, "{records:?}");
+    }
+    assert!(given(2) > given(1), "{records:?}");
+}
+
+#[test]
+fn lookup_has_a_table_after_that_of_the_tests() {
+    let (code, out, err) = run(&["-n", "2", "--lookup", "4", "-r", "1", "--rough-peaks"]);
+    assert_eq!(code, Some(0), "{err}");
+    let lines: Vec<_> = out.lines().collect();
+    assert_eq!(lines.len(), 3 + 1 + 6, "{out}");
+    assert!(lines[2].contains("tg2"), "{out}");
+    assert_eq!(lines[3], "");
+    assert!(lines[4].contains("tokens a pass") && lines[4].contains("speedup"));
+    for (line, text) in lines[6..]
+        .iter()
+        .zip(["refrain", "refrain", "plain", "plain"])
+    {
+        assert!(line.contains(text), "{out}");
+    }
+    let named = |text: &str| err.lines().filter(|l| l.contains(text)).count();
+    assert_eq!((named("'refrain'"), named("'plain'")), (1, 1), "{err}");
+    // Alone: no other tests, and no limits to measure.
+    let (code, out, err) = run(&["--lookup", "0", "-r", "1"]);
+    assert_eq!(code, Some(0), "{err}");
+    assert_eq!(out.lines().count(), 4, "{out}");
+    assert!(!out.contains("GB/s") && !err.contains("limits"));
+}
+
+#[test]
+fn a_model_that_cannot_say_the_texts_is_one_error() {
+    let target = tempfile::tempdir().unwrap();
+    let model = |name: &str, change: &[(&str, Value)], tokenizer: bool| {
+        let folder = target.path().join(name);
+        let mut config = common::config();
+        for (field, value) in change {
+            config[*field] = value.clone();
+        }
+        common::write_model(&folder, &config, &common::weights(&config, "F32", 1));
+        if tokenizer {
+            let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/fable/tokenizer.json");
+            fs::copy(own, folder.join("tokenizer.json")).unwrap();
+        }
+        folder.to_str().unwrap().to_owned()
+    };
+    let vocab = ("vocab_size", json!(4096));
+    let dumb = model("dumb", &[], false);
+    let narrow = model("narrow", std::slice::from_ref(&vocab), true);
+    let long = [
+        vocab,
+        ("max_position_embeddings", json!(1024)),
+        ("original_max_position_embeddings", json!(64)),
+        (
+            "rope_scaling",
+            json!({ "type": "longrope", "short_factor": ([1.0; 4]), "long_factor": ([2.0; 4]) }),
+        ),
+    ];
+    let long = model("long", &long, true);
+    for (folder, words) in [
+        (dumb, "the folder has no tokenizer.json, and lookup"),
+        (narrow, "tokens, the model 128 positions"),
+        (long, "outgrows the model's original length of 64"),
+    ] {
+        // Before any test is run.
+        let (code, out, err) = run(&[&folder, "--lookup", "4", "-n", "3", "-q"]);
+        assert_eq!((code, out.as_str()), (Some(1), ""), "{err}");
+        assert!(
+            err.contains(words) && err.lines().count() == 1,
+            "expected '{words}' in\n{err}"
+        );
+    }
+}
+
+#[test]
 fn bad_usage_is_one_error_each() {
     let cases: &[(i32, &[&str], &str)] = &[
         (2, &["-p", "0"], "expected 1 to"),
@@ -233,6 +374,12 @@ fn bad_usage_is_one_error_each() {
             "cannot be used with",
         ),
         (2, &["--peaks", "-p", "3"], "cannot be used with"),
+        (2, &["--lookup", "32"], "expected 0 to 31"),
+        (2, &["--lookup", "4,,8"], "expected 0 to 31"),
+        (2, &["--lookup", "x"], "expected 0 to 31"),
+        (2, &["--peaks", "--lookup", "4"], "cannot be used with"),
+        (2, &["--kernels", "--lookup", "4"], "cannot be used with"),
+        (1, &["--lookup", "4", "-d", "20"], "--lookup has no depth"),
         (2, &["--plot", "roof.svg"], "--kernels"),
         (2, &["--kernels", "--peaks"], "cannot be used with"),
         (2, &["--kernels", "-n", "3"], "cannot be used with"),

@@ -357,7 +357,8 @@ mod fable {
         for lookup in [2, 4, 8, 16] {
             let [refrain, plain] = SAMPLES.map(|sample| {
                 let ids = text_ids(&model, sample.text).unwrap();
-                let said = text_rate(&mut session, &ids, 1, lookup).unwrap();
+                let said = text_rate(&mut session, &ids, 1, lookup, |_| {}).unwrap();
+                assert_eq!(session.ids(), &ids[..ids.len() - 1]);
                 assert_eq!(said.stats, LookupStats::of_text(&ids, 1, lookup));
                 assert_eq!(said.tokens, ids.len() - 1);
                 let own = lookup_rate(&mut session, &ids, 128, lookup).unwrap();

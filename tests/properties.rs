@@ -113,6 +113,33 @@ fn chunks_threads_and_context_do_not_change_a_bit() {
     }
 }
 
+/// The threads of a forward pass wait for each other many times a layer; where some of them have no
+/// core of their own, the scheduler decides which comes first. It must not show.
+#[test]
+fn more_threads_than_cores_do_not_change_a_bit() {
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let mut counts = vec![4, 7];
+    if cores >= 7 {
+        counts.push(cores + 3);
+    }
+    for (name, model) in every_model() {
+        const PROMPT: usize = 21;
+        let ids = prompt(&model, PROMPT + 4, 21);
+        let base = all_logits(&model, run(512, 1, ids.len()), &ids);
+        for &threads in &counts {
+            let what = format!("{name}, {threads} threads on {cores} cores");
+            let mut session = session(&model, run(16, threads, ids.len()));
+            let mut got = Vec::new();
+            let keep = |_: usize, row: &[f32]| got.push(row.to_vec());
+            session.extend_all(&ids[..PROMPT], keep).unwrap();
+            for i in PROMPT..ids.len() {
+                got.push(session.extend(&ids[i..=i]).unwrap().to_vec());
+            }
+            assert_same(&got, &base, &what);
+        }
+    }
+}
+
 #[test]
 fn prefill_is_decoding_one_by_one() {
     for (name, model) in every_model() {

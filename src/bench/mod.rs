@@ -2,16 +2,19 @@
 //!
 //! [`account`] counts what a token must read and compute, [`model`] times it, and
 //! [`phidias_engine::peaks`] says what the machine could do at best, measured in the same run.
-//! [`kernels`] times the [`operations`] of a forward pass alone, [`roofline`] draws them.
+//! [`kernels`] times the [`operations`] of a forward pass alone, [`roofline`] draws them. [`lookup`]
+//! times whole texts, with guesses and without.
 
 pub mod account;
 pub mod kernels;
+pub mod lookup;
 pub mod model;
 pub mod operations;
 pub mod roofline;
 
 pub use account::{Account, Work};
 pub use kernels::{KernelBench, KernelRecord};
+pub use lookup::{LookupBench, LookupError, LookupRecord};
 pub use model::{ModelBench, Record, Test, TestError};
 pub use phidias_engine::peaks::{Peak, PeakError, PeakOptions, Peaks, Spread};
 
@@ -37,6 +40,9 @@ pub enum BenchError {
     /// A test that this model cannot run.
     #[error(transparent)]
     Test(#[from] TestError),
+    /// A text that this model cannot say, or said otherwise.
+    #[error(transparent)]
+    Lookup(#[from] LookupError),
     /// What the model reports.
     #[error(transparent)]
     Model(#[from] phidias_models::Error),

@@ -301,7 +301,7 @@ pub struct Bench {
     /// What the KV cache stores: f32, f16, bf16 or int8 [default: f16; f32 with --format f32]
     #[arg(long, value_name = "TYPE", value_parser = kv_type, conflicts_with_all = ["peaks", "kernels"])]
     pub kv: Option<KvType>,
-    /// Prefill: tokens of a prompt, computed together [default, without -p and -n: -p 512 -n 128]
+    /// Prefill: tokens of a prompt, computed together [default, without -p, -n and --lookup: -p 512 -n 128]
     #[arg(short, long = "prompt-tokens", value_name = "N", value_delimiter = ',', value_parser = count, conflicts_with_all = ["peaks", "kernels"])]
     pub prompt: Vec<usize>,
     /// Decode: tokens one after the other
@@ -313,6 +313,10 @@ pub struct Bench {
     /// Repetitions, after a warm-up
     #[arg(short, long = "reps", value_name = "REPS", value_parser = repetitions, default_value = "3", conflicts_with_all = ["peaks", "kernels"])]
     pub repetitions: usize,
+    /// Prompt lookup, at most N tokens guessed for a pass: tokens a pass and a second on a text that
+    /// repeats itself and on one that does not, against none; after the tests of -p and -n, or alone
+    #[arg(long, value_name = "N", value_delimiter = ',', value_parser = lookup, conflicts_with_all = ["peaks", "kernels"])]
+    pub lookup: Vec<usize>,
     /// Numbers of threads, each measured [default: physical cores, within the affinity mask and the
     /// cgroup's quota; with --peaks also 1]
     #[arg(long, value_name = "N", value_delimiter = ',', value_parser = threads)]

@@ -7,8 +7,8 @@ use super::open::{Origin, Setup, cache_folder, open_source};
 use anyhow::{Context, Result, anyhow, bail};
 use phidias::bench::model::{Around, Kind};
 use phidias::bench::{
-    BenchError, KernelBench, KernelRecord, ModelBench, Peak, PeakOptions, Peaks, Progress, Record,
-    Test, roofline,
+    BenchError, KernelBench, KernelRecord, LookupBench, LookupRecord, ModelBench, Peak,
+    PeakOptions, Peaks, Progress, Record, Spread, Test, roofline,
 };
 use phidias::engine::PACKED_VERSION;
 use phidias::engine::kernels::cpu::peak::Number;
@@ -17,11 +17,13 @@ use phidias::engine::memory::Size;
 use phidias::engine::peaks::best;
 use phidias::engine::pool::Pool;
 use phidias::models::synth::{Preset, SynthOptions, synthesize};
+use phidias::models::text::Tokenizer;
 use phidias::models::{Config, Error};
 use phidias::{Model, WeightFormat};
+use serde::Serialize;
 use serde_json::json;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Measures a model, or the machine.
@@ -49,21 +51,40 @@ fn told_by(steps: &Arc<Steps>) -> Progress {
 // ---- a model -------------------------------------------------------------------------------------
 
 fn model(args: &Bench, setup: &Setup, machine: &Machine, peaks: PeakOptions) -> Result<()> {
+    let threads = match args.threads.as_slice() {
+        [] => vec![machine.threads()],
+        asked => asked.to_vec(),
+    };
     let mut bench = ModelBench {
         name: String::new(),
-        tests: tests(args),
+        tests: tests(args)?,
         repetitions: args.repetitions,
-        threads: match args.threads.as_slice() {
-            [] => vec![machine.threads()],
-            asked => asked.to_vec(),
-        },
+        threads: threads.clone(),
         kv_type: args.kv,
         kernels: setup.kernels,
         peaks,
         cancel: setup.cancel.clone(),
     };
-    let (name, model) = open(args, setup, &|config| bench.check(config))?;
-    bench.name = name;
+    let mut lookup = LookupBench {
+        name: String::new(),
+        lookups: args.lookup.clone(),
+        repetitions: args.repetitions,
+        threads,
+        kv_type: args.kv,
+        kernels: setup.kernels,
+        cancel: setup.cancel.clone(),
+    };
+    let (name, model) = open(args, setup, |config, folder| {
+        bench.check(config)?;
+        match folder {
+            Some(folder) if !args.lookup.is_empty() => {
+                let tokenizer = Tokenizer::open(folder).map_err(Error::from)?;
+                lookup.check(config, tokenizer.as_ref(), folder)
+            }
+            _ => Ok(()),
+        }
+    })?;
+    (bench.name, lookup.name) = (name.clone(), name);
     if let Some(cache) = machine.last_cache.filter(|c| *c > model.weight_bytes() / 2) {
         setup.console.note(format_args!(
             "the weights ({}) are no larger than twice the last cache ({}): decode is not limited by memory, and its share of the bandwidth says little",
@@ -73,24 +94,29 @@ fn model(args: &Bench, setup: &Setup, machine: &Machine, peaks: PeakOptions) -> 
     }
     let steps = Arc::new(setup.console.steps());
     let mut table = Table::default();
-    bench.run(&model, &told_by(&steps), |record| {
-        steps.suspend(|| {
-            let mut out = io::stdout().lock();
-            if args.json {
-                writeln!(out, "{}", serde_json::to_string(&record)?)?;
-            } else {
-                table.row(&mut out, &record)?;
-            }
-            anyhow::Ok(())
-        })
-    })
+    if !bench.tests.is_empty() {
+        bench.run(&model, &told_by(&steps), |record| {
+            steps.suspend(|| table.record(args, &record, &cells(&record)))
+        })?;
+    }
+    if !args.lookup.is_empty() {
+        table.end(args)?;
+        lookup.run(&model, &told_by(&steps), |record| {
+            steps.suspend(|| table.record(args, &record, &lookup_cells(&record)))
+        })?;
+    }
+    Ok(())
 }
 
-/// For each depth: the prompts, then the answers.
-fn tests(args: &Bench) -> Vec<Test> {
+/// For each depth: the prompts, then the answers. None when only lookup is asked for.
+fn tests(args: &Bench) -> Result<Vec<Test>> {
     let (mut prompt, mut new) = (args.prompt.clone(), args.new.clone());
     if prompt.is_empty() && new.is_empty() {
-        (prompt, new) = (vec![512], vec![128]);
+        if args.lookup.is_empty() {
+            (prompt, new) = (vec![512], vec![128]);
+        } else if args.depth != [0] {
+            bail!("-d: --lookup has no depth; add tests that have one (-p, -n)");
+        }
     }
     let mut tests = Vec::new();
     for &depth in &args.depth {
@@ -102,25 +128,29 @@ fn tests(args: &Bench) -> Vec<Test> {
             }));
         }
     }
-    tests
+    Ok(tests)
 }
 
-/// The model and its name in the records. Its configuration is checked before anything is written,
-/// quantized or measured.
+/// The model and its name in the records. Its configuration, and its folder where one is given, are
+/// checked before anything is written, quantized or measured.
 fn open(
     args: &Bench,
     setup: &Setup,
-    check: &dyn Fn(&Config) -> Result<(), phidias::bench::TestError>,
+    check: impl Fn(&Config, Option<&Path>) -> Result<(), BenchError>,
 ) -> Result<(String, Arc<Model>)> {
     let Some(preset) = &args.synth else {
         let origin = setup.locate(args.model.as_deref())?;
-        check(&open_source(&origin)?.config)?;
+        let folder = match &origin {
+            Origin::Folder(folder) => Some(folder.as_path()),
+            Origin::BuiltIn => None,
+        };
+        check(&open_source(&origin)?.config, folder)?;
         let model = setup.open(&origin, args.format)?;
         let name = args.model.as_deref().unwrap_or("fable (built in)");
         return Ok((name.to_owned(), model));
     };
     let preset: Preset = preset.parse()?;
-    check(&preset.configuration(args.layers)?)?;
+    check(&preset.configuration(args.layers)?, None)?;
     let format = args.format.unwrap_or(WeightFormat::Q4);
     let folder = synthetic(setup, preset, args.layers, format)?;
     let model = setup.open(&Origin::Folder(folder), Some(format))?;
@@ -173,67 +203,104 @@ fn synthetic(
     Ok(folder)
 }
 
-/// The table, row by row; the columns are wide enough for what usually stands in them.
+/// A table, row by row; the columns are wide enough for what usually stands in them.
 #[derive(Default)]
 struct Table {
     begun: bool,
 }
 
+/// Head, width, text.
+type Cell = (&'static str, usize, String);
+
 impl Table {
-    fn row(&mut self, out: &mut impl Write, r: &Record) -> Result<()> {
-        let test = Test {
-            kind: r.kind,
-            tokens: r.tokens,
-            depth: r.depth,
-        };
-        let speed = |v: f64| format!("{v:.*}", if v < 100.0 { 2 } else { 1 });
-        let limit = match r.kind {
-            Kind::Prefill => r.peak_number.to_string(),
-            Kind::Decode => "read".to_owned(),
-        };
-        let cells = [
-            ("model", r.model.clone()),
-            ("format", r.format.to_owned()),
-            ("kv", r.kv.to_owned()),
-            ("isa", r.isa.to_owned()),
-            ("threads", r.threads.to_string()),
-            ("test", test.to_string()),
-            (
-                "tok/s median (min-max)",
-                format!(
-                    "{} ({}-{})",
-                    speed(r.tok_s.median),
-                    speed(r.tok_s.min),
-                    speed(r.tok_s.max)
-                ),
-            ),
-            ("GB/s", format!("{:.1}", r.gb_s)),
-            ("Gop/s", format!("{:.1}", r.gop_s)),
-            (
-                "share of peak",
-                format!("{:.1} % of {limit}", 100.0 * r.share_of_peak),
-            ),
-            (
-                "peaks GB/s, Gop/s",
-                format!("{}, {:.0}", bandwidth(&r.peaks), r.peak_gop_s),
-            ),
-            ("bound", r.bound.to_string()),
-        ];
-        // All rows have the same model.
-        let name = r.model.chars().count().max("model".len());
-        let widths = [name, 6, 4, 6, 7, 14, 22, 6, 6, 15, 17, 6];
+    /// Writes a row, or the whole record as JSON.
+    fn record(&mut self, args: &Bench, record: &impl Serialize, cells: &[Cell]) -> Result<()> {
+        let mut out = io::stdout().lock();
+        if args.json {
+            writeln!(out, "{}", serde_json::to_string(record)?)?;
+            return Ok(());
+        }
         if !self.begun {
             self.begun = true;
-            write_row(out, cells.iter().zip(widths).map(|((h, _), w)| (*h, w)))?;
-            let lines = widths.map(|w| "-".repeat(w));
-            write_row(out, lines.iter().map(|l| (l.as_str(), l.len())))?;
+            write_row(&mut out, cells.iter().map(|(head, w, _)| (*head, *w)))?;
+            let lines: Vec<_> = cells.iter().map(|(_, w, _)| "-".repeat(*w)).collect();
+            write_row(&mut out, lines.iter().map(|l| (l.as_str(), l.len())))?;
         }
         write_row(
-            out,
-            cells.iter().zip(widths).map(|((_, c), w)| (c.as_str(), w)),
+            &mut out,
+            cells.iter().map(|(_, w, text)| (text.as_str(), *w)),
         )?;
         Ok(())
     }
+
+    /// The next row begins another table.
+    fn end(&mut self, args: &Bench) -> Result<()> {
+        if std::mem::take(&mut self.begun) && !args.json {
+            writeln!(io::stdout())?;
+        }
+        Ok(())
+    }
+}
+
+/// All rows have the same model.
+fn model_cell(name: &str) -> Cell {
+    let width = name.chars().count().max("model".len());
+    ("model", width, name.to_owned())
+}
+
+fn speed_cell(rate: Spread) -> Cell {
+    let speed = |v: f64| format!("{v:.*}", if v < 100.0 { 2 } else { 1 });
+    let [median, min, max] = [rate.median, rate.min, rate.max].map(speed);
+    (
+        "tok/s median (min-max)",
+        22,
+        format!("{median} ({min}-{max})"),
+    )
+}
+
+fn cells(r: &Record) -> [Cell; 12] {
+    let test = Test {
+        kind: r.kind,
+        tokens: r.tokens,
+        depth: r.depth,
+    };
+    let limit = match r.kind {
+        Kind::Prefill => r.peak_number.to_string(),
+        Kind::Decode => "read".to_owned(),
+    };
+    let share = format!("{:.1} % of {limit}", 100.0 * r.share_of_peak);
+    let peaks = format!("{}, {:.0}", bandwidth(&r.peaks), r.peak_gop_s);
+    [
+        model_cell(&r.model),
+        ("format", 6, r.format.to_owned()),
+        ("kv", 4, r.kv.to_owned()),
+        ("isa", 6, r.isa.to_owned()),
+        ("threads", 7, r.threads.to_string()),
+        ("test", 14, test.to_string()),
+        speed_cell(r.tok_s),
+        ("GB/s", 6, format!("{:.1}", r.gb_s)),
+        ("Gop/s", 6, format!("{:.1}", r.gop_s)),
+        ("share of peak", 15, share),
+        ("peaks GB/s, Gop/s", 17, peaks),
+        ("bound", 6, r.bound.to_string()),
+    ]
+}
+
+fn lookup_cells(r: &LookupRecord) -> [Cell; 11] {
+    let guesses = format!("{} of {}", r.accepted, r.proposed);
+    [
+        model_cell(&r.model),
+        ("format", 6, r.format.to_owned()),
+        ("kv", 4, r.kv.to_owned()),
+        ("isa", 6, r.isa.to_owned()),
+        ("threads", 7, r.threads.to_string()),
+        ("text", 7, r.text.to_owned()),
+        ("lookup", 6, r.lookup.to_string()),
+        ("tokens a pass", 13, format!("{:.2}", r.tokens_per_pass)),
+        ("guesses right", 13, guesses),
+        speed_cell(r.tok_s),
+        ("speedup", 7, format!("{:.2}", r.speedup)),
+    ]
 }
 
 /// The read bandwidth, or where it was before and after when it moved by more than a tenth.
