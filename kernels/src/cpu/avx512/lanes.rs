@@ -114,7 +114,7 @@ impl Lanes for Zmm {
                 _mm256_extractf128_ps::<1>(eight),
             );
             let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-            _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+            _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
         })
     }
     #[inline(always)]

@@ -40,7 +40,13 @@ fn tile<L: Lanes, T: Load, const R: usize, const N: usize>(
             }
         }
     }
-    acc.map(|row| row.map(|acc| acc.sum()))
+    let mut sums = [[0.0; N]; R];
+    for r in 0..R {
+        for t in 0..N {
+            sums[r][t] = acc[r][t].sum();
+        }
+    }
+    sums
 }
 
 /// `R` rows from `first` on times all tokens, `N` at a time.

@@ -1,5 +1,6 @@
 //! Quantization of activations; the definition is [`phidias_quant::activations::quantize`], and the
-//! bytes are the same.
+//! bytes are the same. (No `map` over arrays of lanes here or beside: the library's is not always inlined,
+//! and what is not inlined is compiled without the features.)
 
 use super::{LANES, Lanes, padded};
 use phidias_quant::BLOCK;
@@ -9,7 +10,7 @@ use phidias_quant::activations::{MAGIC, TileMut, step};
 fn block<L: Lanes>(values: &[f32; BLOCK], zero: i32, quants: &mut [i8; BLOCK]) -> (i32, f32) {
     let (halves, _) = values.as_chunks::<LANES>();
     let x = [L::load(&halves[0]), L::load(&halves[1])];
-    let magnitude = x.map(|x| x.abs());
+    let magnitude = [x[0].abs(), x[1].abs()];
     // A sum with a NaN is one, and magnitudes do not cancel; a maximum may pass over it.
     let sum = magnitude[0].add(magnitude[1]).sum();
     let scale = if sum.is_nan() {
@@ -24,7 +25,10 @@ fn block<L: Lanes>(values: &[f32; BLOCK], zero: i32, quants: &mut [i8; BLOCK]) -
     }
     let inverse = L::splat(1.0 / scale);
     let round = L::splat(MAGIC);
-    let q = x.map(|x| x.mul(inverse).add(round).sub(round));
+    let q = [
+        x[0].mul(inverse).add(round).sub(round),
+        x[1].mul(inverse).add(round).sub(round),
+    ];
     let (halves, _) = quants.as_chunks_mut::<LANES>();
     q[0].store_i8(&mut halves[0]);
     q[1].store_i8(&mut halves[1]);
