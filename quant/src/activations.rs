@@ -143,6 +143,19 @@ impl Activations {
         }
     }
 
+    /// `N` tiles at a time: where each group's rows begin, its tiles, how many they are (only the last
+    /// group has fewer; its last tile stands in for those missing) and how many rows they have.
+    pub fn tile_groups<const N: usize>(
+        &self,
+    ) -> impl Iterator<Item = (usize, [Tile<'_>; N], usize, usize)> {
+        (0..self.tiles()).step_by(N).map(|first| {
+            let count = (self.tiles() - first).min(N);
+            let tiles = std::array::from_fn(|i| self.tile(first + i.min(count - 1)));
+            let rows = (self.rows - first * TILE).min(N * TILE);
+            (first * TILE, tiles, count, rows)
+        })
+    }
+
     /// The tiles one after the other, each to be filled by [`quantize`] or a faster twin of it.
     pub fn tiles_mut(&mut self) -> impl Iterator<Item = TileMut<'_>> {
         let blocks = self.rows * self.blocks;

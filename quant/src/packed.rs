@@ -211,6 +211,17 @@ pub struct Panel<'a> {
     pub quants: &'a [u8],
 }
 
+impl<'a> Panel<'a> {
+    /// Its blocks: quants and scales. `LINES` is 4 for q4, 8 for q8.
+    #[must_use]
+    pub fn blocks<const LINES: usize>(
+        &self,
+    ) -> (&'a [[[u8; LINE]; LINES]], &'a [[f16; PANEL_ROWS]]) {
+        let (lines, _) = self.quants.as_chunks();
+        (lines.as_chunks().0, self.scales.as_chunks().0)
+    }
+}
+
 impl<'a> Packed<'a> {
     /// A view of `bytes` as a matrix of that layout.
     /// # Errors

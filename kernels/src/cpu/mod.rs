@@ -15,6 +15,8 @@ mod gemm;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod norm;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod packed;
 pub mod peak;
 #[cfg(target_arch = "x86_64")]
 mod prefetch;

@@ -44,6 +44,19 @@ fn power(n: __m256) -> __m256 {
     )))
 }
 
+/// The sum of eight lanes: 8 -> 4 -> 2 -> 1, lane `l` plus lane `l + half` each time.
+#[inline(always)]
+pub(in crate::cpu) fn fold(eight: __m256) -> f32 {
+    avx2!({
+        let four = _mm_add_ps(
+            _mm256_castps256_ps128(eight),
+            _mm256_extractf128_ps::<1>(eight),
+        );
+        let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
+    })
+}
+
 impl Lanes for Ymm2 {
     #[inline(always)]
     fn splat(v: f32) -> Self {
@@ -153,15 +166,7 @@ impl Lanes for Ymm2 {
     }
     #[inline(always)]
     fn sum(self) -> f32 {
-        avx2!({
-            let eight = _mm256_add_ps(self.0[0], self.0[1]);
-            let four = _mm_add_ps(
-                _mm256_castps256_ps128(eight),
-                _mm256_extractf128_ps::<1>(eight),
-            );
-            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-            _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
-        })
+        fold(avx2!(_mm256_add_ps(self.0[0], self.0[1])))
     }
     #[inline(always)]
     fn largest(self) -> f32 {

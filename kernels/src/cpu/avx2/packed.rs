@@ -22,20 +22,26 @@
 use phidias_quant::BLOCK;
 use std::arch::x86_64::*;
 
-/// Four bytes for a broadcast. Read through a pointer one by one, they become loads that broadcast by
-/// themselves; from an array the compiler would load several and shuffle.
+/// Four bytes for a broadcast: four activations, or a number. Read through a pointer one by one, they
+/// become loads that broadcast by themselves; from an array the compiler would load several and shuffle.
 #[inline(always)]
-pub(in crate::cpu) fn four(at: *const i32) -> i32 {
-    // SAFETY: callers point at four bytes of a slice; the load needs no alignment.
-    unsafe { at.read_unaligned() }
+pub(in crate::cpu) fn four<T: Four>(at: &T) -> i32 {
+    // SAFETY: the types that are `Four`, all of them below, are four bytes; the load needs no alignment.
+    unsafe { std::ptr::from_ref(at).cast::<i32>().read_unaligned() }
 }
+
+/// Four bytes without padding.
+pub(in crate::cpu) trait Four {}
+impl Four for [i8; 4] {}
+impl Four for i32 {}
+impl Four for f32 {}
 
 /// The four activations of group `g` of a block, in every row's place.
 #[target_feature(enable = "avx2")]
 #[inline]
 fn broadcast(block: &[i8; BLOCK], g: usize) -> __m256i {
     let (fours, _) = block.as_chunks::<4>();
-    _mm256_set1_epi32(four(fours[g].as_ptr().cast()))
+    _mm256_set1_epi32(four(&fours[g]))
 }
 
 /// The products of a block of nibbles with `T` tokens, scaled by the activations.
@@ -100,21 +106,18 @@ fn products_q8<const T: usize>(
 /// `$q4` and `$q8` multiply a block of half a panel with some tokens.
 macro_rules! packed_256 {
     ($features:literal, $q4:ident, $q8:ident) => {
+        use crate::cpu::packed::GROUP;
         use crate::cpu::prefetch;
-        use crate::view::ColsMut;
-        use phidias_quant::activations::{Activations, TILE, Tile};
+        use phidias_quant::activations::{TILE, Tile};
+        use phidias_quant::f16;
         use phidias_quant::packed::{LINE, PANEL_ROWS, Panel};
-        use phidias_quant::{Packed, f16};
-        use std::ops::Range;
 
-        /// Tokens that pass a block of weights before the next one is unpacked.
-        const TOKENS: usize = 128;
-        /// Tokens of one inner loop.
-        const GROUP: usize = 4;
+        /// Halves of a panel: a register has eight rows.
+        const PARTS: usize = 2;
         /// Rows of half a panel.
-        const HALF: usize = PANEL_ROWS / 2;
-        /// Sums of half a panel.
-        type Sums = [f32; HALF];
+        const HALF: usize = PANEL_ROWS / PARTS;
+        /// Sums of 16 rows, by halves.
+        type Sums = [[f32; HALF]; PARTS];
 
         /// One block of half a panel, unpacked.
         struct Weights {
@@ -197,10 +200,10 @@ macro_rules! packed_256 {
             }
         }
 
-        /// One block of half a panel with `T` tokens: the products are added to the sums in memory.
+        /// One block of half `PART` of a panel with `T` tokens: the products are added to the sums in memory.
         #[target_feature(enable = $features)]
         #[inline]
-        fn group<const T: usize, const LINES: usize>(
+        fn group<const T: usize, const PART: usize, const LINES: usize>(
             w: &Weights,
             a: &[[i8; BLOCK]; T],
             starts: &[i32; T],
@@ -209,17 +212,22 @@ macro_rules! packed_256 {
         ) {
             let products = products::<T, LINES>(&w.quants, a, starts, magics);
             for t in 0..T {
-                let sum = _mm256_fmadd_ps(products[t], w.scales, load(&acc[t]));
-                store(&mut acc[t], sum);
+                let sums = &mut acc[t][PART];
+                store(sums, _mm256_fmadd_ps(products[t], w.scales, load(sums)));
             }
         }
 
-        /// Block `b` of half a panel with all tokens of some tiles.
+        /// Block `b` of half `PART` of a panel with all tokens of some tiles.
         ///
         /// A function of its own, so that the compiler has all registers for this loop.
         #[target_feature(enable = $features)]
         #[inline(never)]
-        fn pass<const LINES: usize>(w: &Weights, b: usize, x: &[Tile<'_>], acc: &mut [Sums]) {
+        fn pass<const PART: usize, const LINES: usize>(
+            w: &Weights,
+            b: usize,
+            x: &[Tile<'_>],
+            acc: &mut [Sums],
+        ) {
             for (x, acc) in x.iter().zip(acc.chunks_mut(TILE)) {
                 let at = b * x.rows..(b + 1) * x.rows;
                 let (a, a_rest) = x.quants.as_chunks().0[at.clone()].as_chunks::<GROUP>();
@@ -227,12 +235,12 @@ macro_rules! packed_256 {
                 let (magics, magics_rest) = x.magics[at].as_chunks::<GROUP>();
                 let (acc, acc_rest) = acc.as_chunks_mut::<GROUP>();
                 for (((a, starts), magics), acc) in a.iter().zip(starts).zip(magics).zip(acc) {
-                    group::<GROUP, LINES>(w, a, starts, magics, acc);
+                    group::<GROUP, PART, LINES>(w, a, starts, magics, acc);
                 }
                 let rest = (a_rest.iter().zip(starts_rest)).zip(magics_rest.iter().zip(acc_rest));
                 for ((a, start), (magic, acc)) in rest {
                     let acc = std::array::from_mut(acc);
-                    group::<1, LINES>(w, &[*a], &[*start], &[*magic], acc);
+                    group::<1, PART, LINES>(w, &[*a], &[*start], &[*magic], acc);
                 }
             }
         }
@@ -240,20 +248,13 @@ macro_rules! packed_256 {
         /// A panel times up to [`TOKENS`] tokens, which are added up in `acc`.
         #[target_feature(enable = $features)]
         #[inline]
-        fn many<const LINES: usize>(
-            panel: Panel<'_>,
-            x: &[Tile<'_>],
-            [low, high]: [&mut [Sums]; 2],
-        ) {
-            low.fill([0.0; HALF]);
-            high.fill([0.0; HALF]);
-            let (lines, _) = panel.quants.as_chunks::<LINE>();
-            let (blocks, _) = lines.as_chunks::<LINES>();
-            let (scales, _) = panel.scales.as_chunks::<PANEL_ROWS>();
+        fn many<const LINES: usize>(panel: Panel<'_>, x: &[Tile<'_>], acc: &mut [Sums]) {
+            acc.fill(ZERO);
+            let (blocks, scales) = panel.blocks::<LINES>();
             for (b, lines) in blocks.iter().enumerate() {
                 prefetch::ahead(lines);
-                pass::<LINES>(&weights(lines, &scales[b], 0), b, x, low);
-                pass::<LINES>(&weights(lines, &scales[b], 1), b, x, high);
+                pass::<0, LINES>(&weights(lines, &scales[b], 0), b, x, acc);
+                pass::<1, LINES>(&weights(lines, &scales[b], 1), b, x, acc);
             }
         }
 
@@ -263,20 +264,18 @@ macro_rules! packed_256 {
         fn few<const T: usize, const LINES: usize>(
             panel: Panel<'_>,
             x: Tile<'_>,
-            acc: [&mut [Sums]; 2],
+            acc: &mut [Sums],
         ) {
-            let (lines, _) = panel.quants.as_chunks::<LINE>();
-            let (blocks, _) = lines.as_chunks::<LINES>();
-            let (scales, _) = panel.scales.as_chunks::<PANEL_ROWS>();
+            let (blocks, scales) = panel.blocks::<LINES>();
             // The tile has `T` rows, so its blocks are whole arrays.
             let (a, _) = x.quants.as_chunks::<BLOCK>().0.as_chunks::<T>();
             let (starts, _) = x.starts.as_chunks::<T>();
             let (magics, _) = x.magics.as_chunks::<T>();
-            let mut sums = [[_mm256_setzero_ps(); 2]; T];
+            let mut sums = [[_mm256_setzero_ps(); PARTS]; T];
             for (b, lines) in blocks.iter().enumerate() {
                 prefetch::ahead(lines);
                 prefetch::ahead(&scales[b]);
-                for half in 0..2 {
+                for half in 0..PARTS {
                     let w = weights(lines, &scales[b], half);
                     let products = products::<T, LINES>(&w.quants, &a[b], &starts[b], &magics[b]);
                     for t in 0..T {
@@ -285,83 +284,13 @@ macro_rules! packed_256 {
                 }
             }
             for t in 0..T {
-                for half in 0..2 {
-                    store(&mut acc[half][t], sums[t][half]);
+                for half in 0..PARTS {
+                    store(&mut acc[t][half], sums[t][half]);
                 }
             }
         }
 
-        #[target_feature(enable = $features)]
-        #[inline]
-        fn gemm<const LINES: usize>(
-            w: Packed<'_>,
-            panels: Range<usize>,
-            x: &Activations,
-            y: ColsMut<'_>,
-        ) {
-            // Room for the sums: little for few tokens, since it is set to zero each time.
-            if x.rows() <= GROUP {
-                let mut sums = [[[0.0; HALF]; GROUP]; 2];
-                gemm_in::<LINES, GROUP>(w, panels, x, y, &mut sums);
-            } else {
-                let mut sums = [[[0.0; HALF]; TOKENS]; 2];
-                gemm_in::<LINES, TOKENS>(w, panels, x, y, &mut sums);
-            }
-        }
-
-        #[target_feature(enable = $features)]
-        #[inline]
-        fn gemm_in<const LINES: usize, const ROOM: usize>(
-            w: Packed<'_>,
-            panels: Range<usize>,
-            x: &Activations,
-            mut y: ColsMut<'_>,
-            [low, high]: &mut [[Sums; ROOM]; 2],
-        ) {
-            for (column, p) in panels.enumerate().map(|(i, p)| (i * PANEL_ROWS, p)) {
-                let panel = w.panel(p);
-                for first in (0..x.tiles()).step_by(TOKENS / TILE) {
-                    let count = (x.tiles() - first).min(TOKENS / TILE);
-                    let tiles: [Tile<'_>; TOKENS / TILE] =
-                        std::array::from_fn(|i| x.tile(first + i.min(count - 1)));
-                    let tokens = (x.rows() - first * TILE).min(TOKENS);
-                    let acc = [&mut low[..tokens], &mut high[..tokens]];
-                    match tokens {
-                        1 => few::<1, LINES>(panel, tiles[0], acc),
-                        2 => few::<2, LINES>(panel, tiles[0], acc),
-                        3 => few::<3, LINES>(panel, tiles[0], acc),
-                        4 => few::<4, LINES>(panel, tiles[0], acc),
-                        _ => many::<LINES>(panel, &tiles[..count], acc),
-                    }
-                    for t in 0..tokens {
-                        let y = &mut y.row(first * TILE + t)[column..];
-                        for (y, sums) in y.chunks_mut(HALF).zip([&low[t], &high[t]]) {
-                            y.copy_from_slice(&sums[..y.len()]);
-                        }
-                    }
-                }
-            }
-        }
-
-        #[target_feature(enable = $features)]
-        pub(in crate::cpu) fn gemm_q4(
-            w: Packed<'_>,
-            panels: Range<usize>,
-            x: &Activations,
-            y: ColsMut<'_>,
-        ) {
-            gemm::<4>(w, panels, x, y);
-        }
-
-        #[target_feature(enable = $features)]
-        pub(in crate::cpu) fn gemm_q8(
-            w: Packed<'_>,
-            panels: Range<usize>,
-            x: &Activations,
-            y: ColsMut<'_>,
-        ) {
-            gemm::<8>(w, panels, x, y);
-        }
+        crate::cpu::packed::packed_gemm!($features);
     };
 }
 pub(in crate::cpu) use packed_256;

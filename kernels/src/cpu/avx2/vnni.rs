@@ -28,7 +28,7 @@ macro_rules! vnni {
                 for g in 0..8 {
                     for t in 0..T {
                         let (fours, _) = a[t].as_chunks::<4>();
-                        let four = four(fours[g].as_ptr().cast());
+                        let four = four(&fours[g]);
                         sums[t] = $dot(sums[t], w[g], _mm256_set1_epi32(four));
                     }
                 }

@@ -1,5 +1,6 @@
 //! Sixteen floats in one register. Safety: see [`crate::cpu::vector`].
 
+use crate::cpu::avx2::fold;
 use crate::cpu::vector::{LANES, Lanes};
 use phidias_quant::{bf16, f16};
 use std::arch::x86_64::*;
@@ -103,19 +104,11 @@ impl Lanes for Zmm {
     }
     #[inline(always)]
     fn sum(self) -> f32 {
-        avx512!({
-            let high = _mm512_castpd_ps(_mm512_castsi512_pd(_mm512_shuffle_i64x2::<0b11_10>(
-                _mm512_castps_si512(self.0),
-                _mm512_castps_si512(self.0),
-            )));
-            let eight = _mm256_add_ps(_mm512_castps512_ps256(self.0), _mm512_castps512_ps256(high));
-            let four = _mm_add_ps(
-                _mm256_castps256_ps128(eight),
-                _mm256_extractf128_ps::<1>(eight),
-            );
-            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-            _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
-        })
+        let high = avx512!(_mm512_castps_si512(self.0));
+        fold(avx512!({
+            let high = _mm512_castsi512_ps(_mm512_shuffle_i64x2::<0b11_10>(high, high));
+            _mm256_add_ps(_mm512_castps512_ps256(self.0), _mm512_castps512_ps256(high))
+        }))
     }
     #[inline(always)]
     fn largest(self) -> f32 {

@@ -11,18 +11,20 @@
 //!    one for eight vpdpbusd on the same two ports, so at most 8/9 of their rate can be reached.
 //! 3. Weights stay, tokens pass: a block of two panels is unpacked once into 16 registers, then up
 //!    to `TOKENS` tokens are multiplied with it, four at a time. Each broadcast is used twice.
-//! 4. The f32 sums of those tokens lie in L1 meanwhile (8 KiB); the store port has nothing else
+//! 4. The f32 sums of those tokens lie in L1 meanwhile (16 KiB); the store port has nothing else
 //!    to do.
 //! 5. Up to four tokens (decode) go through 256-bit registers, as AVX-VNNI does it: the same sums in
 //!    the same order. Memory is the limit then, and 64-byte loads that run ahead of their data take the
 //!    places of the requests that `prefetch.rs` makes: one core read weights at 0.98 of plain reading
 //!    with 32-byte loads, at 0.89 with 64-byte ones.
 //! Work   64 multiply-adds a vpdpbusd
-//! Limit  many tokens: 8/9 of the vpdpbusd rate, 0.84 was measured; one: memory bandwidth
+//! Limit  many tokens: 8/9 of the vpdpbusd rate, 0.81 was measured; one: memory bandwidth
 //! Exact  integers exactly; f32 with one fused multiply-add a block, where scalar rounds twice
 //! ```
 
+use crate::cpu::avx2::packed::four;
 use crate::cpu::avx2::vnni::avx512_vnni as halves;
+use crate::cpu::packed::{GROUP, TOKENS};
 use crate::cpu::prefetch;
 use crate::view::ColsMut;
 use phidias_quant::activations::{Activations, TILE, Tile};
@@ -30,13 +32,6 @@ use phidias_quant::packed::{LINE, PANEL_ROWS, Panel};
 use phidias_quant::{BLOCK, Packed, f16};
 use std::arch::x86_64::*;
 use std::ops::Range;
-
-/// Tokens that pass a block of weights before the next one is unpacked.
-const TOKENS: usize = 128;
-/// Tokens of one inner loop: with two panels, eight independent sums.
-const GROUP: usize = 4;
-/// Tokens that are too few to be limited by anything but memory.
-const FEW: usize = 4;
 
 /// Sums of 16 rows, on a line of the cache: a register that crosses two costs a tenth of the speed.
 #[derive(Clone, Copy)]
@@ -85,14 +80,6 @@ fn store(sums: &mut Sums, v: __m512) {
     unsafe { _mm512_store_ps(sums.0.as_mut_ptr(), v) }
 }
 
-/// Four bytes for a broadcast. Read through a pointer one by one, they become loads that broadcast by
-/// themselves; from an array the compiler would load several and shuffle.
-#[inline(always)]
-fn broadcast(four: *const i32) -> i32 {
-    // SAFETY: callers point at four bytes of a slice; the load needs no alignment.
-    unsafe { four.read_unaligned() }
-}
-
 /// One block of `P` panels, unpacked.
 struct Weights<const P: usize> {
     quants: [[__m512i; 8]; P],
@@ -111,20 +98,20 @@ fn products<const T: usize, const P: usize>(
 ) -> [[__m512; P]; T] {
     let mut sums = [[_mm512_setzero_si512(); P]; T];
     for t in 0..T {
-        sums[t] = [_mm512_set1_epi32(broadcast(&starts[t])); P];
+        sums[t] = [_mm512_set1_epi32(four(&starts[t])); P];
     }
     for g in 0..8 {
         for t in 0..T {
             let (fours, _) = a[t].as_chunks::<4>();
-            let four = _mm512_set1_epi32(broadcast(fours[g].as_ptr().cast()));
+            let a = _mm512_set1_epi32(four(&fours[g]));
             for p in 0..P {
-                sums[t][p] = _mm512_dpbusd_epi32(sums[t][p], w[p][g], four);
+                sums[t][p] = _mm512_dpbusd_epi32(sums[t][p], w[p][g], a);
             }
         }
     }
     let mut out = [[_mm512_setzero_ps(); P]; T];
     for t in 0..T {
-        let magic = _mm512_castsi512_ps(_mm512_set1_epi32(broadcast(magics[t..].as_ptr().cast())));
+        let magic = _mm512_castsi512_ps(_mm512_set1_epi32(four(&magics[t])));
         for p in 0..P {
             out[t][p] = _mm512_sub_ps(_mm512_castsi512_ps(sums[t][p]), magic);
         }
@@ -205,8 +192,8 @@ impl<'a, const P: usize, const LINES: usize> Panels<'a, P, LINES> {
     fn new(w: Packed<'a>, first: usize) -> Self {
         let panels: [Panel<'a>; P] = std::array::from_fn(|p| w.panel(first + p));
         Self {
-            scales: panels.map(|p| p.scales.as_chunks().0),
-            quants: panels.map(|p| p.quants.as_chunks().0.as_chunks().0),
+            quants: panels.map(|p| p.blocks().0),
+            scales: panels.map(|p| p.blocks::<LINES>().1),
         }
     }
 
@@ -257,15 +244,11 @@ fn panels<const P: usize, const LINES: usize>(
 ) {
     let panels = Panels::<P, LINES>::new(w, first);
     let (all, _) = acc.as_chunks_mut::<P>();
-    for first in (0..x.tiles()).step_by(TOKENS / TILE) {
-        let count = (x.tiles() - first).min(TOKENS / TILE);
-        let tiles: [Tile<'_>; TOKENS / TILE] =
-            std::array::from_fn(|i| x.tile(first + i.min(count - 1)));
-        let tokens = (x.rows() - first * TILE).min(TOKENS);
+    for (first, tiles, count, tokens) in x.tile_groups::<{ TOKENS / TILE }>() {
         let acc = &mut all[..tokens];
         many(&panels, x.blocks(), &tiles[..count], acc);
         for (t, sums) in acc.iter().enumerate() {
-            let y = &mut y.row(first * TILE + t)[column..];
+            let y = &mut y.row(first + t)[column..];
             for (y, sums) in y.chunks_mut(PANEL_ROWS).zip(sums) {
                 y.copy_from_slice(&sums.0[..y.len()]);
             }
@@ -296,7 +279,7 @@ fn gemm<const LINES: usize>(
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 pub(super) fn gemm_q4(w: Packed<'_>, panels: Range<usize>, x: &Activations, y: ColsMut<'_>) {
     match x.rows() {
-        ..=FEW => halves::gemm_q4(w, panels, x, y),
+        ..=GROUP => halves::gemm_q4(w, panels, x, y),
         _ => gemm::<4>(w, panels, x, y),
     }
 }
@@ -304,7 +287,7 @@ pub(super) fn gemm_q4(w: Packed<'_>, panels: Range<usize>, x: &Activations, y: C
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 pub(super) fn gemm_q8(w: Packed<'_>, panels: Range<usize>, x: &Activations, y: ColsMut<'_>) {
     match x.rows() {
-        ..=FEW => halves::gemm_q8(w, panels, x, y),
+        ..=GROUP => halves::gemm_q8(w, panels, x, y),
         _ => gemm::<8>(w, panels, x, y),
     }
 }

@@ -29,13 +29,11 @@
 //! ```
 
 use super::lanes::widen;
-use phidias_quant::activations::{TILE, Tile};
+use phidias_quant::activations::Tile;
 use phidias_quant::packed::{LINE, PANEL_ROWS};
 use phidias_quant::{BLOCK, f16};
 use std::arch::aarch64::*;
 
-/// Tokens that pass a block of weights before the next one is unpacked.
-pub(super) const TOKENS: usize = 4 * TILE;
 /// Quarters of a panel: a register has four rows.
 pub(super) const QUARTERS: usize = PANEL_ROWS / 4;
 
@@ -147,14 +145,11 @@ pub(super) use unrolled;
 macro_rules! packed_neon {
     ($features:literal, $few:ident, $arrange:ident, $many:ident, $q:literal) => {
         use crate::cpu::neon::packed::{
-            QUARTERS, Quarter, Sums, TOKENS, load, scaled, scales, store, tokens, unpack,
+            QUARTERS, QUARTERS as PARTS, Quarter, Sums, load, scaled, scales, store, tokens, unpack,
         };
-        use crate::view::ColsMut;
-        use phidias_quant::Packed;
-        use phidias_quant::activations::{Activations, TILE, Tile};
-        use phidias_quant::packed::{LINE, PANEL_ROWS, Panel};
+        use phidias_quant::activations::{TILE, Tile};
+        use phidias_quant::packed::{PANEL_ROWS, Panel};
         use std::arch::aarch64::*;
-        use std::ops::Range;
 
         /// Quarters at a time when tokens are few: with four tokens their f32 sums take half of the
         /// registers.
@@ -189,10 +184,8 @@ macro_rules! packed_neon {
         #[target_feature(enable = $features)]
         #[inline]
         fn many<const LINES: usize>(panel: Panel<'_>, x: &[Tile<'_>], acc: &mut [Sums]) {
-            acc.as_flattened_mut().as_flattened_mut().fill(0.0);
-            let (lines, _) = panel.quants.as_chunks::<LINE>();
-            let (blocks, _) = lines.as_chunks::<LINES>();
-            let (all_scales, _) = panel.scales.as_chunks::<PANEL_ROWS>();
+            acc.fill(ZERO);
+            let (blocks, all_scales) = panel.blocks::<LINES>();
             for (b, lines) in blocks.iter().enumerate() {
                 let mut w = [[vdupq_n_s8(0); 8]; QUARTERS];
                 for q in 0..QUARTERS {
@@ -223,9 +216,7 @@ macro_rules! packed_neon {
             x: Tile<'_>,
             acc: &mut [Sums],
         ) {
-            let (lines, _) = panel.quants.as_chunks::<LINE>();
-            let (blocks, _) = lines.as_chunks::<LINES>();
-            let (all_scales, _) = panel.scales.as_chunks::<PANEL_ROWS>();
+            let (blocks, all_scales) = panel.blocks::<LINES>();
             let mut out = [[vdupq_n_f32(0.0); QUARTERS]; T];
             for (b, lines) in blocks.iter().enumerate() {
                 let (a, starts, magics) = tokens::<T, LINES>(x, b, 0);
@@ -252,58 +243,7 @@ macro_rules! packed_neon {
             }
         }
 
-        #[target_feature(enable = $features)]
-        #[inline]
-        fn gemm<const LINES: usize>(
-            w: Packed<'_>,
-            panels: Range<usize>,
-            x: &Activations,
-            mut y: ColsMut<'_>,
-        ) {
-            let mut acc = [[[0.0; 4]; QUARTERS]; TOKENS];
-            for (column, p) in panels.enumerate().map(|(i, p)| (i * PANEL_ROWS, p)) {
-                let panel = w.panel(p);
-                for first in (0..x.tiles()).step_by(TOKENS / TILE) {
-                    let count = (x.tiles() - first).min(TOKENS / TILE);
-                    let tiles: [Tile<'_>; TOKENS / TILE] =
-                        std::array::from_fn(|i| x.tile(first + i.min(count - 1)));
-                    let tokens = (x.rows() - first * TILE).min(TOKENS);
-                    let acc = &mut acc[..tokens];
-                    match tokens {
-                        1 => few::<1, LINES>(panel, tiles[0], acc),
-                        2 => few::<2, LINES>(panel, tiles[0], acc),
-                        3 => few::<3, LINES>(panel, tiles[0], acc),
-                        4 => few::<4, LINES>(panel, tiles[0], acc),
-                        _ => many::<LINES>(panel, &tiles[..count], acc),
-                    }
-                    for (t, sums) in acc.iter().enumerate() {
-                        let y = &mut y.row(first * TILE + t)[column..];
-                        let cols = y.len().min(PANEL_ROWS);
-                        y[..cols].copy_from_slice(&sums.as_flattened()[..cols]);
-                    }
-                }
-            }
-        }
-
-        #[target_feature(enable = $features)]
-        pub(in crate::cpu) fn gemm_q4(
-            w: Packed<'_>,
-            panels: Range<usize>,
-            x: &Activations,
-            y: ColsMut<'_>,
-        ) {
-            gemm::<4>(w, panels, x, y);
-        }
-
-        #[target_feature(enable = $features)]
-        pub(in crate::cpu) fn gemm_q8(
-            w: Packed<'_>,
-            panels: Range<usize>,
-            x: &Activations,
-            y: ColsMut<'_>,
-        ) {
-            gemm::<8>(w, panels, x, y);
-        }
+        crate::cpu::packed::packed_gemm!($features);
     };
 }
 pub(super) use packed_neon;

@@ -140,3 +140,83 @@ pub(super) fn exp<L: Lanes>(x: L) -> L {
     }
     p.scale_by_power(n)
 }
+
+/// The table of an instruction set, `KERNELS`: the packed GEMMs given, everything else as written on
+/// `$lanes` and compiled for `$features`. Tile sizes: rows x tokens of the dense GEMM, and those of
+/// [`attention::attend`].
+macro_rules! vector_table {
+    (
+        $isa:expr, $features:literal, $lanes:ty,
+        packed: $q4:path, $q8:path,
+        dense: $rows:literal x $tokens:literal,
+        attention: $($tile:literal),+
+    ) => {
+        use crate::cpu::attention::{Block, Partial, PartialMut, StateMut};
+        use crate::cpu::vector::{Load, attention, dense, elementwise, quantize};
+        use crate::cpu::{Isa, Kernels};
+        use crate::view::ColsMut;
+        use phidias_quant::activations::TileMut;
+        use phidias_quant::{bf16, f16};
+        use std::ops::Range;
+
+        /// The functions, also for the tables that take some of them over.
+        pub(super) const KERNELS: Kernels = Kernels {
+            isa: $isa,
+            gemm_q4: $q4,
+            gemm_q8: $q8,
+            gemm_f32: gemm_dense::<f32>,
+            gemm_f16: gemm_dense::<f16>,
+            gemm_bf16: gemm_dense::<bf16>,
+            quantize,
+            rms_norm,
+            rope,
+            silu_mul,
+            attend_f32: attend::<f32>,
+            attend_f16: attend::<f16>,
+            attend_bf16: attend::<bf16>,
+            attend_i8: attend::<i8>,
+            merge,
+        };
+
+        #[target_feature(enable = $features)]
+        fn gemm_dense<T: Load>(w: &[T], cols: usize, x: &[f32], y: ColsMut<'_>) {
+            dense::gemm::<$lanes, T, $rows, $tokens>(w, cols, x, y);
+        }
+
+        #[target_feature(enable = $features)]
+        fn quantize(x: &[f32], tile: &mut TileMut<'_>, row: usize) {
+            quantize::quantize::<$lanes>(x, tile, row);
+        }
+
+        #[target_feature(enable = $features)]
+        fn rms_norm(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
+            elementwise::rms_norm::<$lanes>(x, weight, eps, y);
+        }
+
+        #[target_feature(enable = $features)]
+        fn rope(heads: &mut [f32], cos: &[f32], sin: &[f32]) {
+            elementwise::rope::<$lanes>(heads, cos, sin);
+        }
+
+        #[target_feature(enable = $features)]
+        fn silu_mul(gate: &[f32], up: &[f32], y: &mut [f32]) {
+            elementwise::silu_mul::<$lanes>(gate, up, y);
+        }
+
+        #[target_feature(enable = $features)]
+        fn attend<T: Load>(
+            block: Block<'_, T>,
+            queries: &[f32],
+            visible: &[Range<usize>],
+            state: StateMut<'_>,
+        ) {
+            attention::attend::<$lanes, T, $($tile),+>(block, queries, visible, state);
+        }
+
+        #[target_feature(enable = $features)]
+        fn merge(block: Partial<'_>, state: PartialMut<'_>) {
+            attention::merge::<$lanes>(block, state);
+        }
+    };
+}
+pub(super) use vector_table;
