@@ -15,7 +15,7 @@ fn attention(c: &mut Criterion) {
     for (first, tokens) in [(0, 512), (4096, 1)] {
         for kv in [KvType::F16, KvType::Int8] {
             let operation = Operation::Attention { kv, first, tokens };
-            common::bench(c, &operation, &[tokens], TOLERANCE);
+            common::bench(c, &operation, TOLERANCE);
         }
     }
 }

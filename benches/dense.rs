@@ -12,7 +12,7 @@ const TOLERANCE: f32 = 7e-4;
 fn dense(c: &mut Criterion) {
     for operation in all() {
         if matches!(operation, Operation::Linear { format, .. } if format.packed().is_none()) {
-            common::bench(c, &operation, common::TOKENS, TOLERANCE);
+            common::bench(c, &operation, TOLERANCE);
         }
     }
 }

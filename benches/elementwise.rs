@@ -13,7 +13,7 @@ const TOLERANCE: f32 = 1.5e-5;
 
 fn elementwise(c: &mut Criterion) {
     for operation in [Operation::RmsNorm, Operation::Rope, Operation::SiluMul] {
-        common::bench(c, &operation, common::TOKENS, TOLERANCE);
+        common::bench(c, &operation, TOLERANCE);
     }
 }
 

@@ -18,7 +18,7 @@ fn gemm(c: &mut Criterion) {
         };
         // The largest matrix, and the one with the longest rows.
         if format.packed().is_some() && ["gate_up_proj", "down_proj"].contains(&name) {
-            common::bench(c, &operation, common::TOKENS, TOLERANCE);
+            common::bench(c, &operation, TOLERANCE);
         }
     }
 }

@@ -13,7 +13,7 @@ use phidias::bench::operations::Operation;
 const TOLERANCE: f32 = 3e-5;
 
 fn quantize(c: &mut Criterion) {
-    common::bench(c, &Operation::Quantize, common::TOKENS, TOLERANCE);
+    common::bench(c, &Operation::Quantize, TOLERANCE);
 }
 
 criterion_group!(benches, quantize);

@@ -15,8 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Numbers of tokens: decoding, a few guesses at once, a short prompt, a long one.
-#[allow(dead_code, reason = "attention has its own")]
-pub const TOKENS: &[usize] = &[1, 4, 16, 128, 512];
+const TOKENS: &[usize] = &[1, 4, 16, 128, 512];
 
 /// The definition is timed up to so many tokens: more would take minutes.
 const SCALAR_TOKENS: usize = 1;
@@ -55,9 +54,13 @@ impl Counted {
     }
 }
 
-/// Checks and times one operation. A result may differ from the definition's by `tolerance` times the
+/// Checks and times one operation: attention on its own tokens, everything else on [`TOKENS`]. A result may differ from the definition's by `tolerance` times the
 /// largest one; each family says where that comes from.
-pub fn bench(c: &mut Criterion, operation: &Operation, tokens: &[usize], tolerance: f32) {
+pub fn bench(c: &mut Criterion, operation: &Operation, tolerance: f32) {
+    let tokens = match operation {
+        Operation::Attention { tokens, .. } => std::slice::from_ref(tokens),
+        _ => TOKENS,
+    };
     let all = Machine::detect().threads();
     let mut threads = vec![1, all];
     threads.dedup();

@@ -171,12 +171,8 @@ impl Ops<'_> {
     pub fn embed(&self, table: &Matrix, ids: &[u32], x: &mut Buffer) {
         x.reshape(ids.len(), table.cols());
         let parts = ids.iter().zip(x.data_mut().chunks_exact_mut(table.cols()));
-        self.rows(parts.collect(), |(&id, x)| table.row(id as usize, x));
-    }
-
-    /// Work on rows that is over in microseconds: one row is not worth waking the others for.
-    fn rows<P: Send>(&self, parts: Vec<P>, work: impl Fn(P) + Sync) {
-        self.team.each_part(parts, work);
+        self.team
+            .each_part(parts.collect(), |(&id, x)| table.row(id as usize, x));
     }
 
     /// RMSNorm of each row.
@@ -185,7 +181,7 @@ impl Ops<'_> {
         y.reshape(x.rows(), x.cols());
         let cols = x.cols();
         let parts = (y.data_mut().chunks_exact_mut(cols)).zip(x.data().chunks_exact(cols));
-        self.rows(parts.collect(), |(y, x)| {
+        self.team.each_part(parts.collect(), |(y, x)| {
             kernels.rms_norm(x, weight, eps, y);
         });
     }
@@ -209,7 +205,7 @@ impl Ops<'_> {
             InputKind::Floats(buffer) => buffer.data_mut().copy_from_slice(x.data()),
             InputKind::Quantized(quantized) => {
                 let parts = quantized.tiles_mut().zip(x.data().chunks(TILE * x.cols()));
-                self.rows(parts.collect(), |(mut tile, x_rows)| {
+                self.team.each_part(parts.collect(), |(mut tile, x_rows)| {
                     for (r, x) in x_rows.chunks_exact(x.cols()).enumerate() {
                         kernels.quantize(x, &mut tile, r);
                     }
@@ -234,11 +230,11 @@ impl Ops<'_> {
             InputKind::Floats(buffer) => {
                 let parts =
                     (buffer.data_mut().chunks_exact_mut(cols)).zip(x.data().chunks_exact(cols));
-                self.rows(parts.collect(), |(y, x)| change(x, y));
+                self.team.each_part(parts.collect(), |(y, x)| change(x, y));
             }
             InputKind::Quantized(quantized) => {
                 let parts = quantized.tiles_mut().zip(x.data().chunks(TILE * cols));
-                self.rows(parts.collect(), |(mut tile, x)| {
+                self.team.each_part(parts.collect(), |(mut tile, x)| {
                     let mut row = vec![0.0; cols];
                     for (r, x) in x.chunks_exact(cols).enumerate() {
                         change(x, &mut row);
@@ -282,7 +278,7 @@ impl Ops<'_> {
             self.linear(w, x, &mut both);
             let parts =
                 (y.data_mut().chunks_exact_mut(inner)).zip(both.data().chunks_exact(2 * inner));
-            self.rows(parts.collect(), |(y, row)| {
+            self.team.each_part(parts.collect(), |(y, row)| {
                 let (gate, up) = row.split_at(inner);
                 kernels.silu_mul(gate, up, y);
             });
@@ -322,7 +318,7 @@ impl Ops<'_> {
             .data_mut()
             .chunks_mut(cols * TILE)
             .zip(y.data().chunks(cols * TILE));
-        self.rows(parts.collect(), |(x, y)| {
+        self.team.each_part(parts.collect(), |(x, y)| {
             x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
         });
     }

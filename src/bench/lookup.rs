@@ -6,13 +6,11 @@
 //! of every number of guesses and none among them, so that a machine that changes its speed changes it
 //! for all. After each, the logits behind the whole text must be finite and, bit for bit, the same.
 
-use super::{BenchError, Progress, Spread, Step};
+use super::{BenchError, Conditions, Progress, Spread, Step, finite_bits};
 use crate::lookup::{LookupRate, SAMPLES, text_rate};
-use phidias_engine::kv_cache::KvType;
 use phidias_engine::lookup::{LookupStats, MAX_LOOKUP};
-use phidias_engine::{Cancel, Kernels};
 use phidias_models::text::Tokenizer;
-use phidias_models::{Config, Error, Model, Session, SessionOptions};
+use phidias_models::{Config, Error, Model, Session};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -26,20 +24,10 @@ const WARM_UP: usize = 32;
 /// What to measure.
 #[derive(Clone, Debug)]
 pub struct LookupBench {
-    /// The model's name in the records.
-    pub name: String,
+    /// Model, repetitions, threads and so on.
+    pub conditions: Conditions,
     /// The most tokens to guess for a pass, each measured; none at all always is.
     pub lookups: Vec<usize>,
-    /// Timed repetitions of each, after a warm-up.
-    pub repetitions: usize,
-    /// Numbers of threads; everything with the first, then with the next.
-    pub threads: Vec<usize>,
-    /// What the cache stores; `None`: as [`SessionOptions`] has it.
-    pub kv_type: Option<KvType>,
-    /// The kernels.
-    pub kernels: &'static Kernels,
-    /// Stops everything.
-    pub cancel: Cancel,
 }
 
 /// The figures of one text and number of guesses.
@@ -214,17 +202,9 @@ impl LookupBench {
     ) -> Result<(), E> {
         let tokenizer = model.text().ok().map(|t| &t.tokenizer);
         let texts = self.texts(model.config(), tokenizer, model.path())?;
-        for &threads in &self.threads {
-            let options = SessionOptions {
-                context: texts.iter().map(|t| t.ids.len()).max(),
-                kv_type: self.kv_type,
-                threads: Some(threads),
-                kernels: Some(self.kernels),
-                ..SessionOptions::default()
-            };
-            let mut session =
-                Session::new(Arc::clone(model), &options).map_err(BenchError::from)?;
-            session.set_cancel(self.cancel.clone());
+        let context = texts.iter().map(|t| t.ids.len()).max().unwrap_or(1);
+        for &threads in &self.conditions.threads {
+            let mut session = self.conditions.session(model, context, threads)?;
             for text in &texts {
                 let timed = self.time(&mut session, text, progress)?;
                 for record in self.records(&session, threads, text, timed) {
@@ -243,7 +223,7 @@ impl LookupBench {
     ) -> Result<Vec<Timed>, BenchError> {
         let what = format!("lookup on '{}'", text.name);
         let lookups = self.lookups();
-        let repetitions = self.repetitions.max(1);
+        let repetitions = self.conditions.repetitions.max(1);
         let total = repetitions * lookups.len() * text.ids.len();
         let mut done = 0;
         let told = |done| {
@@ -298,9 +278,9 @@ impl LookupBench {
             .map(|t| {
                 let tok_s = spread(&t);
                 LookupRecord {
-                    model: self.name.clone(),
+                    model: self.conditions.name.clone(),
                     format: session.model().format().name(),
-                    isa: self.kernels.isa().name(),
+                    isa: self.conditions.kernels.isa().name(),
                     threads,
                     kind: "lookup",
                     text: text.name,
@@ -358,10 +338,8 @@ fn speed(rate: &LookupRate, text: &Text) -> Result<f64, LookupError> {
 fn last_logits(session: &mut Session, text: &Text) -> Result<Vec<u32>, BenchError> {
     let have = session.ids().len();
     let logits = session.extend(&text.ids[have..])?;
-    if !logits.iter().all(|v| v.is_finite()) {
-        return Err(LookupError::NotFinite { text: text.name }.into());
-    }
-    Ok(logits.iter().map(|v| v.to_bits()).collect())
+    let text = text.name;
+    Ok(finite_bits(logits).ok_or(LookupError::NotFinite { text })?)
 }
 
 #[cfg(test)]

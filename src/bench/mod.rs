@@ -18,6 +18,9 @@ pub use lookup::{LookupBench, LookupError, LookupRecord};
 pub use model::{ModelBench, Record, Test, TestError};
 pub use phidias_engine::peaks::{Peak, PeakError, PeakOptions, Peaks, Spread};
 
+use phidias_engine::kv_cache::KvType;
+use phidias_engine::{Cancel, Kernels};
+use phidias_models::{Model, Session, SessionOptions};
 use std::sync::Arc;
 
 /// What a measurement is doing.
@@ -79,6 +82,50 @@ pub enum BenchError {
         /// Which repetition, from 1.
         repetition: usize,
     },
+}
+
+/// What a model is measured under.
+#[derive(Clone, Debug)]
+pub struct Conditions {
+    /// The model's name in the records.
+    pub name: String,
+    /// Timed repetitions of each test, after a warm-up.
+    pub repetitions: usize,
+    /// Numbers of threads; everything with the first, then with the next.
+    pub threads: Vec<usize>,
+    /// What the cache stores; `None`: as [`SessionOptions`] has it.
+    pub kv_type: Option<KvType>,
+    /// The kernels.
+    pub kernels: &'static Kernels,
+    /// Stops everything.
+    pub cancel: Cancel,
+}
+
+impl Conditions {
+    /// A session under them.
+    fn session(
+        &self,
+        model: &Arc<Model>,
+        context: usize,
+        threads: usize,
+    ) -> Result<Session, BenchError> {
+        let options = SessionOptions {
+            context: Some(context),
+            kv_type: self.kv_type,
+            threads: Some(threads),
+            kernels: Some(self.kernels),
+            ..SessionOptions::default()
+        };
+        let mut session = Session::new(Arc::clone(model), &options)?;
+        session.set_cancel(self.cancel.clone());
+        Ok(session)
+    }
+}
+
+/// The bits of logits; `None` when one of them is not finite.
+fn finite_bits(logits: &[f32]) -> Option<Vec<u32>> {
+    let bits = |v: &f32| v.is_finite().then(|| v.to_bits());
+    logits.iter().map(bits).collect()
 }
 
 /// Token ids that are always the same and look random.

@@ -8,10 +8,11 @@
 //! each test has its own just before and just after it.
 
 use super::account::{Account, Work};
-use super::{BenchError, PeakOptions, Peaks, Progress, Spread, Step, token_ids};
+use super::{
+    BenchError, Conditions, PeakOptions, Peaks, Progress, Spread, Step, finite_bits, token_ids,
+};
 use phidias_engine::kernels::cpu::peak::Number;
 use phidias_engine::kv_cache::KvType;
-use phidias_engine::{Cancel, Kernels};
 use phidias_models::session::Prefill;
 use phidias_models::{Config, Model, Session, SessionOptions, WeightFormat};
 use serde::Serialize;
@@ -124,22 +125,12 @@ impl Test {
 /// What to measure.
 #[derive(Clone, Debug)]
 pub struct ModelBench {
-    /// The model's name in the records.
-    pub name: String,
+    /// Model, repetitions, threads and so on.
+    pub conditions: Conditions,
     /// Tests, run in this order.
     pub tests: Vec<Test>,
-    /// Timed repetitions of each, after a warm-up.
-    pub repetitions: usize,
-    /// Numbers of threads; all tests with the first, then with the next.
-    pub threads: Vec<usize>,
-    /// What the cache stores; `None`: as [`SessionOptions`] has it.
-    pub kv_type: Option<KvType>,
-    /// The kernels.
-    pub kernels: &'static Kernels,
     /// How the machine's limits are measured.
     pub peaks: PeakOptions,
-    /// Stops everything.
-    pub cancel: Cancel,
 }
 
 /// The machine's limits at some time.
@@ -283,7 +274,7 @@ impl ModelBench {
         mut each: impl FnMut(Record) -> Result<(), E>,
     ) -> Result<(), E> {
         self.check(model.config()).map_err(BenchError::from)?;
-        for &threads in &self.threads {
+        for &threads in &self.conditions.threads {
             self.with_threads(model, threads, progress, &mut each)?;
         }
         Ok(())
@@ -297,21 +288,15 @@ impl ModelBench {
         each: &mut impl FnMut(Record) -> Result<(), E>,
     ) -> Result<(), E> {
         let context = self.tests.iter().map(|t| t.needed()).max().unwrap_or(1);
-        let options = SessionOptions {
-            context: Some(context),
-            kv_type: self.kv_type,
-            threads: Some(threads),
-            kernels: Some(self.kernels),
-            ..SessionOptions::default()
-        };
-        let mut runner = Runner::new(model, &options, self.cancel.clone(), progress)?;
+        let session = self.conditions.session(model, context, threads)?;
+        let mut runner = Runner::new(session, progress);
         let kv_type = runner.session.cache().kind();
         let account = Account::of(model, kv_type);
         let mut before = self.measure_peaks(&runner.session, progress)?;
         for &test in &self.tests {
-            let samples = runner.time(test, self.repetitions)?;
+            let samples = runner.time(test, self.conditions.repetitions)?;
             let work = match test.kind {
-                Kind::Prefill => account.prefill(test.depth, test.tokens, options.chunk),
+                Kind::Prefill => account.prefill(test.depth, test.tokens, runner.chunk),
                 Kind::Decode => account.decode(test.depth, test.tokens),
             };
             let after = self.measure_peaks(&runner.session, progress)?;
@@ -329,7 +314,7 @@ impl ModelBench {
 
     fn measure_peaks(&self, session: &Session, progress: &Progress) -> Result<Limits, BenchError> {
         let pool = session.cpu().pool();
-        let peaks = Peaks::measure(pool, &self.peaks, &self.cancel, |done, total| {
+        let peaks = Peaks::measure(pool, &self.peaks, &self.conditions.cancel, |done, total| {
             progress(Step {
                 what: "the machine's limits",
                 done,
@@ -366,9 +351,9 @@ impl ModelBench {
         let gop_s = work.ops * tok_s.median / 1e9;
         let memory_binds = work.bytes() / peak_gb_s > work.ops / peak_gop_s;
         Record {
-            model: self.name.clone(),
+            model: self.conditions.name.clone(),
             format: model.format().name(),
-            isa: self.kernels.isa().name(),
+            isa: self.conditions.kernels.isa().name(),
             threads,
             kind: test.kind,
             tokens: test.tokens,
@@ -413,14 +398,7 @@ struct Runner {
 }
 
 impl Runner {
-    fn new(
-        model: &Arc<Model>,
-        options: &SessionOptions,
-        cancel: Cancel,
-        progress: &Progress,
-    ) -> Result<Self, BenchError> {
-        let mut session = Session::new(Arc::clone(model), options)?;
-        session.set_cancel(cancel);
+    fn new(mut session: Session, progress: &Progress) -> Self {
         let filling = Arc::new(AtomicBool::new(false));
         let (flag, told) = (Arc::clone(&filling), Arc::clone(progress));
         session.set_progress(move |p: Prefill| {
@@ -432,13 +410,13 @@ impl Runner {
                 });
             }
         });
-        Ok(Self {
-            ids: token_ids(session.context(), model.config().vocab_size),
+        Self {
+            ids: token_ids(session.context(), session.model().config().vocab_size),
             progress: Arc::clone(progress),
             filling,
-            chunk: options.chunk,
+            chunk: SessionOptions::default().chunk,
             session,
-        })
+        }
     }
 
     /// Tokens a second of each repetition.
@@ -449,10 +427,8 @@ impl Runner {
         let mut first = None;
         for repetition in 1..=repetitions.max(1) {
             let (time, logits) = self.repetition(test, test.tokens, repetition - 1, repetitions)?;
-            if !logits.iter().all(|v| v.is_finite()) {
-                return Err(BenchError::NotFinite { test });
-            }
-            if *first.get_or_insert_with(|| bits(&logits)) != bits(&logits) {
+            let bits = finite_bits(&logits).ok_or(BenchError::NotFinite { test })?;
+            if *first.get_or_insert_with(|| bits.clone()) != bits {
                 return Err(BenchError::NotRepeatable { test, repetition });
             }
             samples.push(test.tokens as f64 / time.as_secs_f64());
@@ -530,10 +506,6 @@ impl Runner {
 /// An average over tokens, to the nearest whole number.
 fn whole(value: f64) -> u64 {
     value.round() as u64
-}
-
-fn bits(logits: &[f32]) -> Vec<u32> {
-    logits.iter().map(|v| v.to_bits()).collect()
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use super::open::{Origin, Setup, cache_folder, open_source};
 use anyhow::{Context, Result, anyhow, bail};
 use phidias::bench::model::{Around, Kind};
 use phidias::bench::{
-    BenchError, KernelBench, KernelRecord, LookupBench, LookupRecord, ModelBench, Peak,
+    BenchError, Conditions, KernelBench, KernelRecord, LookupBench, LookupRecord, ModelBench, Peak,
     PeakOptions, Peaks, Progress, Record, Spread, Test, roofline,
 };
 use phidias::engine::PACKED_VERSION;
@@ -55,24 +55,23 @@ fn model(args: &Bench, setup: &Setup, machine: &Machine, peaks: PeakOptions) -> 
         [] => vec![machine.threads()],
         asked => asked.to_vec(),
     };
-    let mut bench = ModelBench {
+    let conditions = Conditions {
+        // Known when the model is open.
         name: String::new(),
-        tests: tests(args)?,
-        repetitions: args.repetitions,
-        threads: threads.clone(),
-        kv_type: args.kv,
-        kernels: setup.kernels,
-        peaks,
-        cancel: setup.cancel.clone(),
-    };
-    let mut lookup = LookupBench {
-        name: String::new(),
-        lookups: args.lookup.clone(),
         repetitions: args.repetitions,
         threads,
         kv_type: args.kv,
         kernels: setup.kernels,
         cancel: setup.cancel.clone(),
+    };
+    let mut bench = ModelBench {
+        conditions: conditions.clone(),
+        tests: tests(args)?,
+        peaks,
+    };
+    let mut lookup = LookupBench {
+        conditions,
+        lookups: args.lookup.clone(),
     };
     let (name, model) = open(args, setup, |config, folder| {
         bench.check(config)?;
@@ -84,7 +83,7 @@ fn model(args: &Bench, setup: &Setup, machine: &Machine, peaks: PeakOptions) -> 
             _ => Ok(()),
         }
     })?;
-    (bench.name, lookup.name) = (name.clone(), name);
+    (bench.conditions.name, lookup.conditions.name) = (name.clone(), name);
     if let Some(cache) = machine.last_cache.filter(|c| *c > model.weight_bytes() / 2) {
         setup.console.note(format_args!(
             "the weights ({}) are no larger than twice the last cache ({}): decode is not limited by memory, and its share of the bandwidth says little",

@@ -238,43 +238,20 @@ fn one_by_one<L: Lanes, T: Load, const C: usize, const D: usize>(
     }
 }
 
-/// At most [`GROUP`] queries: scores, weights, values, and the merge into their state.
-///
-/// Scores in tiles of at most `SQ` queries and `P` panels, `P1` for one query; values in tiles of `VQ`
-/// queries and `C` or `D` columns.
+/// Scores of a group of queries with all panels: at most `SQ` queries and `P` panels in a tile, `P1` for
+/// one query.
 #[inline(always)]
-fn group<
-    L: Lanes,
-    T: Load,
-    const SQ: usize,
-    const P: usize,
-    const P1: usize,
-    const VQ: usize,
-    const C: usize,
-    const D: usize,
->(
+fn scores<L: Lanes, T: Load, const SQ: usize, const P: usize, const P1: usize>(
     block: &Block<'_, T>,
     queries: &[f32],
-    visible: &[Range<usize>],
-    first: usize,
-    state: &mut StateMut<'_>,
+    panels: Range<usize>,
+    mut scores: &mut [f32],
+    stride: usize,
 ) {
-    let d = block.head_dim;
-    let n = visible.len();
-    let stride = state.scores.len() / GROUP;
-    let width = state.block.len() / GROUP;
-    let seen = || visible.iter().filter(|r| !r.is_empty());
-    let (Some(start), Some(end)) = (seen().map(|r| r.start).min(), seen().map(|r| r.end).max())
-    else {
-        return;
-    };
-    let panels = start / LANES..end.div_ceil(LANES);
-    let mut i = 0;
-    while i < n {
-        let queries = &queries[i * d..n * d];
-        let scores = &mut state.scores[i * stride..n * stride];
+    let mut queries = queries;
+    while !queries.is_empty() {
         let panels = panels.clone();
-        i += match (n - i).min(SQ) {
+        let done = match (queries.len() / block.head_dim).min(SQ) {
             8.. => {
                 score_rows::<L, T, 8, P>(block, queries, panels, scores, stride);
                 8
@@ -292,41 +269,87 @@ fn group<
                 1
             }
         };
+        queries = &queries[done * block.head_dim..];
+        scores = &mut scores[done * stride..];
     }
-    let mut stats = [(f32::NEG_INFINITY, 0.0); GROUP];
-    for (q, seen) in visible.iter().enumerate() {
-        if !seen.is_empty() {
+}
+
+/// The weighted values of a group of queries, `VQ` queries at a time.
+#[inline(always)]
+fn weighted<L: Lanes, T: Load, const VQ: usize, const C: usize, const D: usize>(
+    block: &Block<'_, T>,
+    scores: &[f32],
+    stride: usize,
+    visible: &[Range<usize>],
+    sums: &mut [f32],
+    width: usize,
+) {
+    let n = visible.len();
+    sums[..n * width].fill(0.0);
+    let mut i = 0;
+    while i < n {
+        let (scores, sums) = (&scores[i * stride..], &mut sums[i * width..]);
+        if i + VQ <= n {
+            let visible = &visible[i..i + VQ];
+            value_rows::<L, T, VQ, C, D>(block, scores, stride, visible, sums, width);
+            i += VQ;
+        } else {
+            value_rows::<L, T, 1, C, D>(block, scores, stride, &visible[i..=i], sums, width);
+            i += 1;
+        }
+    }
+}
+
+/// One block of keys for all queries, a group at a time: scores, weights, values, and the merge into
+/// their state. The constants are tile sizes: see [`scores`] for the first three, [`weighted`] for `VQ`,
+/// [`values`] for `C` and `D`.
+#[inline(always)]
+pub(in crate::cpu) fn attend<
+    L: Lanes,
+    T: Load,
+    const SQ: usize,
+    const P: usize,
+    const P1: usize,
+    const VQ: usize,
+    const C: usize,
+    const D: usize,
+>(
+    block: Block<'_, T>,
+    queries: &[f32],
+    visible: &[Range<usize>],
+    state: StateMut<'_>,
+) {
+    let d = block.head_dim;
+    let stride = state.scores.len() / GROUP;
+    let width = state.block.len() / GROUP;
+    for (g, visible) in visible.chunks(GROUP).enumerate() {
+        let seen = || visible.iter().filter(|r| !r.is_empty());
+        let (Some(start), Some(end)) = (seen().map(|r| r.start).min(), seen().map(|r| r.end).max())
+        else {
+            continue;
+        };
+        let queries = &queries[g * GROUP * d..][..visible.len() * d];
+        let panels = start / LANES..end.div_ceil(LANES);
+        scores::<L, T, SQ, P, P1>(&block, queries, panels, state.scores, stride);
+        let mut stats = [(f32::NEG_INFINITY, 0.0); GROUP];
+        for (q, seen) in visible.iter().enumerate().filter(|(_, r)| !r.is_empty()) {
             let row = &mut state.scores[q * stride..][..stride];
             stats[q] = softmax::<L>(row, seen, block.value_steps);
         }
-    }
-    state.block[..n * width].fill(0.0);
-    let mut i = 0;
-    while i + VQ <= n {
-        let scores = &state.scores[i * stride..][..VQ * stride];
-        let sums = &mut state.block[i * width..][..VQ * width];
-        value_rows::<L, T, VQ, C, D>(block, scores, stride, &visible[i..i + VQ], sums, width);
-        i += VQ;
-    }
-    for i in i..n {
-        let scores = &state.scores[i * stride..][..stride];
-        let sums = &mut state.block[i * width..][..width];
-        value_rows::<L, T, 1, C, D>(block, scores, stride, &visible[i..=i], sums, width);
-    }
-    for (q, seen) in visible.iter().enumerate() {
-        if !seen.is_empty() {
-            let block = Partial {
+        weighted::<L, T, VQ, C, D>(&block, state.scores, stride, visible, state.block, width);
+        for q in (0..visible.len()).filter(|q| !visible[*q].is_empty()) {
+            let of_block = Partial {
                 max: stats[q].0,
                 sum: stats[q].1,
                 acc: &state.block[q * width..][..d],
             };
-            let q = first + q;
-            let state = PartialMut {
+            let q = g * GROUP + q;
+            let into = PartialMut {
                 max: &mut state.max[q],
                 sum: &mut state.sum[q],
                 acc: &mut state.acc[q * d..][..d],
             };
-            merge::<L>(block, state);
+            merge::<L>(of_block, into);
         }
     }
 }
@@ -350,29 +373,5 @@ pub(in crate::cpu) fn merge<L: Lanes>(block: Partial<'_>, state: PartialMut<'_>)
     }
     for (a, v) in acc_rest.iter_mut().zip(values_rest) {
         *a = *a * old + v * of_block;
-    }
-}
-
-/// One block of keys for all queries; the constants are tile sizes, as in [`group`].
-#[inline(always)]
-pub(in crate::cpu) fn attend<
-    L: Lanes,
-    T: Load,
-    const SQ: usize,
-    const P: usize,
-    const P1: usize,
-    const VQ: usize,
-    const C: usize,
-    const D: usize,
->(
-    block: Block<'_, T>,
-    queries: &[f32],
-    visible: &[Range<usize>],
-    mut state: StateMut<'_>,
-) {
-    let d = block.head_dim;
-    for (g, visible) in visible.chunks(GROUP).enumerate() {
-        let queries = &queries[g * GROUP * d..][..visible.len() * d];
-        group::<L, T, SQ, P, P1, VQ, C, D>(&block, queries, visible, g * GROUP, &mut state);
     }
 }
