@@ -13,6 +13,7 @@
 use bytemuck::Zeroable;
 use half::slice::HalfFloatSliceExt;
 use phidias_kernels::cpu::{Cached, KEY_PANEL};
+use phidias_kernels::view::Elements;
 use phidias_quant::{bf16, f16};
 use std::ops::Range;
 
@@ -188,9 +189,9 @@ impl HeadStore<'_> {
 
     fn cached(&self) -> Cached<'_> {
         match self {
-            Self::F32(s) => Cached::F32(s),
-            Self::F16(s) => Cached::F16(s),
-            Self::Bf16(s) => Cached::Bf16(s),
+            Self::F32(s) => Cached::Floats(Elements::F32(s)),
+            Self::F16(s) => Cached::Floats(Elements::F16(s)),
+            Self::Bf16(s) => Cached::Floats(Elements::Bf16(s)),
             Self::Int8(quants, steps) => Cached::I8 { quants, steps },
         }
     }
@@ -202,9 +203,9 @@ fn read(head: Cached<'_>, order: Order, r: usize, row: &mut [f32]) {
     for (i, v) in row.iter_mut().enumerate() {
         let at = first + i * step;
         *v = match head {
-            Cached::F32(s) => s[at],
-            Cached::F16(s) => s[at].to_f32(),
-            Cached::Bf16(s) => s[at].to_f32(),
+            Cached::Floats(Elements::F32(s)) => s[at],
+            Cached::Floats(Elements::F16(s)) => s[at].to_f32(),
+            Cached::Floats(Elements::Bf16(s)) => s[at].to_f32(),
             Cached::I8 { quants, steps } => f32::from(quants[at]) * steps[r],
         };
     }
@@ -230,9 +231,9 @@ impl Store {
         let len = BLOCK * head_dim;
         let range = h * len..h * len + elements;
         match self {
-            Self::F32(s) => Cached::F32(&s[range]),
-            Self::F16(s) => Cached::F16(&s[range]),
-            Self::Bf16(s) => Cached::Bf16(&s[range]),
+            Self::F32(s) => Cached::Floats(Elements::F32(&s[range])),
+            Self::F16(s) => Cached::Floats(Elements::F16(&s[range])),
+            Self::Bf16(s) => Cached::Floats(Elements::Bf16(&s[range])),
             Self::Int8(s, steps) => Cached::I8 {
                 quants: &s[range],
                 steps: &steps[h * BLOCK..][..rows],
@@ -477,9 +478,7 @@ mod tests {
             }
             let (keys, values) = cache.block(1, 2, 1, 3);
             let panel = match (keys, values) {
-                (Cached::F32(k), Cached::F32(v)) => (k.len(), v.len()),
-                (Cached::F16(k), Cached::F16(v)) => (k.len(), v.len()),
-                (Cached::Bf16(k), Cached::Bf16(v)) => (k.len(), v.len()),
+                (Cached::Floats(k), Cached::Floats(v)) => (k.len(), v.len()),
                 (Cached::I8 { quants, steps }, Cached::I8 { quants: v, .. }) => {
                     assert_eq!(steps.len(), KEY_PANEL);
                     (quants.len(), v.len())
@@ -488,7 +487,7 @@ mod tests {
             };
             assert_eq!(panel, (KEY_PANEL * 4, 3 * 4));
             cache.update_keys(|_, head| head.iter_mut().for_each(|v| *v *= 2.0));
-            let Cached::F32(panel) = cache.block(0, 0, 0, 2).0 else {
+            let Cached::Floats(Elements::F32(panel)) = cache.block(0, 0, 0, 2).0 else {
                 continue;
             };
             // Element by element, sixteen keys each: 0, 1/8 .. of position 0, 100/8 .. of position 1.

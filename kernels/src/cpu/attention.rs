@@ -23,7 +23,7 @@
 //! ```
 
 use super::Kernels;
-use phidias_quant::{bf16, f16};
+use crate::view::Elements;
 use std::ops::Range;
 
 /// Keys in a panel.
@@ -32,15 +32,11 @@ pub const KEY_PANEL: usize = 16;
 /// Queries that are computed together at most.
 pub(super) const GROUP: usize = 8;
 
-/// Elements of keys or values as the cache stores them.
+/// Keys or values as the cache stores them.
 #[derive(Clone, Copy, Debug)]
 pub enum Cached<'a> {
-    /// 32-bit floats.
-    F32(&'a [f32]),
-    /// IEEE half precision.
-    F16(&'a [f16]),
-    /// The upper half of a 32-bit float.
-    Bf16(&'a [bf16]),
+    /// Floats.
+    Floats(Elements<'a>),
     /// Signed bytes.
     I8 {
         /// The bytes.
@@ -53,9 +49,7 @@ pub enum Cached<'a> {
 impl Cached<'_> {
     fn len(&self) -> usize {
         match self {
-            Self::F32(s) => s.len(),
-            Self::F16(s) => s.len(),
-            Self::Bf16(s) => s.len(),
+            Self::Floats(elements) => elements.len(),
             Self::I8 { quants, .. } => quants.len(),
         }
     }
@@ -266,10 +260,17 @@ impl Kernels {
                 unsafe { $kernel(block, queries, visible, s) }
             }};
         }
+        use Elements::{Bf16, F16, F32};
         match (task.keys, task.values) {
-            (Cached::F32(k), Cached::F32(v)) => attend!((self.attend_f32), k, v, &[], &[]),
-            (Cached::F16(k), Cached::F16(v)) => attend!((self.attend_f16), k, v, &[], &[]),
-            (Cached::Bf16(k), Cached::Bf16(v)) => attend!((self.attend_bf16), k, v, &[], &[]),
+            (Cached::Floats(F32(k)), Cached::Floats(F32(v))) => {
+                attend!((self.attend_f32), k, v, &[], &[])
+            }
+            (Cached::Floats(F16(k)), Cached::Floats(F16(v))) => {
+                attend!((self.attend_f16), k, v, &[], &[])
+            }
+            (Cached::Floats(Bf16(k)), Cached::Floats(Bf16(v))) => {
+                attend!((self.attend_bf16), k, v, &[], &[])
+            }
             (
                 Cached::I8 {
                     quants: k,

@@ -138,7 +138,9 @@ trait Stored: Copy + std::fmt::Debug + 'static {
     fn exact(self) -> f64;
     fn elements(s: &[Self]) -> Elements<'_>;
     /// As the cache stores it; only bytes have steps.
-    fn cached<'a>(s: &'a [Self], steps: &'a [f32]) -> Cached<'a>;
+    fn cached<'a>(s: &'a [Self], _: &'a [f32]) -> Cached<'a> {
+        Cached::Floats(Self::elements(s))
+    }
     /// Where the table's attention on such a cache is.
     fn attend(k: &Kernels) -> usize;
 }
@@ -153,9 +155,6 @@ impl Stored for f32 {
     }
     fn elements(s: &[Self]) -> Elements<'_> {
         Elements::F32(s)
-    }
-    fn cached<'a>(s: &'a [Self], _: &'a [f32]) -> Cached<'a> {
-        Cached::F32(s)
     }
     fn attend(k: &Kernels) -> usize {
         k.attend_f32 as usize
@@ -173,9 +172,6 @@ impl Stored for f16 {
     fn elements(s: &[Self]) -> Elements<'_> {
         Elements::F16(s)
     }
-    fn cached<'a>(s: &'a [Self], _: &'a [f32]) -> Cached<'a> {
-        Cached::F16(s)
-    }
     fn attend(k: &Kernels) -> usize {
         k.attend_f16 as usize
     }
@@ -191,9 +187,6 @@ impl Stored for bf16 {
     }
     fn elements(s: &[Self]) -> Elements<'_> {
         Elements::Bf16(s)
-    }
-    fn cached<'a>(s: &'a [Self], _: &'a [f32]) -> Cached<'a> {
-        Cached::Bf16(s)
     }
     fn attend(k: &Kernels) -> usize {
         k.attend_bf16 as usize
