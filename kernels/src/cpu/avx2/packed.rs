@@ -245,7 +245,7 @@ macro_rules! packed_256 {
             }
         }
 
-        /// A panel times up to [`TOKENS`] tokens, which are added up in `acc`.
+        /// A panel times up to `TOKENS` tokens, which are added up in `acc`.
         #[target_feature(enable = $features)]
         #[inline]
         fn many<const LINES: usize>(panel: Panel<'_>, x: &[Tile<'_>], acc: &mut [Sums]) {
