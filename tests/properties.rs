@@ -7,7 +7,7 @@ use common::*;
 use phidias::engine::backend::{Cpu, Input};
 use phidias::engine::kv_cache::KvType;
 use phidias::engine::pool::Pool;
-use phidias::engine::tensor::{Buffer, Matrix};
+use phidias::engine::tensor::{Buffer, Linear, Matrix};
 use phidias::engine::{Cancel, Kernels};
 use phidias::models::quantize::quantize_folder;
 use phidias::models::session::Crossing;
@@ -396,7 +396,7 @@ fn a_window_that_is_off_by_one_or_ignored_is_noticed() {
 #[test]
 fn a_forgotten_attention_factor_is_noticed_in_both_regimes() {
     for (folder, model, original) in long_fixtures() {
-        let factor = model.config().rope.long.as_ref().unwrap().attention_factor;
+        let factor = model.config().rope.long.as_ref().unwrap().short_multiplier;
         assert!(factor > 1.0);
         for n in [original - 1, original + 5] {
             let set = |value: f32| {
@@ -418,7 +418,7 @@ fn a_forgotten_attention_factor_is_noticed_in_both_regimes() {
 #[test]
 fn an_original_length_off_by_one_is_noticed() {
     for (folder, model, original) in long_fixtures() {
-        let factor = model.config().rope.long.as_ref().unwrap().attention_factor;
+        let factor = model.config().rope.long.as_ref().unwrap().short_multiplier;
         for (n, other) in [(original, original - 1), (original + 1, original + 1)] {
             let moved = moves(&folder, n, |config| {
                 config["original_max_position_embeddings"] = json!(other);
@@ -435,19 +435,23 @@ fn an_original_length_off_by_one_is_noticed() {
 
 // ------------------------------------------------------------------------------------- formats
 
-/// All matrices by name.
-fn matrices(t: &Transformer) -> Vec<(String, &Matrix)> {
-    let mut all = vec![("lm_head.weight".to_owned(), &t.lm_head)];
+/// All matrices by name, as layers without a bias.
+fn matrices(t: &Transformer) -> Vec<(String, Linear)> {
+    let mut all = vec![("lm_head.weight".to_owned(), &t.lm_head.linear.weight)];
     for (l, layer) in t.layers.iter().enumerate() {
         let name = |s: &str| format!("model.layers.{l}.{s}.weight");
         all.extend([
-            (name("self_attn.qkv_proj"), &layer.attention.qkv_proj),
-            (name("self_attn.o_proj"), &layer.attention.o_proj),
-            (name("mlp.gate_up_proj"), &layer.mlp.gate_up_proj),
-            (name("mlp.down_proj"), &layer.mlp.down_proj),
+            (name("self_attn.qkv_proj"), layer.attention.matrix()),
+            (name("self_attn.o_proj"), &layer.attention.o_proj.weight),
+            (name("mlp.gate_up_proj"), layer.mlp.gate_up.matrix()),
+            (name("mlp.down_proj"), &layer.mlp.down_proj.weight),
         ]);
     }
-    all
+    let layer = |weight: &Matrix| Linear {
+        weight: weight.clone(),
+        bias: None,
+    };
+    all.into_iter().map(|(name, w)| (name, layer(w))).collect()
 }
 
 /// Dequantized, row-major.
@@ -471,7 +475,8 @@ fn quantized_layers_are_dequantize_then_multiply() {
             let model = open(&folder, format);
             let pool = Arc::new(Pool::new(Some(2)).unwrap());
             let cpu = Cpu::new(Kernels::best(), pool);
-            for (name, matrix) in matrices(model.transformer()) {
+            for (name, linear) in matrices(model.transformer()) {
+                let matrix = &linear.weight;
                 let (rows, cols) = (matrix.rows(), matrix.cols());
                 let mut random = Random(10);
                 let mut x = Buffer::default();
@@ -481,7 +486,7 @@ fn quantized_layers_are_dequantize_then_multiply() {
                 let mut input = Input::default();
                 cpu.enter(|ops| {
                     ops.input(&x, matrix, &mut input);
-                    ops.linear(matrix, &input, &mut y);
+                    ops.linear(&linear, &input, &mut y);
                 });
                 let weights = dequantized(matrix);
                 let mut used = 0.0f64;
@@ -539,7 +544,10 @@ fn quantized_models_agree_with_their_dequantized_weights() {
             let t = model.transformer();
             let mut tensors: Vec<Tensor> = matrices(t)
                 .iter()
-                .map(|(name, m)| Tensor::f32(name, &[m.rows(), m.cols()], &dequantized(m)))
+                .map(|(name, Linear { weight, .. })| {
+                    let shape = [weight.rows(), weight.cols()];
+                    Tensor::f32(name, &shape, &dequantized(weight))
+                })
                 .collect();
             let embed = &t.embed_tokens;
             let shape = [embed.rows(), embed.cols()];

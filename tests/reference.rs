@@ -39,7 +39,7 @@ fn language_models() -> Vec<PathBuf> {
             };
             let config: serde_json::Value = serde_json::from_slice(&config).unwrap();
             let kind = config["model_type"].as_str().unwrap_or("");
-            if phidias::models::config::SUPPORTED.contains(&kind) {
+            if phidias::models::Family::of(kind).is_some() {
                 found.push(folder);
             } else {
                 println!("{}: {kind} is not supported yet", folder.display());

@@ -1,7 +1,7 @@
 //! Tensors and matrices: shape and dtype over shared bytes.
 
 use crate::bytes::Bytes;
-use phidias_kernels::view::{Dense, Elements};
+use phidias_kernels::view::{ColsMut, Dense, Elements};
 use phidias_quant::{ALIGN, Format, Packed, PackedLayout};
 use std::fmt;
 
@@ -115,6 +115,15 @@ pub struct Matrix {
     tensor: Tensor,
     rows: usize,
     cols: usize,
+}
+
+/// What a linear layer has: `y = x weight^T + bias`.
+#[derive(Clone, Debug)]
+pub struct Linear {
+    /// `[rows, cols]`
+    pub weight: Matrix,
+    /// `[rows]`, in layers that have one.
+    pub bias: Option<Vec<f32>>,
 }
 
 /// A matrix as the kernels take it.
@@ -233,6 +242,10 @@ impl Buffer {
     /// Row `i`.
     pub fn row_mut(&mut self, i: usize) -> &mut [f32] {
         &mut self.data[i * self.cols..][..self.cols]
+    }
+    /// All columns, to be divided.
+    pub fn columns_mut(&mut self) -> ColsMut<'_> {
+        ColsMut::new(&mut self.data, self.rows, self.cols)
     }
     /// All rows, one after the other.
     #[must_use]

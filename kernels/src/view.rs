@@ -120,6 +120,12 @@ impl<'a> ColsMut<'a> {
         }
     }
 
+    /// The same columns, for a while.
+    #[must_use]
+    pub fn reborrow(&mut self) -> ColsMut<'_> {
+        ColsMut { ..*self }
+    }
+
     /// The columns before `at`, and the rest.
     /// # Panics
     /// When `at` is beyond the last column.

@@ -3,13 +3,13 @@
 //! Every field that is used is range-checked here, before anything is allocated from it; what
 //! comes out needs no second look. Fields that are not used are ignored.
 
+use crate::family::Family;
+use phidias_engine::backend::{HeadOrder, Heads};
+use phidias_engine::kv_cache::KvShape;
 use serde_json::{Map, Value};
 use std::fs;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
-
-/// `model_type`s that can be run.
-pub const SUPPORTED: &[&str] = &["phi3"];
 
 /// Why a configuration is refused.
 #[derive(Debug, thiserror::Error)]
@@ -33,7 +33,7 @@ pub enum ConfigError {
         expected: String,
         found: String,
     },
-    #[error("{}: model_type '{found}' is not supported; supported: {}", path.display(), SUPPORTED.join(", "))]
+    #[error("{}: model_type '{found}' is not supported; supported: {}", path.display(), Family::ALL.map(Family::name).join(", "))]
     ModelType { path: PathBuf, found: String },
     #[error("{}: rope type '{found}' is not supported; supported: default, longrope, su, yarn", path.display())]
     RopeType { path: PathBuf, found: String },
@@ -44,8 +44,8 @@ type Result<T> = std::result::Result<T, ConfigError>;
 /// A checked configuration of a text model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
-    /// `model_type`
-    pub model_type: String,
+    /// By `model_type`.
+    pub family: Family,
     /// Rows of the embedding table and of `lm_head`.
     pub vocab_size: usize,
     /// Width of the residual stream.
@@ -65,9 +65,13 @@ pub struct Config {
     /// Keys that a query sees at most, itself included.
     pub sliding_window: Option<usize>,
     /// Epsilon of the norms.
-    pub rms_norm_eps: f32,
+    pub norm_eps: f32,
     /// Rotary embedding.
     pub rope: RopeConfig,
+    /// Factor on attention scores.
+    pub attention_scale: f32,
+    /// Factor on the embedded tokens.
+    pub embedding_multiplier: f32,
     /// Whether `lm_head` is the embedding table.
     pub tie_word_embeddings: bool,
     /// First token of a text.
@@ -94,8 +98,10 @@ pub struct LongRope {
     pub long_factor: Vec<f32>,
     /// Length the model was first trained for.
     pub original_max_position_embeddings: usize,
-    /// Multiplier on cosine and sine, in both regimes.
-    pub attention_factor: f32,
+    /// Multiplier on cosine and sine where the short factors hold.
+    pub short_multiplier: f32,
+    /// And where the long ones do.
+    pub long_multiplier: f32,
 }
 
 /// What `generation_config.json` says; everything is optional there.
@@ -115,8 +121,22 @@ pub struct GenerationConfig {
     pub repetition_penalty: Option<f32>,
 }
 
+/// What the families call the fields that they share.
+pub(crate) struct Keys {
+    /// Width of the MLP.
+    pub intermediate_size: &'static str,
+    /// Epsilon of the norms.
+    pub norm_eps: &'static str,
+    /// Base of the rotary frequencies.
+    pub rope_theta: &'static str,
+    /// The activation that the family has; no other is refused silently.
+    pub hidden_act: &'static str,
+    /// Whether the head is the embedding table when nothing is said.
+    pub tied: bool,
+}
+
 /// The fields of one file.
-struct Fields<'a> {
+pub(crate) struct Fields<'a> {
     path: &'a Path,
     /// Where in the file, for messages: "" or "rope_scaling."
     prefix: &'static str,
@@ -124,11 +144,11 @@ struct Fields<'a> {
 }
 
 impl Fields<'_> {
-    fn value(&self, field: &str) -> Option<&Value> {
+    pub(crate) fn value(&self, field: &str) -> Option<&Value> {
         self.map.get(field).filter(|v| !v.is_null())
     }
 
-    fn wrong<T>(&self, field: &str, expected: impl Into<String>) -> Result<T> {
+    pub(crate) fn wrong<T>(&self, field: &str, expected: impl Into<String>) -> Result<T> {
         let found = self.map.get(field).map_or("missing".into(), |v| {
             let text = v.to_string();
             if text.chars().count() > 80 {
@@ -146,7 +166,7 @@ impl Fields<'_> {
         })
     }
 
-    fn count(&self, field: &str, range: RangeInclusive<usize>) -> Result<Option<usize>> {
+    pub(crate) fn count(&self, field: &str, range: RangeInclusive<usize>) -> Result<Option<usize>> {
         if self.value(field).is_none() {
             return Ok(None);
         }
@@ -163,7 +183,7 @@ impl Fields<'_> {
         }
     }
 
-    fn required(&self, field: &str, range: RangeInclusive<usize>) -> Result<usize> {
+    pub(crate) fn required(&self, field: &str, range: RangeInclusive<usize>) -> Result<usize> {
         let missing = || ConfigError::Missing {
             path: self.path.to_owned(),
             field: format!("{}{field}", self.prefix),
@@ -171,7 +191,7 @@ impl Fields<'_> {
         self.count(field, range)?.ok_or_else(missing)
     }
 
-    fn number(&self, field: &str, range: RangeInclusive<f64>) -> Result<Option<f64>> {
+    pub(crate) fn number(&self, field: &str, range: RangeInclusive<f64>) -> Result<Option<f64>> {
         if self.value(field).is_none() {
             return Ok(None);
         }
@@ -188,7 +208,7 @@ impl Fields<'_> {
         }
     }
 
-    fn flag(&self, field: &str) -> Result<Option<bool>> {
+    pub(crate) fn flag(&self, field: &str) -> Result<Option<bool>> {
         match self.value(field) {
             None => Ok(None),
             Some(Value::Bool(b)) => Ok(Some(*b)),
@@ -196,7 +216,7 @@ impl Fields<'_> {
         }
     }
 
-    fn text(&self, field: &str) -> Result<Option<&str>> {
+    pub(crate) fn text(&self, field: &str) -> Result<Option<&str>> {
         match self.value(field) {
             None => Ok(None),
             Some(Value::String(s)) => Ok(Some(s)),
@@ -282,13 +302,18 @@ impl Config {
             prefix: "",
             map: &map,
         };
-        let model_type = f.text("model_type")?.unwrap_or("").to_owned();
-        if !SUPPORTED.contains(&model_type.as_str()) {
-            return Err(ConfigError::ModelType {
+        let model_type = f.text("model_type")?.unwrap_or("");
+        match Family::of(model_type) {
+            Some(family) => family.configure(&f),
+            None => Err(ConfigError::ModelType {
                 path: path.to_owned(),
-                found: model_type,
-            });
+                found: model_type.to_owned(),
+            }),
         }
+    }
+
+    /// What the families have in common; the rest is that of a plain transformer.
+    pub(crate) fn common(f: &Fields<'_>, family: Family, keys: &Keys) -> Result<Self> {
         let hidden_size = f.required("hidden_size", 2..=1 << 16)?;
         let heads = f.required("num_attention_heads", 1..=1 << 12)?;
         let kv_heads = f
@@ -315,8 +340,9 @@ impl Config {
                 format!("{head_dim} (hidden_size / num_attention_heads)"),
             );
         }
-        if f.text("hidden_act")?.is_some_and(|act| act != "silu") {
-            return f.wrong("hidden_act", "\"silu\"");
+        let act = keys.hidden_act;
+        if f.text("hidden_act")?.is_some_and(|found| found != act) {
+            return f.wrong("hidden_act", format!("\"{act}\""));
         }
         if f.number("partial_rotary_factor", f64::MIN..=f64::MAX)?
             .is_some_and(|p| p != 1.0)
@@ -329,26 +355,49 @@ impl Config {
         let max_position_embeddings = f.required("max_position_embeddings", 1..=1 << 24)?;
         let eos_token_ids = f.ids("eos_token_id")?;
         Ok(Self {
-            model_type,
+            family,
             vocab_size: f.required("vocab_size", 1..=1 << 22)?,
             hidden_size,
-            intermediate_size: f.required("intermediate_size", 1..=1 << 20)?,
+            intermediate_size: f.required(keys.intermediate_size, 1..=1 << 20)?,
             num_hidden_layers: f.required("num_hidden_layers", 1..=1 << 10)?,
             num_attention_heads: heads,
             num_key_value_heads: kv_heads,
             head_dim,
             max_position_embeddings,
             sliding_window: f.count("sliding_window", 1..=usize::MAX)?,
-            rms_norm_eps: f.number("rms_norm_eps", 0.0..=1.0)?.unwrap_or(1e-5) as f32,
-            rope: rope(&f, head_dim, max_position_embeddings)?,
-            tie_word_embeddings: f.flag("tie_word_embeddings")?.unwrap_or(false),
+            norm_eps: f.number(keys.norm_eps, 0.0..=1.0)?.unwrap_or(1e-5) as f32,
+            rope: rope(f, keys.rope_theta, head_dim, max_position_embeddings)?,
+            attention_scale: 1.0 / (head_dim as f32).sqrt(),
+            embedding_multiplier: 1.0,
+            tie_word_embeddings: f.flag("tie_word_embeddings")?.unwrap_or(keys.tied),
             bos_token_id: f.ids("bos_token_id")?.first().copied(),
             eos_token_ids,
         })
     }
+
+    /// Its attention heads.
+    #[must_use]
+    pub fn heads(&self, order: HeadOrder) -> Heads {
+        Heads {
+            heads: self.num_attention_heads,
+            kv_heads: self.num_key_value_heads,
+            head_dim: self.head_dim,
+            order,
+        }
+    }
+
+    /// The shape of its KV cache.
+    #[must_use]
+    pub fn kv_shape(&self) -> KvShape {
+        KvShape {
+            layers: self.num_hidden_layers,
+            kv_heads: self.num_key_value_heads,
+            head_dim: self.head_dim,
+        }
+    }
 }
 
-fn rope(f: &Fields<'_>, head_dim: usize, max_positions: usize) -> Result<RopeConfig> {
+fn rope(f: &Fields<'_>, theta: &str, head_dim: usize, max_positions: usize) -> Result<RopeConfig> {
     // Newer configurations keep theta and the scaling in one object, "rope_parameters".
     let key = if f.value("rope_parameters").is_some() {
         "rope_parameters"
@@ -373,7 +422,7 @@ fn rope(f: &Fields<'_>, head_dim: usize, max_positions: usize) -> Result<RopeCon
     };
     let theta = match s.number("rope_theta", 1.0..=1e12)? {
         Some(theta) => theta,
-        None => f.number("rope_theta", 1.0..=1e12)?.unwrap_or(10_000.0),
+        None => f.number(theta, 1.0..=1e12)?.unwrap_or(10_000.0),
     };
     let kind = match s.text("rope_type")? {
         Some(kind) => Some(kind),
@@ -387,14 +436,20 @@ fn rope(f: &Fields<'_>, head_dim: usize, max_positions: usize) -> Result<RopeCon
                 Some(original) => original,
                 None => s.count(name, 2..=1 << 24)?.unwrap_or(max_positions.max(2)),
             };
+            let usual = match s.number("attention_factor", 1e-3..=1e3)? {
+                Some(factor) => factor as f32,
+                None => attention_factor(max_positions, original),
+            };
+            let multiplier = |field| {
+                let given = s.number(field, 1e-3..=1e3)?;
+                Ok(given.map_or(usual, |factor| factor as f32))
+            };
             Some(LongRope {
                 short_factor: s.factors("short_factor", head_dim / 2)?,
                 long_factor: s.factors("long_factor", head_dim / 2)?,
                 original_max_position_embeddings: original,
-                attention_factor: match s.number("attention_factor", 1e-3..=1e3)? {
-                    Some(factor) => factor as f32,
-                    None => attention_factor(max_positions, original),
-                },
+                short_multiplier: multiplier("short_mscale")?,
+                long_multiplier: multiplier("long_mscale")?,
             })
         }
         Some("default") => None,
@@ -494,7 +549,7 @@ mod tests {
         );
         let long = config.rope.long.unwrap();
         // The published figure for 131072 / 4096.
-        assert!((f64::from(long.attention_factor) - 1.190_238_071_423_808_3).abs() < 1e-7);
+        assert!((f64::from(long.short_multiplier) - 1.190_238_071_423_808_3).abs() < 1e-7);
         assert_eq!(attention_factor(4096, 4096), 1.0);
     }
 

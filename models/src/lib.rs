@@ -3,9 +3,10 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`config`] | `config.json`, checked once |
-//! | [`blocks`] | attention, MLP, norm, rotary embedding |
+//! | [`blocks`] | attention, MLP, rotary embedding, head |
 //! | [`transformer`] | the decoder, a layer on a screen |
-//! | [`phi3`] | tensor names, shapes and roles of Phi-3-mini, medium and 3.5-mini |
+//! | [`family`] | the families by `model_type`; `phi3` has mini, medium and 3.5-mini |
+//! | [`weights`] | names, shapes and roles of tensors |
 //! | [`model`] | opening a folder |
 //! | [`format`](mod@format), [`quantize`] | what the matrices are multiplied in; writing them so |
 //! | [`session`] | a sequence of tokens and its cache |
@@ -21,17 +22,20 @@ pub mod config;
 pub mod error;
 #[cfg(feature = "fable")]
 pub mod fable;
+pub mod family;
 pub mod format;
 pub mod model;
-pub mod phi3;
+mod phi3;
 pub mod quantize;
 pub mod session;
 pub mod synth;
 pub mod text;
 pub mod transformer;
+pub mod weights;
 
 pub use config::{Config, GenerationConfig};
 pub use error::Error;
+pub use family::Family;
 pub use format::WeightFormat;
 pub use model::{Model, OpenOptions, Source, Text};
 pub use session::{Crossing, Session, SessionOptions};

@@ -3,12 +3,12 @@
 use crate::config::{Config, GenerationConfig};
 use crate::error::Error;
 use crate::format::WeightFormat;
-use crate::phi3::{self, Role};
 use crate::quantize::quantized;
 use crate::text::{Builtin, ChatTemplate, TextError, Tokenizer};
 use crate::transformer::Transformer;
+use crate::weights::{EMBED, HEAD, Role, Spec, Weights};
+use phidias_engine::checkpoint::Checkpoint;
 use phidias_engine::checkpoint::prepack::{Entry, Prepack, Treatment};
-use phidias_engine::checkpoint::{Checkpoint, CheckpointError};
 use phidias_engine::tensor::DType;
 use phidias_engine::{Bytes, Cancel};
 use std::collections::BTreeSet;
@@ -141,7 +141,7 @@ impl Source {
     pub fn stored_format(&self) -> WeightFormat {
         match self.checkpoint.packed_format() {
             Some(format) => format.into(),
-            None => match self.checkpoint.get(phi3::EMBED).map(|t| t.dtype()) {
+            None => match self.checkpoint.get(EMBED).map(|t| t.dtype()) {
                 Some(DType::F32) => WeightFormat::F32,
                 _ => WeightFormat::Bf16,
             },
@@ -168,7 +168,7 @@ impl Source {
     /// A format that the folder cannot be run in, tensors that are not as the configuration says.
     pub fn planned(&self, format: Option<WeightFormat>) -> Result<(WeightFormat, usize), Error> {
         let format = self.choose(format)?;
-        check_shapes(&self.config, &self.checkpoint)?;
+        Weights::check(&self.config, &self.checkpoint)?;
         let bytes = match self.conversion(format) {
             Some(entries) => Prepack::plan(&self.checkpoint, entries)?.bytes(),
             None => self.checkpoint.bytes(),
@@ -189,19 +189,19 @@ impl Source {
     pub(crate) fn entries(&self, format: WeightFormat) -> Option<Vec<Entry>> {
         let mut changed = false;
         let mut entries = Vec::new();
-        let mut specs = phi3::specs(&self.config);
+        let mut specs = self.config.family.specs(&self.config);
         if self.config.tie_word_embeddings && format.packed().is_some() {
             let shape = vec![self.config.vocab_size, self.config.hidden_size];
-            specs.push(phi3::Spec {
-                name: phi3::HEAD.into(),
+            specs.push(Spec {
+                name: HEAD.into(),
                 shape,
                 role: Role::Matrix,
             });
         }
         for spec in specs {
-            let tied = spec.name == phi3::HEAD && self.config.tie_word_embeddings;
+            let tied = spec.name == HEAD && self.config.tie_word_embeddings;
             let source = if tied {
-                phi3::EMBED.to_owned()
+                EMBED.to_owned()
             } else {
                 spec.name.clone()
             };
@@ -251,7 +251,7 @@ impl Model {
         mut options: OpenOptions<'_>,
     ) -> Result<Self, Error> {
         let format = source.choose(options.format)?;
-        check_shapes(&source.config, &source.checkpoint)?;
+        Weights::check(&source.config, &source.checkpoint)?;
         let stop_tokens = stop_tokens(&source, text.as_ref())?;
         let stored = source.stored_format();
         let entries = if stored.packed().is_some() {
@@ -267,7 +267,8 @@ impl Model {
                 quantized(&source.checkpoint, &plan, format, &mut options, &mut note)?
             }
         };
-        let transformer = phi3::load(&source.config, &checkpoint)?;
+        let weights = Weights::check(&source.config, &checkpoint)?;
+        let transformer = source.config.family.load(&source.config, &weights)?;
         Ok(Self {
             path: source.checkpoint.path().to_owned(),
             weight_bytes: checkpoint.bytes(),
@@ -346,14 +347,4 @@ fn stop_tokens(source: &Source, text: Option<&Text>) -> Result<BTreeSet<u32>, Te
         stop.extend(template.stop_tokens(tokenizer)?);
     }
     Ok(stop)
-}
-
-/// Every tensor that the configuration asks for is there and has the right shape.
-pub(crate) fn check_shapes(
-    config: &Config,
-    checkpoint: &Checkpoint,
-) -> Result<(), CheckpointError> {
-    phi3::specs(config)
-        .iter()
-        .try_for_each(|spec| checkpoint.tensor(&spec.name, &spec.shape).map(|_| ()))
 }

@@ -2,8 +2,8 @@
 
 use crate::error::Error;
 use crate::format::WeightFormat;
-use crate::model::{OpenOptions, Source, check_shapes};
-use crate::phi3;
+use crate::model::{OpenOptions, Source};
+use crate::weights::Weights;
 use phidias_engine::Cancel;
 use phidias_engine::checkpoint::prepack::{Entry, Prepack, Treatment};
 use phidias_engine::checkpoint::{Checkpoint, CheckpointError};
@@ -199,9 +199,9 @@ pub fn quantize_folder(
             found: found.name(),
         });
     }
-    check_shapes(&source.config, &source.checkpoint)?;
+    Weights::check(&source.config, &source.checkpoint)?;
     let keep = || {
-        phi3::specs(&source.config)
+        (source.config.family.specs(&source.config))
             .into_iter()
             .map(|s| Entry {
                 source: s.name.clone(),

@@ -1,21 +1,19 @@
 //! A sequence of tokens in the hands of a model: prompt in, logits out, cache kept.
 
+use crate::blocks::head;
 use crate::blocks::rope::Regime;
 use crate::config::Config;
 use crate::error::Error;
 use crate::format::WeightFormat;
 use crate::model::Model;
-use crate::phi3;
 use crate::text::{Detokenizer, TextError};
-use crate::transformer::{Cancelled, Observer, Pass, Transformer, Workspace};
-use phidias_engine::backend::{Cpu, Input, Ops};
+use crate::transformer::{Cancelled, Observer, Pass, Workspace};
+use phidias_engine::backend::{Cpu, Ops};
 use phidias_engine::generate::{Detokenize, Sequence};
 use phidias_engine::kv_cache::{KvCache, KvType};
 use phidias_engine::memory::MemoryPlan;
 use phidias_engine::pool::Pool;
-use phidias_engine::tensor::Buffer;
 use phidias_engine::{Cancel, Kernels};
-use std::ops::Range;
 use std::sync::Arc;
 
 /// What to do with cached keys when a sequence outgrows `original_max_position_embeddings`.
@@ -90,7 +88,7 @@ pub fn memory_plan(
     let kind = options.kv_type.unwrap_or(format.default_kv_type());
     Ok(MemoryPlan {
         weights,
-        kv_cache: phi3::kv_shape(config).bytes(kind, context),
+        kv_cache: config.kv_shape().bytes(kind, context),
         activations: activation_bytes(config, options.chunk.clamp(1, context)),
         context,
     })
@@ -132,36 +130,9 @@ pub struct Session {
     chunk: usize,
     crossing: Crossing,
     workspace: Workspace,
-    head: Head,
+    head: head::Scratch,
     cancel: Cancel,
     progress: Option<Box<dyn FnMut(Prefill) + Send>>,
-}
-
-/// From hidden states to logits.
-#[derive(Debug, Default)]
-struct Head {
-    rows: Buffer,
-    input: Input,
-    /// `[rows, vocab]`
-    logits: Buffer,
-}
-
-impl Head {
-    /// The logits of some rows of the hidden states.
-    fn logits(
-        &mut self,
-        ops: &Ops<'_>,
-        transformer: &Transformer,
-        hidden: &Buffer,
-        rows: Range<usize>,
-    ) {
-        let cols = hidden.cols();
-        self.rows.reshape(rows.len(), cols);
-        let values = &hidden.data()[rows.start * cols..rows.end * cols];
-        self.rows.data_mut().copy_from_slice(values);
-        ops.input(&self.rows, &transformer.lm_head, &mut self.input);
-        ops.linear(&transformer.lm_head, &self.input, &mut self.logits);
-    }
 }
 
 /// Rows of logits computed together when all of them are wanted: bounds their memory.
@@ -181,14 +152,14 @@ impl Session {
         let kv_type = options.kv_type.unwrap_or(model.format().default_kv_type());
         Ok(Self {
             cpu: Cpu::new(kernels, pool),
-            cache: KvCache::new(phi3::kv_shape(model.config()), kv_type),
+            cache: KvCache::new(model.config().kv_shape(), kv_type),
             ids: Vec::new(),
             regime: Regime::Short,
             context: plan.context,
             chunk: options.chunk.max(1),
             crossing: options.crossing,
             workspace: Workspace::default(),
-            head: Head::default(),
+            head: head::Scratch::default(),
             cancel: Cancel::default(),
             progress: None,
             model,
@@ -352,12 +323,8 @@ impl Session {
                 transformer.forward(ids, self.regime, pass, workspace)?;
                 if let Some(rows) = &group {
                     let hidden = workspace.hidden();
-                    head.logits(
-                        ops,
-                        transformer,
-                        hidden,
-                        rows.start - first..rows.end - first,
-                    );
+                    let rows = rows.start - first..rows.end - first;
+                    transformer.lm_head.forward(ops, hidden, rows, head);
                 }
                 Ok(())
             };
@@ -368,7 +335,7 @@ impl Session {
                 for rows in groups {
                     let hidden = workspace.hidden();
                     let range = rows.start - first..rows.end - first;
-                    cpu.enter(|ops| head.logits(ops, transformer, hidden, range));
+                    cpu.enter(|ops| transformer.lm_head.forward(ops, hidden, range, head));
                     rows.clone()
                         .for_each(|t| each(t, head.logits.row(t - rows.start)));
                 }

@@ -30,8 +30,8 @@ pub use presets::{Preset, UnknownPreset};
 use crate::config::Config;
 use crate::error::Error;
 use crate::format::WeightFormat;
-use crate::phi3::{self, Role, Spec};
 use crate::quantize::{new_folder, write_file};
+use crate::weights::{HEAD, Role, Spec};
 use phidias_engine::Cancel;
 use phidias_engine::checkpoint::SINGLE;
 use phidias_engine::checkpoint::prepack::{Item, Prepack, Treatment, Values};
@@ -77,7 +77,7 @@ pub fn synthesize(preset: Preset, out: &Path, options: SynthOptions<'_>) -> Resu
     let layers = preset.checked(options.layers)?;
     let config_json = pretty(&preset.config(layers, options.format));
     let config = Config::from_json(&out.join("config.json"), &config_json)?;
-    let drawn: Vec<(Spec, Drawn)> = (phi3::specs(&config).into_iter())
+    let drawn: Vec<(Spec, Drawn)> = (config.family.specs(&config).into_iter())
         .map(|spec| {
             let drawn = Drawn::new(&spec, layers, options.seed);
             (spec, drawn)
@@ -165,8 +165,9 @@ impl Drawn {
         let ends_branch = ["o_proj.weight", "down_proj.weight"];
         let (mean, std) = match spec.role {
             Role::Norm => (1.0, 0.1),
+            Role::Bias => (0.0, 0.1),
             Role::Embedding => (0.0, 1.0),
-            Role::Matrix if spec.name == phi3::HEAD => (0.0, 3.0 / inputs.sqrt()),
+            Role::Matrix if spec.name == HEAD => (0.0, 3.0 / inputs.sqrt()),
             Role::Matrix if ends_branch.iter().any(|end| spec.name.ends_with(end)) => {
                 (0.0, 1.0 / (2.0 * inputs * layers as f32).sqrt())
             }

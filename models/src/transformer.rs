@@ -1,11 +1,11 @@
 //! The decoder: embedding, layers, norm, head.
 
 use crate::blocks::attention::{self, Attention, Place};
+use crate::blocks::head::LmHead;
 use crate::blocks::mlp::{self, Mlp};
-use crate::blocks::norm::RmsNorm;
 use crate::blocks::rope::{Regime, Rope};
 use phidias_engine::Cancel;
-use phidias_engine::backend::{Input, Ops, Rotations};
+use phidias_engine::backend::{Input, Norm, Ops, Rotations};
 use phidias_engine::kv_cache::KvCache;
 use phidias_engine::tensor::{Buffer, Matrix};
 
@@ -13,13 +13,24 @@ use phidias_engine::tensor::{Buffer, Matrix};
 #[derive(Clone, Debug)]
 pub struct Layer {
     /// Before attention.
-    pub input_norm: RmsNorm,
+    pub input_norm: Norm,
     /// Self-attention.
     pub attention: Attention,
     /// Before the MLP.
-    pub post_attention_norm: RmsNorm,
+    pub post_attention_norm: Norm,
     /// MLP.
     pub mlp: Mlp,
+}
+
+impl Layer {
+    /// Its matrices.
+    pub fn matrices(&self) -> impl Iterator<Item = &Matrix> {
+        let projections = self.attention.qkv_proj.iter().map(|w| &w.weight);
+        projections
+            .chain([&self.attention.o_proj.weight])
+            .chain(self.mlp.gate_up.matrices())
+            .chain([&self.mlp.down_proj.weight])
+    }
 }
 
 /// A decoder-only transformer.
@@ -27,12 +38,14 @@ pub struct Layer {
 pub struct Transformer {
     /// `[vocab, hidden]`
     pub embed_tokens: Matrix,
+    /// Factor on the embedded tokens.
+    pub embedding_multiplier: f32,
     /// The layers in order.
     pub layers: Vec<Layer>,
     /// Before the head.
-    pub norm: RmsNorm,
-    /// `[vocab, hidden]`
-    pub lm_head: Matrix,
+    pub norm: Norm,
+    /// From hidden states to logits.
+    pub lm_head: LmHead,
     /// Rotary embedding.
     pub rope: Rope,
 }
@@ -46,6 +59,7 @@ pub struct Workspace {
     normed: Buffer,
     /// A norm's output as the next matrix takes it.
     input: Input,
+    /// What attention or the MLP gave, to be added to `x` when the next norm reads it.
     branch: Buffer,
     rotations: Rotations,
     attention: attention::Scratch,
@@ -115,7 +129,10 @@ impl Transformer {
         let first = cache.len();
         self.rope
             .rotations(regime, first, ids.len(), &mut w.rotations);
-        ops.embed(&self.embed_tokens, ids, &mut w.x);
+        let multiplier = self.embedding_multiplier;
+        ops.embed(&self.embed_tokens, ids, multiplier, &mut w.x);
+        w.branch.reshape(w.x.rows(), w.x.cols());
+        w.branch.data_mut().fill(0.0);
         observe(Point::Embed, first, &w.x);
         for (l, layer) in self.layers.iter().enumerate() {
             if cancel.is_cancelled() {
@@ -127,21 +144,20 @@ impl Transformer {
                 rotations: &w.rotations,
             };
             let (attention, mlp) = (&layer.attention, &layer.mlp);
-            layer
-                .input_norm
-                .input(ops, &w.x, &attention.qkv_proj, &mut w.input);
+            let (norm, matrix) = (&layer.input_norm, attention.matrix());
+            ops.add_norm_input(&mut w.x, &w.branch, norm, matrix, &mut w.input);
+            if l > 0 {
+                observe(Point::LayerOut(l - 1), first, &w.x);
+            }
             attention.forward(ops, &w.input, cache, at, &mut w.branch, &mut w.attention);
             observe(Point::AttentionOut(l), first, &w.branch);
-            ops.add(&mut w.x, &w.branch);
-            layer
-                .post_attention_norm
-                .input(ops, &w.x, &mlp.gate_up_proj, &mut w.input);
+            let (norm, matrix) = (&layer.post_attention_norm, mlp.gate_up.matrix());
+            ops.add_norm_input(&mut w.x, &w.branch, norm, matrix, &mut w.input);
             mlp.forward(ops, &w.input, &mut w.branch, &mut w.mlp);
             observe(Point::MlpOut(l), first, &w.branch);
-            ops.add(&mut w.x, &w.branch);
-            observe(Point::LayerOut(l), first, &w.x);
         }
-        self.norm.forward(ops, &w.x, &mut w.normed);
+        ops.add_norm(&mut w.x, &w.branch, &self.norm, &mut w.normed);
+        observe(Point::LayerOut(self.layers.len() - 1), first, &w.x);
         observe(Point::FinalNorm, first, &w.normed);
         cache.set_len(first + ids.len());
         Ok(())
@@ -150,17 +166,7 @@ impl Transformer {
     /// Bytes of weights that one token reads: every matrix once, one row of the embedding.
     #[must_use]
     pub fn bytes_per_token(&self) -> usize {
-        let layer = |l: &Layer| {
-            [
-                &l.attention.qkv_proj,
-                &l.attention.o_proj,
-                &l.mlp.gate_up_proj,
-                &l.mlp.down_proj,
-            ]
-            .map(Matrix::bytes)
-            .iter()
-            .sum::<usize>()
-        };
-        self.layers.iter().map(layer).sum::<usize>() + self.lm_head.bytes()
+        let layers = self.layers.iter().flat_map(Layer::matrices);
+        layers.map(Matrix::bytes).sum::<usize>() + self.lm_head.linear.weight.bytes()
     }
 }

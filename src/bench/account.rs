@@ -15,7 +15,7 @@ use phidias_engine::backend::Mask;
 use phidias_engine::kv_cache::KvType;
 use phidias_engine::tensor::Matrix;
 use phidias_models::transformer::Layer;
-use phidias_models::{Config, Model, phi3};
+use phidias_models::{Config, Model};
 
 /// Some matrices together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -73,27 +73,9 @@ impl Account {
     #[must_use]
     pub fn of(model: &Model, kv: KvType) -> Self {
         let transformer = model.transformer();
-        let matrices = |l: &Layer| {
-            Weights::of([
-                &l.attention.qkv_proj,
-                &l.attention.o_proj,
-                &l.mlp.gate_up_proj,
-                &l.mlp.down_proj,
-            ])
-        };
-        let layers =
-            (transformer.layers.iter())
-                .map(matrices)
-                .fold(Weights::default(), |sum, w| Weights {
-                    bytes: sum.bytes + w.bytes,
-                    elements: sum.elements + w.elements,
-                });
-        Self::new(
-            model.config(),
-            kv,
-            layers,
-            Weights::of([&transformer.lm_head]),
-        )
+        let layers = Weights::of(transformer.layers.iter().flat_map(Layer::matrices));
+        let head = Weights::of([&transformer.lm_head.linear.weight]);
+        Self::new(model.config(), kv, layers, head)
     }
 
     fn new(config: &Config, kv: KvType, layers: Weights, head: Weights) -> Self {
@@ -101,7 +83,7 @@ impl Account {
         Self {
             layers,
             head,
-            kv_bytes_per_position: phi3::kv_shape(config).bytes_per_position(kv),
+            kv_bytes_per_position: config.kv_shape().bytes_per_position(kv),
             attention_ops_per_position: 4 * queries * config.num_hidden_layers,
             mask: Mask {
                 window: config.sliding_window,
@@ -159,7 +141,7 @@ mod tests {
     use super::*;
     use phidias_engine::Format;
     use phidias_engine::quant::PackedLayout;
-    use phidias_models::phi3::{HEAD, Role};
+    use phidias_models::weights::{HEAD, Role};
     use serde_json::json;
     use std::path::Path;
 
@@ -177,7 +159,7 @@ mod tests {
     fn account(format: Format, window: Option<usize>) -> Account {
         let config = config(window);
         let (mut layers, mut head) = (Weights::default(), Weights::default());
-        for spec in phi3::specs(&config) {
+        for spec in config.family.specs(&config) {
             if spec.role == Role::Matrix {
                 let to = if spec.name == HEAD {
                     &mut head

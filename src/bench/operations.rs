@@ -9,13 +9,13 @@
 //! ```
 
 use super::{BenchError, split_mix};
-use phidias_engine::backend::{Cpu, Heads, Input, Mask, Ops, Rotations};
+use phidias_engine::backend::{Cpu, HeadOrder, Heads, Input, Mask, Ops, Rotations};
 use phidias_engine::checkpoint::Checkpoint;
 use phidias_engine::checkpoint::prepack::{Item, Prepack, Treatment, Values};
 use phidias_engine::kernels::cpu::peak::Number;
 use phidias_engine::kv_cache::{KvCache, KvShape, KvType};
 use phidias_engine::pool::Pool;
-use phidias_engine::tensor::{Buffer, DType, Matrix};
+use phidias_engine::tensor::{Buffer, DType, Linear, Matrix};
 use phidias_engine::{AlignedBytes, Bytes, Cancel};
 use phidias_models::WeightFormat;
 use std::path::Path;
@@ -28,6 +28,7 @@ const HEADS: Heads = Heads {
     heads: 32,
     kv_heads: 32,
     head_dim: 96,
+    order: HeadOrder::Parts,
 };
 /// Columns of the fused projection.
 const QKV: usize = 3 * HIDDEN;
@@ -256,7 +257,7 @@ pub struct Prepared {
     x: Buffer,
     y: Buffer,
     /// Several, visited in turn, so that none is in a cache when its turn comes.
-    matrices: Vec<Matrix>,
+    matrices: Vec<Linear>,
     input: Input,
     rotations: Rotations,
     weight: Vec<f32>,
@@ -289,12 +290,13 @@ impl Prepared {
         fill(&mut self.x, n, self.columns, 1);
         match self.operation {
             Operation::Linear { .. } => {
-                let (x, matrix) = (&self.x, &self.matrices[0]);
+                let (x, matrix) = (&self.x, &self.matrices[0].weight);
                 cpu.enter(|ops| ops.input(x, matrix, &mut self.input));
             }
             Operation::RmsNorm => {
                 fill(&mut self.y, 1, HIDDEN, 2);
                 self.weight = self.y.data().to_vec();
+                self.y.reshape(n, HIDDEN);
             }
             Operation::Rope => self.rotations = rotations(n),
             Operation::SiluMul => self.y.reshape(n, INNER),
@@ -305,7 +307,7 @@ impl Prepared {
     /// Bytes of one of the matrices.
     #[must_use]
     pub fn stored(&self) -> usize {
-        self.matrices.first().map_or(0, Matrix::bytes)
+        self.matrices.first().map_or(0, |w| w.weight.bytes())
     }
 
     /// The time of `count` calls, after one entry into the pool.
@@ -316,7 +318,18 @@ impl Prepared {
         let kernels = cpu.kernels();
         let (x, y, rotations) = (&mut self.x, &mut self.y, &self.rotations);
         match self.operation {
-            // The engine does these two as parts of others.
+            // The engine does these as parts of others.
+            Operation::RmsNorm => cpu.pool().enter(|team| {
+                let start = Instant::now();
+                for _ in calls {
+                    let rows =
+                        (y.data_mut().chunks_exact_mut(HIDDEN)).zip(x.data().chunks_exact(HIDDEN));
+                    team.each_part(rows.collect(), |(y, x)| {
+                        kernels.rms_norm(x, &self.weight, 1e-5, y)
+                    });
+                }
+                start.elapsed()
+            }),
             Operation::Rope => cpu.pool().enter(|team| {
                 let start = Instant::now();
                 for _ in calls {
@@ -356,8 +369,7 @@ impl Prepared {
             Operation::Linear { .. } => {
                 ops.linear(&self.matrices[call % self.matrices.len()], input, y);
             }
-            Operation::Quantize => ops.input(x, &self.matrices[0], input),
-            Operation::RmsNorm => ops.rms_norm(x, &self.weight, 1e-5, y),
+            Operation::Quantize => ops.input(x, &self.matrices[0].weight, input),
             Operation::Attention { first, .. } => {
                 let Some(cache) = &self.cache else { return };
                 let scale = 1.0 / (HEADS.head_dim as f32).sqrt();
@@ -365,7 +377,7 @@ impl Prepared {
                 let mask = Mask { window: None };
                 ops.attention(x, HEADS, cache, layer, first, mask, scale, y);
             }
-            Operation::Rope | Operation::SiluMul => {}
+            Operation::RmsNorm | Operation::Rope | Operation::SiluMul => {}
         }
     }
 
@@ -465,7 +477,7 @@ fn matrices(
     working_set: usize,
     pool: &Pool,
     cancel: &Cancel,
-) -> Result<Vec<Matrix>, BenchError> {
+) -> Result<Vec<Linear>, BenchError> {
     const NAME: &str = "weight";
     let error = |e| BenchError::Model(phidias_models::Error::Checkpoint(e));
     let values = Uniform([rows, cols]);
@@ -493,7 +505,10 @@ fn matrices(
         .map(|bytes| {
             let checkpoint = Checkpoint::from_bytes("benchmark", bytes).map_err(error)?;
             let tensor = checkpoint.tensor(NAME, &[rows, cols]).map_err(error)?;
-            Ok(Matrix::new(tensor).expect("two dimensions"))
+            Ok(Linear {
+                weight: Matrix::new(tensor).expect("two dimensions"),
+                bias: None,
+            })
         })
         .collect()
 }

@@ -39,7 +39,7 @@ pub fn inspect(args: &Inspect, global: &Global) -> Result<()> {
             .collect();
         let object = json!({
             "model": name,
-            "model_type": c.model_type,
+            "model_type": c.family.name(),
             "stored_format": source.stored_format().name(),
             "format": format.name(),
             "parameters": parameters,
@@ -69,7 +69,7 @@ pub fn inspect(args: &Inspect, global: &Global) -> Result<()> {
     writeln!(
         out,
         "  {}: {parameters} parameters, {} stored as {}",
-        c.model_type,
+        c.family,
         Size(source.checkpoint.bytes()),
         source.stored_format()
     )?;
@@ -92,7 +92,7 @@ pub fn inspect(args: &Inspect, global: &Global) -> Result<()> {
         window.map_or(String::new(), |w| format!(", each sees the last {w}")),
         c.rope.long.as_ref().map_or(String::new(), |l| format!(
             "; LongRoPE, long factors beyond {}, attention factor {}",
-            l.original_max_position_embeddings, l.attention_factor
+            l.original_max_position_embeddings, l.short_multiplier
         )),
     )?;
     writeln!(out, "  run as {}: {plan}", format)?;

@@ -1,7 +1,8 @@
 //! Small models written from scratch, and the fixtures, for the tests of the whole.
 #![allow(dead_code, reason = "every test program uses another part")]
 
-use phidias::models::{Config, phi3};
+use phidias::models::Config;
+use phidias::models::weights::Role;
 use phidias::{Model, OpenOptions, Session, SessionOptions, WeightFormat};
 use serde_json::{Map, Value, json};
 use std::fs;
@@ -115,15 +116,14 @@ pub fn weights(config: &Value, dtype: &str, seed: u64) -> Vec<Tensor> {
     let parsed =
         Config::from_json(Path::new("config.json"), config.to_string().as_bytes()).unwrap();
     let mut random = Random(seed);
-    phi3::specs(&parsed)
-        .iter()
+    (parsed.family.specs(&parsed).iter())
         .map(|spec| {
             let fan_in = *spec.shape.last().unwrap() as f32;
-            let norm = spec.role == phi3::Role::Norm;
             let values: Vec<f32> = (0..spec.shape.iter().product::<usize>())
-                .map(|_| match norm {
-                    true => 1.0 + 0.25 * random.value(),
-                    false => random.value() * (3.0 / fan_in).sqrt(),
+                .map(|_| match spec.role {
+                    Role::Norm => 1.0 + 0.25 * random.value(),
+                    Role::Bias => 0.25 * random.value(),
+                    _ => random.value() * (3.0 / fan_in).sqrt(),
                 })
                 .collect();
             let tensor = Tensor::f32(&spec.name, &spec.shape, &values);

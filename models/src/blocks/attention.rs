@@ -2,16 +2,17 @@
 
 use phidias_engine::backend::{Heads, Input, Mask, Ops, Rotations};
 use phidias_engine::kv_cache::KvCache;
-use phidias_engine::tensor::{Buffer, Matrix};
+use phidias_engine::tensor::{Buffer, Linear, Matrix};
 
-/// Attention with a fused input projection.
+/// Self-attention.
 #[derive(Clone, Debug)]
 pub struct Attention {
-    /// `[(heads + 2 kv_heads) * head_dim, hidden]`: all query heads, then keys, then values.
-    pub qkv_proj: Matrix,
+    /// `[(heads + 2 kv_heads) * head_dim, hidden]` together: queries, keys and values, in one matrix or
+    /// in three.
+    pub qkv_proj: Vec<Linear>,
     /// `[hidden, heads * head_dim]`
-    pub o_proj: Matrix,
-    /// How the rows of `qkv_proj` divide.
+    pub o_proj: Linear,
+    /// How the outputs of `qkv_proj` divide.
     pub heads: Heads,
     /// Which keys a query sees.
     pub mask: Mask,
@@ -39,6 +40,12 @@ pub struct Scratch {
 }
 
 impl Attention {
+    /// A matrix that its input is made for.
+    #[must_use]
+    pub fn matrix(&self) -> &Matrix {
+        &self.qkv_proj[0].weight
+    }
+
     /// `y = attention(x)`, both `[tokens, hidden]`; keys and values go to the cache.
     pub fn forward(
         &self,
@@ -50,7 +57,7 @@ impl Attention {
         s: &mut Scratch,
     ) {
         let heads = self.heads;
-        ops.linear(&self.qkv_proj, x, &mut s.qkv);
+        ops.linears(&self.qkv_proj, x, &mut s.qkv);
         ops.rope_and_store(&mut s.qkv, heads, at.rotations, cache, at.layer, at.first);
         ops.attention(
             &s.qkv,
@@ -62,7 +69,7 @@ impl Attention {
             self.scale,
             &mut s.heads,
         );
-        ops.input(&s.heads, &self.o_proj, &mut s.input);
+        ops.input(&s.heads, &self.o_proj.weight, &mut s.input);
         ops.linear(&self.o_proj, &s.input, y);
     }
 }

@@ -1,15 +1,15 @@
-//! The MLP: `down(up(x) * silu(gate(x)))`, gate and up in one matrix.
+//! The MLP: `down(gated(x))`.
 
-use phidias_engine::backend::{Input, Ops};
-use phidias_engine::tensor::{Buffer, Matrix};
+use phidias_engine::backend::{GateUp, Input, Ops};
+use phidias_engine::tensor::{Buffer, Linear};
 
-/// SwiGLU with a fused input projection.
+/// An MLP with a gate.
 #[derive(Clone, Debug)]
 pub struct Mlp {
-    /// `[2 * intermediate, hidden]`: the gate's rows, then up's.
-    pub gate_up_proj: Matrix,
+    /// `[hidden]` to `[intermediate]`
+    pub gate_up: GateUp,
     /// `[hidden, intermediate]`
-    pub down_proj: Matrix,
+    pub down_proj: Linear,
 }
 
 /// What the MLP works with, kept from layer to layer.
@@ -22,8 +22,8 @@ pub struct Scratch {
 impl Mlp {
     /// `y = mlp(x)`, both `[tokens, hidden]`.
     pub fn forward(&self, ops: &Ops<'_>, x: &Input, y: &mut Buffer, s: &mut Scratch) {
-        ops.gated_linear(&self.gate_up_proj, x, &mut s.gated);
-        ops.input(&s.gated, &self.down_proj, &mut s.input);
+        ops.gated_linear(&self.gate_up, x, &mut s.gated);
+        ops.input(&s.gated, &self.down_proj.weight, &mut s.input);
         ops.linear(&self.down_proj, &s.input, y);
     }
 }

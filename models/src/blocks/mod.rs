@@ -1,6 +1,6 @@
-//! The parts of a layer.
+//! The parts of a layer, and the head.
 
 pub mod attention;
+pub mod head;
 pub mod mlp;
-pub mod norm;
 pub mod rope;

@@ -19,20 +19,26 @@ pub enum Regime {
 /// The frequencies of a model.
 #[derive(Clone, Debug)]
 pub struct Rope {
+    short: Frequencies,
+    /// And the length beyond which they hold.
+    long: Option<(Frequencies, usize)>,
+}
+
+/// The frequencies of one regime.
+#[derive(Clone, Debug)]
+struct Frequencies {
     /// `[head_dim / 2]`
-    short: Vec<f32>,
-    /// `[head_dim / 2]` and the length beyond which they hold.
-    long: Option<(Vec<f32>, usize)>,
+    each: Vec<f32>,
     /// On cosine and sine.
-    factor: f32,
+    multiplier: f32,
 }
 
 impl Rope {
     /// The frequencies of a configuration.
     #[must_use]
     pub fn new(config: &Config) -> Self {
-        let frequencies = |factor: Option<&[f32]>| -> Vec<f32> {
-            (0..config.head_dim / 2)
+        let frequencies = |factor: Option<&[f32]>, multiplier| {
+            let each = (0..config.head_dim / 2)
                 .map(|i| {
                     // 1 / (factor * theta^(2 i / head_dim)), each step rounded to f32 as the
                     // reference does: at position 4096 a difference of one unit in the last place
@@ -44,21 +50,20 @@ impl Rope {
                         as f32;
                     1.0 / (factor.map_or(1.0, |f| f[i]) * wavelength)
                 })
-                .collect()
+                .collect();
+            Frequencies { each, multiplier }
         };
         match &config.rope.long {
             None => Self {
-                short: frequencies(None),
+                short: frequencies(None, 1.0),
                 long: None,
-                factor: 1.0,
             },
             Some(long) => Self {
-                short: frequencies(Some(&long.short_factor)),
+                short: frequencies(Some(&long.short_factor), long.short_multiplier),
                 long: Some((
-                    frequencies(Some(&long.long_factor)),
+                    frequencies(Some(&long.long_factor), long.long_multiplier),
                     long.original_max_position_embeddings,
                 )),
-                factor: long.attention_factor,
             },
         }
     }
@@ -81,7 +86,7 @@ impl Rope {
         }
     }
 
-    fn frequencies(&self, regime: Regime) -> &[f32] {
+    fn frequencies(&self, regime: Regime) -> &Frequencies {
         match (regime, &self.long) {
             (Regime::Long, Some((long, _))) => long,
             _ => &self.short,
@@ -90,16 +95,16 @@ impl Rope {
 
     /// Cosine and sine of positions `first .. first + n`.
     pub fn rotations(&self, regime: Regime, first: usize, n: usize, out: &mut Rotations) {
-        let frequencies = self.frequencies(regime);
-        out.cos.reshape(n, frequencies.len());
-        out.sin.reshape(n, frequencies.len());
+        let Frequencies { each, multiplier } = self.frequencies(regime);
+        out.cos.reshape(n, each.len());
+        out.sin.reshape(n, each.len());
         for t in 0..n {
             let position = (first + t) as f32;
-            for (i, frequency) in frequencies.iter().enumerate() {
+            for (i, frequency) in each.iter().enumerate() {
                 // The angle in f32, as the reference has it; its cosine and sine to full precision.
                 let (sin, cos) = f64::from(position * frequency).sin_cos();
-                out.cos.row_mut(t)[i] = cos as f32 * self.factor;
-                out.sin.row_mut(t)[i] = sin as f32 * self.factor;
+                out.cos.row_mut(t)[i] = cos as f32 * multiplier;
+                out.sin.row_mut(t)[i] = sin as f32 * multiplier;
             }
         }
     }
@@ -109,12 +114,14 @@ impl Rope {
     /// This corrects the rotation exactly and nothing else: keys and values of deeper layers were
     /// computed from attention in the old regime and stay so.
     pub fn change(&self, from: Regime, to: Regime, position: usize, head: &mut [f32]) {
-        let (a, b) = head.split_at_mut(self.short.len());
-        let frequencies = self.frequencies(from).iter().zip(self.frequencies(to));
+        let (from, to) = (self.frequencies(from), self.frequencies(to));
+        let (a, b) = head.split_at_mut(from.each.len());
+        let rescale = to.multiplier / from.multiplier;
+        let frequencies = from.each.iter().zip(&to.each);
         for ((x, y), (from, to)) in a.iter_mut().zip(b).zip(frequencies) {
             let position = position as f32;
             let (sin, cos) = (f64::from(position * to) - f64::from(position * from)).sin_cos();
-            let (sin, cos) = (sin as f32, cos as f32);
+            let (sin, cos) = (sin as f32 * rescale, cos as f32 * rescale);
             (*x, *y) = (*x * cos - *y * sin, *y * cos + *x * sin);
         }
     }

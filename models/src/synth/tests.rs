@@ -193,7 +193,7 @@ fn presets_have_the_published_sizes() {
             assert_eq!(long.long_factor.len(), config.head_dim / 2);
             assert_eq!(long.original_max_position_embeddings, 4096);
         }
-        (phi3::specs(&config).iter())
+        (config.family.specs(&config).iter())
             .map(|s| s.shape.iter().product::<usize>())
             .sum::<usize>()
     };

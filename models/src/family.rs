@@ -1,0 +1,67 @@
+//! The families of models, by `model_type`: what a new one has to say, and the one place that knows
+//! them all.
+
+use crate::config::{Config, ConfigError, Fields};
+use crate::phi3;
+use crate::transformer::Transformer;
+use crate::weights::{Spec, Weights};
+use phidias_engine::checkpoint::CheckpointError;
+use std::fmt;
+
+/// A family of models.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Family {
+    /// Phi-3-mini and medium, Phi-3.5-mini.
+    Phi3,
+}
+
+impl Family {
+    /// Every family there is.
+    pub const ALL: [Self; 1] = [Self::Phi3];
+
+    /// Its `model_type`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Phi3 => "phi3",
+        }
+    }
+
+    /// The family of a `model_type`.
+    #[must_use]
+    pub fn of(model_type: &str) -> Option<Self> {
+        (Self::ALL.into_iter()).find(|family| family.name() == model_type)
+    }
+
+    /// Reads and checks the fields of its `config.json`.
+    pub(crate) fn configure(self, fields: &Fields<'_>) -> Result<Config, ConfigError> {
+        match self {
+            Self::Phi3 => phi3::configure(fields),
+        }
+    }
+
+    /// Every tensor that a checkpoint of this configuration has.
+    #[must_use]
+    pub fn specs(self, config: &Config) -> Vec<Spec> {
+        match self {
+            Self::Phi3 => phi3::specs(config),
+        }
+    }
+
+    /// Takes the weights of a checkpoint; nothing is copied but norms and biases.
+    pub(crate) fn load(
+        self,
+        config: &Config,
+        weights: &Weights<'_>,
+    ) -> Result<Transformer, CheckpointError> {
+        match self {
+            Self::Phi3 => phi3::load(config, weights),
+        }
+    }
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
