@@ -931,6 +931,125 @@ fn rms_norm_bound_notices_eps_the_weight_and_the_tail() {
     }
 }
 
+/// With `em` the error of the mean: differences are off by `em` and a rounding. The same shift of all
+/// values adds its square to the variance, `mean of (d + em)^2 = variance + em^2`, since the
+/// differences sum to zero; their roundings add theirs, and the sum of squares its own.
+/// `v` off by `ev` puts the inverse root between those of `v - ev` and `v + ev`. Whatever the errors:
+/// no value is more than `sqrt(n)` deviations from the mean, in exact arithmetic or as computed.
+fn layer_norm_reference(x: &[f32], w: &[f32], b: &[f32], eps: f32) -> Vec<Expected> {
+    let n = x.len() as f64;
+    let over = |f: &dyn Fn(f64) -> f64| x.iter().map(|v| f(f64::from(*v))).sum::<f64>() / n;
+    let mean = over(&|v| v);
+    let variance = over(&|v| (v - mean).powi(2));
+    // Of a sum, a division and, for squares, their own two.
+    let roundings = dot_roundings(x.len()) + 1;
+    let em = gamma(roundings) * over(&f64::abs) + TINY;
+    let rounded = |d: f64| U * (d.abs() + em);
+    let shifted = over(&|v| {
+        let (size, rounded) = ((v - mean).abs() + em, rounded(v - mean));
+        rounded * (2.0 * size + rounded)
+    });
+    let ev = em * em + shifted;
+    let under_root = variance + f64::from(eps);
+    let ev = ev + gamma(roundings + 2) * (under_root + ev) + TINY;
+    let inverse = 1.0 / under_root.sqrt();
+    let most = 1.0 / (under_root - ev).max(0.0).sqrt();
+    (x.iter().zip(w).zip(b))
+        .map(|((x, w), b)| {
+            let d = f64::from(*x) - mean;
+            let (w, b) = (f64::from(*w), f64::from(*b));
+            let largest = (d.abs() + em + rounded(d)) * most * (1.0 + gamma(3));
+            let normed = (largest - d.abs() * inverse).min(2.1 * n.sqrt());
+            Expected {
+                value: d * inverse * w + b,
+                bound: (normed * w.abs()) * (1.0 + gamma(2))
+                    + gamma(2) * ((d * inverse * w).abs() + b.abs())
+                    + TINY * w.abs().max(1.0),
+            }
+        })
+        .collect()
+}
+
+fn layer_norm(k: &Kernels, x: &[f32], w: &[f32], b: &[f32], eps: f32) -> Vec<f32> {
+    let [x, w, b] = [x, w, b].map(page_end);
+    let mut y = page_end(&vec![f32::NAN; x.len()]);
+    k.layer_norm(&x, &w, &b, eps, &mut y);
+    y
+}
+
+#[test]
+fn layer_norm_within_its_bound() {
+    for k in tables() {
+        let mut random = Random(15);
+        let sizes = [15, 16, 17, 48, 49, 1024, 3072, 4096];
+        for cols in SMALL_COLS.into_iter().chain(sizes) {
+            let rows = FILLS.map(|fill| fill.values(&mut random, cols, 1e16, 1e-30));
+            // A mean far from zero: 1000 deviations.
+            let far = random.values(cols, 1.0).into_iter().map(|v| v + 577.0);
+            for x in rows.into_iter().chain([far.collect()]) {
+                let (w, b) = (random.values(cols, 2.0), random.values(cols, 1.0));
+                let y = layer_norm(k, &x, &w, &b, 1e-5);
+                for (i, e) in layer_norm_reference(&x, &w, &b, 1e-5).iter().enumerate() {
+                    assert!(
+                        e.admits(y[i]),
+                        "{} {cols} {}.. {i}: {} for {e:?}",
+                        k.isa(),
+                        x[0],
+                        y[i]
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn layer_norm_bound_notices_every_part_and_the_tail() {
+    for k in tables() {
+        let mut random = Random(16);
+        let (x, w) = (random.values(97, 1.0), random.values(97, 2.0));
+        let b = random.values(97, 1.0);
+        let y = layer_norm(k, &x, &w, &b, 1e-5);
+        let wrong = |e: &[Expected]| e.iter().zip(&y).any(|(e, y)| !e.admits(*y));
+        assert!(!wrong(&layer_norm_reference(&x, &w, &b, 1e-5)));
+        let mistakes = [
+            ("eps", layer_norm_reference(&x, &w, &b, 0.0)),
+            ("weight", layer_norm_reference(&x, &[1.0; 97], &b, 1e-5)),
+            ("bias", layer_norm_reference(&x, &w, &[0.0; 97], 1e-5)),
+            ("last value", layer_norm_reference(&x[..96], &w, &b, 1e-5)),
+            ("mean", norm_reference(&x, &w, 1e-5)),
+        ];
+        for (forgotten, expected) in mistakes {
+            assert!(wrong(&expected), "{forgotten} forgotten");
+        }
+        let unbiased = f64::sqrt(96.0 / 97.0);
+        let mut unbiased_reference = layer_norm_reference(&x, &w, &b, 1e-5);
+        for (e, b) in unbiased_reference.iter_mut().zip(&b) {
+            e.value = (e.value - f64::from(*b)) * unbiased + f64::from(*b);
+        }
+        assert!(wrong(&unbiased_reference), "divided by one less");
+
+        // Mean of squares minus square of mean, which the bound must not have room for.
+        let far: Vec<f32> = x.iter().map(|v| v + 577.0).collect();
+        let mean = far.iter().sum::<f32>() / 97.0;
+        let square = far.iter().map(|v| v * v).sum::<f32>() / 97.0;
+        let inverse = 1.0 / (square - mean * mean + 1e-5).sqrt();
+        let naive = far.iter().zip(&w).zip(&b);
+        let naive = naive.map(|((x, w), b)| (x - mean) * inverse * w + b);
+        let right = layer_norm_reference(&far, &w, &b, 1e-5);
+        assert!(
+            naive.zip(&right).any(|(y, e)| !e.admits(y)),
+            "difference of squares"
+        );
+        for at in [0, 40, 96] {
+            let mut bad = x.clone();
+            bad[at] = f32::NAN;
+            let y = layer_norm(k, &bad, &w, &b, 1e-5);
+            assert!(y.iter().all(|v| v.is_nan()), "{} {at}", k.isa());
+        }
+    }
+}
+
 // ------------------------------------------------------------------------------------- rope
 
 /// Two products and a sum: two roundings for each product.
@@ -1062,6 +1181,131 @@ fn silu_mul_within_its_bound() {
             assert!((0..33).all(|i| y[i].is_nan() == (i == at)), "{}", k.isa());
         }
     }
+}
+
+/// `x sigmoid(p)` with `p = 1.702 x` rounded: the exponential's own error and that of its argument,
+/// `|p| U`, reach the result times `1 - sigmoid`; sum and quotient round once each. Below -88 the
+/// exponential overflows and what is left of the result becomes zero.
+fn quick_gelu_reference(x: f32) -> Expected {
+    let (p, x) = (1.702f64 * f64::from(x), f64::from(x));
+    let sigmoid = 1.0 / (1.0 + (-p).exp());
+    // 1.702 is rounded too.
+    let exponential = (EXP + 2.1 * U * p.abs()) * (1.0 - sigmoid);
+    let vanished = if p < -87.0 {
+        89.0 * 2f64.powi(-126)
+    } else {
+        0.0
+    };
+    Expected {
+        value: x * sigmoid,
+        bound: (exponential + gamma(2)) * (x * sigmoid).abs() + vanished + TINY,
+    }
+}
+
+/// The sum with 1 and the product round once each.
+fn gegelu_reference(a: f32, b: f32, limit: f32) -> Expected {
+    let gate = quick_gelu_reference(a.min(limit));
+    let linear = f64::from(b.clamp(-limit, limit)) + 1.0;
+    let value = gate.value * linear;
+    Expected {
+        value,
+        bound: (gate.bound * linear.abs()) * (1.0 + gamma(2)) + gamma(2) * value.abs() + TINY,
+    }
+}
+
+fn gegelu(k: &Kernels, x: &[f32], limit: f32) -> Vec<f32> {
+    let x = page_end(x);
+    let mut y = page_end(&vec![f32::NAN; x.len() / 2]);
+    k.gegelu(&x, limit, &mut y);
+    y
+}
+
+#[test]
+fn gegelu_within_its_bound() {
+    for k in tables() {
+        let mut random = Random(17);
+        for n in SMALL_COLS.into_iter().chain([0, 7, 8, 9, 15, 16, 17, 8192]) {
+            for size in [0.0, 1e-40, 1e-3, 1.0, 30.0, 52.0, 70.0, 1e30] {
+                for limit in [20.0, 3.0, 0.0, f32::INFINITY] {
+                    let x = random.values(2 * n, size);
+                    let y = gegelu(k, &x, limit);
+                    for (i, &[a, b]) in x.as_chunks().0.iter().enumerate() {
+                        let mut e = gegelu_reference(a, b, limit);
+                        if e.value.abs() > f64::from(f32::MAX) {
+                            // 1e30 without a limit: the product of two such numbers is far beyond.
+                            e.value = f64::INFINITY.copysign(e.value);
+                        }
+                        assert!(
+                            e.admits(y[i]) || e.value == f64::from(y[i]),
+                            "{} gegelu({a}, {b}, {limit}): {} for {e:?}",
+                            k.isa(),
+                            y[i]
+                        );
+                        if size == 1.0 && limit == 20.0 && a.abs().min(b.abs()) > 1e-3 {
+                            let wrong = [
+                                ("swapped", gegelu_reference(b, a, limit)),
+                                ("no 1 added", gegelu_reference(a, b - 1.0, limit)),
+                                ("sign of the gate", gegelu_reference(-a, b, limit)),
+                            ];
+                            for (what, wrong) in wrong {
+                                assert!(!wrong.admits(y[i]) || (a - b).abs() < 1e-4, "{what}");
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Limits hold on their own side only, infinities pass them, and a NaN stays where it is.
+#[test]
+fn gegelu_at_the_limits() {
+    let inf = f32::INFINITY;
+    for k in tables() {
+        // Every place of a register and of the rest.
+        for at in [0, 5, 15, 16, 20] {
+            let one = |a: f32, b: f32, limit: f32| {
+                let mut x = [1.0; 42];
+                (x[2 * at], x[2 * at + 1]) = (a, b);
+                let y = gegelu(k, &x, limit);
+                let usual = y[(at + 1) % 21];
+                assert!(gegelu_reference(1.0, 1.0, limit).admits(usual));
+                let others = (0..21).filter(|i| *i != at);
+                assert!(others.map(|i| y[i]).all(|v| v == usual), "{}", k.isa());
+                y[at]
+            };
+            for (a, b, clamped_a, clamped_b) in [
+                (25.0, 1.0, 20.0, 1.0),
+                (-25.0, 1.0, -25.0, 1.0),
+                (1.0, 25.0, 1.0, 20.0),
+                (1.0, -25.0, 1.0, -20.0),
+                (20.0, -20.0, 20.0, -20.0),
+            ] {
+                assert_eq!(one(a, b, 20.0), one(clamped_a, clamped_b, inf), "{a} {b}");
+                assert!(gegelu_reference(clamped_a, clamped_b, inf).admits(one(a, b, 20.0)));
+            }
+            assert_eq!(one(inf, 1.0, 20.0), inf, "{}", k.isa());
+            assert_eq!(one(1.0, inf, 20.0), inf, "{}", k.isa());
+            assert_eq!(one(1.0, -inf, 20.0), -inf, "{}", k.isa());
+            assert_eq!(one(-1.0, inf, 20.0), -inf, "{}", k.isa());
+            for (a, b) in [
+                (-inf, 1.0),
+                (inf, -1.0),
+                (0.0, inf),
+                (f32::NAN, 1.0),
+                (1.0, f32::NAN),
+            ] {
+                assert!(one(a, b, 20.0).is_nan(), "{} {a} {b}", k.isa());
+            }
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "limit NaN")]
+fn gegelu_refuses_a_limit_that_is_no_number() {
+    Kernels::best().gegelu(&[0.0; 2], f32::NAN, &mut [0.0]);
 }
 
 // -------------------------------------------------------------------------------- attention

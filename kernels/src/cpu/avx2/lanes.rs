@@ -92,6 +92,24 @@ impl Lanes for Ymm2 {
         })
     }
     #[inline(always)]
+    fn load_pairs(from: &[[f32; 2]; LANES]) -> [Self; 2] {
+        let from = from.as_flattened();
+        let [a, b] = [0, LANES].map(|first| {
+            avx2!({
+                let low = _mm256_loadu_ps(from.as_ptr().add(first));
+                let high = _mm256_loadu_ps(from.as_ptr().add(first + LANES / 2));
+                // Pairs of lanes 0-1, 4-5, 2-3, 6-7: shuffles work within half a register.
+                let even = _mm256_shuffle_ps::<0b10_00_10_00>(low, high);
+                let odd = _mm256_shuffle_ps::<0b11_01_11_01>(low, high);
+                [even, odd].map(|lanes| {
+                    let pairs = _mm256_castps_pd(lanes);
+                    _mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(pairs))
+                })
+            })
+        });
+        [Self([a[0], b[0]]), Self([a[1], b[1]])]
+    }
+    #[inline(always)]
     fn store(self, to: &mut [f32; LANES]) {
         avx2!({
             _mm256_storeu_ps(to.as_mut_ptr(), self.0[0]);
@@ -134,6 +152,16 @@ impl Lanes for Ymm2 {
     #[inline(always)]
     fn abs(self) -> Self {
         self.map(|a| avx2!(_mm256_andnot_ps(_mm256_set1_ps(-0.0), a)))
+    }
+    #[inline(always)]
+    fn infinite_or(self, other: Self) -> Self {
+        let infinity = avx2!(_mm256_set1_ps(f32::INFINITY));
+        self.zip3(self.abs(), other, |a, size, other| {
+            avx2!({
+                let infinite = _mm256_cmp_ps::<_CMP_EQ_OQ>(size, infinity);
+                _mm256_blendv_ps(other, a, infinite)
+            })
+        })
     }
     #[inline(always)]
     fn scale_by_power(self, n: Self) -> Self {

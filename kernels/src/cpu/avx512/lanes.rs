@@ -46,6 +46,17 @@ impl Lanes for Zmm {
         ))))
     }
     #[inline(always)]
+    fn load_pairs(from: &[[f32; 2]; LANES]) -> [Self; 2] {
+        let from = from.as_flattened();
+        avx512!({
+            let low = _mm512_loadu_ps(from.as_ptr());
+            let high = _mm512_loadu_ps(from.as_ptr().add(LANES));
+            let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+            let odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+            [even, odd].map(|lanes| Self(_mm512_permutex2var_ps(low, lanes, high)))
+        })
+    }
+    #[inline(always)]
     fn store(self, to: &mut [f32; LANES]) {
         avx512!(_mm512_storeu_ps(to.as_mut_ptr(), self.0));
     }
@@ -85,6 +96,14 @@ impl Lanes for Zmm {
     #[inline(always)]
     fn abs(self) -> Self {
         Self(avx512!(_mm512_abs_ps(self.0)))
+    }
+    #[inline(always)]
+    fn infinite_or(self, other: Self) -> Self {
+        Self(avx512!({
+            let infinity = _mm512_set1_ps(f32::INFINITY);
+            let infinite = _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(_mm512_abs_ps(self.0), infinity);
+            _mm512_mask_blend_ps(infinite, other.0, self.0)
+        }))
     }
     #[inline(always)]
     fn scale_by_power(self, n: Self) -> Self {

@@ -105,6 +105,15 @@ impl Lanes for Quad {
         })
     }
     #[inline(always)]
+    fn load_pairs(from: &[[f32; 2]; LANES]) -> [Self; 2] {
+        let from = from.as_flattened();
+        let fours: [_; 4] = std::array::from_fn(|i| neon!(vld2q_f32(from.as_ptr().add(8 * i))));
+        [
+            Self(fours.map(|four| four.0)),
+            Self(fours.map(|four| four.1)),
+        ]
+    }
+    #[inline(always)]
     fn store(self, to: &mut [f32; LANES]) {
         for i in 0..4 {
             neon!(vst1q_f32(to.as_mut_ptr().add(4 * i), self.0[i]));
@@ -146,6 +155,13 @@ impl Lanes for Quad {
     #[inline(always)]
     fn abs(self) -> Self {
         self.map(|a| neon!(vabsq_f32(a)))
+    }
+    #[inline(always)]
+    fn infinite_or(self, other: Self) -> Self {
+        let infinity = neon!(vdupq_n_f32(f32::INFINITY));
+        self.zip(other, |a, other| {
+            neon!(vbslq_f32(vceqq_f32(vabsq_f32(a), infinity), a, other))
+        })
     }
     #[inline(always)]
     fn scale_by_power(self, n: Self) -> Self {

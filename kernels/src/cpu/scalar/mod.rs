@@ -1,5 +1,6 @@
 //! The definition of every kernel, in plain Rust.
 
+use super::gate::QUICK_GELU;
 use super::{Isa, Kernels};
 use phidias_quant::{bf16, f16};
 
@@ -16,8 +17,10 @@ pub(super) const KERNELS: Kernels = Kernels {
     gemm_bf16: gemm::gemm_dense::<bf16>,
     quantize: phidias_quant::activations::quantize,
     rms_norm: norm::rms_norm,
+    layer_norm: norm::layer_norm,
     rope,
     silu_mul,
+    gegelu,
     attend_f32: attention::attend::<f32>,
     attend_f16: attention::attend::<f16>,
     attend_bf16: attention::attend::<bf16>,
@@ -40,6 +43,19 @@ fn rope(heads: &mut [f32], cos: &[f32], sin: &[f32]) {
 fn silu_mul(gate: &[f32], up: &[f32], y: &mut [f32]) {
     for ((y, g), u) in y.iter_mut().zip(gate).zip(up) {
         *y = u * (g / (1.0 + (-g).exp()));
+    }
+}
+
+fn quick_gelu(x: f32) -> f32 {
+    x / (1.0 + (-QUICK_GELU * x).exp())
+}
+
+fn gegelu(x: &[f32], limit: f32, y: &mut [f32]) {
+    let unless_infinite = |v: f32, clamped: f32| if v.is_infinite() { v } else { clamped };
+    for (y, &[a, b]) in y.iter_mut().zip(x.as_chunks().0) {
+        let a = unless_infinite(a, a.clamp(f32::NEG_INFINITY, limit));
+        let b = unless_infinite(b, b.clamp(-limit, limit));
+        *y = quick_gelu(a) * (b + 1.0);
     }
 }
 

@@ -1,32 +1,33 @@
-//! RMSNorm, rotary embedding and the gate; maths in `norm.rs`, `rope.rs`, `gate.rs`.
+//! The norms, rotary embedding and the gates; maths in `norm.rs`, `rope.rs`, `gate.rs`.
 
 use super::{LANES, Lanes, exp, padded};
+use crate::cpu::gate::QUICK_GELU;
 
-/// The sum of squares, in four times sixteen partial sums.
+/// The mean of something of each value, its sum in four times sixteen partial sums: `add(x, sum)`
+/// adds it to one of them. `filler` fills the last sixteen and must add nothing.
 #[inline(always)]
-fn squares<L: Lanes>(x: &[f32]) -> f32 {
+fn mean<L: Lanes>(x: &[f32], filler: f32, add: impl Fn(L, L) -> L) -> f32 {
     let mut acc = [L::splat(0.0); 4];
     let (chunks, rest) = x.as_chunks::<LANES>();
     let (fours, last) = chunks.as_chunks::<4>();
     for four in fours {
         for i in 0..4 {
-            let x = L::load(&four[i]);
-            acc[i] = x.mul_add(x, acc[i]);
+            acc[i] = add(L::load(&four[i]), acc[i]);
         }
     }
     for (i, chunk) in last.iter().enumerate() {
-        let x = L::load(chunk);
-        acc[i] = x.mul_add(x, acc[i]);
+        acc[i] = add(L::load(chunk), acc[i]);
     }
-    let x = L::load(&padded(rest));
-    acc[3] = x.mul_add(x, acc[3]);
-    acc[0].add(acc[1]).add(acc[2].add(acc[3])).sum()
+    let mut filled = [filler; LANES];
+    filled[..rest.len()].copy_from_slice(rest);
+    acc[3] = add(L::load(&filled), acc[3]);
+    acc[0].add(acc[1]).add(acc[2].add(acc[3])).sum() / x.len() as f32
 }
 
 #[inline(always)]
 pub(in crate::cpu) fn rms_norm<L: Lanes>(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
-    let mean = squares::<L>(x) / x.len() as f32;
-    let inverse = L::splat(1.0 / (mean + eps).sqrt());
+    let square = mean::<L>(x, 0.0, |x, sum| x.mul_add(x, sum));
+    let inverse = L::splat(1.0 / (square + eps).sqrt());
     let (x, x_rest) = x.as_chunks::<LANES>();
     let (w, w_rest) = weight.as_chunks::<LANES>();
     let (y, y_rest) = y.as_chunks_mut::<LANES>();
@@ -38,6 +39,35 @@ pub(in crate::cpu) fn rms_norm<L: Lanes>(x: &[f32], weight: &[f32], eps: f32, y:
     x.mul(inverse)
         .mul(L::load(&padded(w_rest)))
         .store(&mut last);
+    y_rest.copy_from_slice(&last[..y_rest.len()]);
+}
+
+#[inline(always)]
+pub(in crate::cpu) fn layer_norm<L: Lanes>(
+    x: &[f32],
+    weight: &[f32],
+    bias: &[f32],
+    eps: f32,
+    y: &mut [f32],
+) {
+    let middle = mean::<L>(x, 0.0, |x, sum| sum.add(x));
+    let centre = L::splat(middle);
+    let variance = mean::<L>(x, middle, |x, sum| {
+        let difference = x.sub(centre);
+        difference.mul_add(difference, sum)
+    });
+    let inverse = L::splat(1.0 / (variance + eps).sqrt());
+    let normed = |x: L, w: L, b: L| x.sub(centre).mul(inverse).mul_add(w, b);
+    let (x, x_rest) = x.as_chunks::<LANES>();
+    let (w, w_rest) = weight.as_chunks::<LANES>();
+    let (b, b_rest) = bias.as_chunks::<LANES>();
+    let (y, y_rest) = y.as_chunks_mut::<LANES>();
+    for (((x, w), b), y) in x.iter().zip(w).zip(b).zip(y) {
+        normed(L::load(x), L::load(w), L::load(b)).store(y);
+    }
+    let mut last = [0.0; LANES];
+    let [x, w, b] = [x_rest, w_rest, b_rest].map(|rest| L::load(&padded(rest)));
+    normed(x, w, b).store(&mut last);
     y_rest.copy_from_slice(&last[..y_rest.len()]);
 }
 
@@ -96,5 +126,30 @@ pub(in crate::cpu) fn silu_mul<L: Lanes>(gate: &[f32], up: &[f32], y: &mut [f32]
     }
     let mut last = [0.0; LANES];
     silu(L::load(&padded(gate_rest)), L::load(&padded(up_rest))).store(&mut last);
+    y_rest.copy_from_slice(&last[..y_rest.len()]);
+}
+
+/// `x / (1 + e^(-1.702 x))`
+#[inline(always)]
+fn quick_gelu<L: Lanes>(x: L) -> L {
+    let one = L::splat(1.0);
+    x.div(one.add(exp(x.mul(L::splat(-QUICK_GELU)))))
+}
+
+#[inline(always)]
+pub(in crate::cpu) fn gegelu<L: Lanes>(x: &[f32], limit: f32, y: &mut [f32]) {
+    let (least, most) = (L::splat(-limit), L::splat(limit));
+    let gated = |[a, b]: [L; 2]| {
+        let a = a.infinite_or(a.min(most));
+        let b = b.infinite_or(b.max(least).min(most));
+        quick_gelu(a).mul(b.add(L::splat(1.0)))
+    };
+    let (pairs, pairs_rest) = x.as_chunks::<2>().0.as_chunks::<LANES>();
+    let (y, y_rest) = y.as_chunks_mut::<LANES>();
+    for (pairs, y) in pairs.iter().zip(y) {
+        gated(L::load_pairs(pairs)).store(y);
+    }
+    let mut last = [0.0; LANES];
+    gated(L::load_pairs(&padded(pairs_rest))).store(&mut last);
     y_rest.copy_from_slice(&last[..y_rest.len()]);
 }

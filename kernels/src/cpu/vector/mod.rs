@@ -34,6 +34,8 @@ pub(super) trait Lanes: Copy {
     fn load_bf16(from: &[bf16; LANES]) -> Self;
     /// Converted exactly.
     fn load_i8(from: &[i8; LANES]) -> Self;
+    /// Lane `i` of the first is `from[i][0]`, of the second `from[i][1]`.
+    fn load_pairs(from: &[[f32; 2]; LANES]) -> [Self; 2];
     /// `to[i]` is lane `i`.
     fn store(self, to: &mut [f32; LANES]);
     /// `self + b`
@@ -54,6 +56,8 @@ pub(super) trait Lanes: Copy {
     fn min(self, b: Self) -> Self;
     /// Magnitudes.
     fn abs(self) -> Self;
+    /// `self` in the lanes where it is infinite, `other` elsewhere.
+    fn infinite_or(self, other: Self) -> Self;
     /// `self * 2^n` for integral `n` in -250..=250, rounded once at most; too large is infinite.
     fn scale_by_power(self, n: Self) -> Self;
     /// `self` in the lanes `from..to`, `other` elsewhere.
@@ -169,8 +173,10 @@ macro_rules! vector_table {
             gemm_bf16: gemm_dense::<bf16>,
             quantize,
             rms_norm,
+            layer_norm,
             rope,
             silu_mul,
+            gegelu,
             attend_f32: attend::<f32>,
             attend_f16: attend::<f16>,
             attend_bf16: attend::<bf16>,
@@ -194,6 +200,11 @@ macro_rules! vector_table {
         }
 
         #[target_feature(enable = $features)]
+        fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, y: &mut [f32]) {
+            elementwise::layer_norm::<$lanes>(x, weight, bias, eps, y);
+        }
+
+        #[target_feature(enable = $features)]
         fn rope(heads: &mut [f32], cos: &[f32], sin: &[f32]) {
             elementwise::rope::<$lanes>(heads, cos, sin);
         }
@@ -201,6 +212,11 @@ macro_rules! vector_table {
         #[target_feature(enable = $features)]
         fn silu_mul(gate: &[f32], up: &[f32], y: &mut [f32]) {
             elementwise::silu_mul::<$lanes>(gate, up, y);
+        }
+
+        #[target_feature(enable = $features)]
+        fn gegelu(x: &[f32], limit: f32, y: &mut [f32]) {
+            elementwise::gegelu::<$lanes>(x, limit, y);
         }
 
         #[target_feature(enable = $features)]
