@@ -19,6 +19,7 @@
 
 mod guard;
 
+use super::activation::{DENOMINATOR, NUMERATOR, RATIO_ERROR};
 use super::{AttentionState, AttentionTask, Cached, Isa, KEY_PANEL, Kernels};
 use crate::view::{ColsMut, Dense, Elements};
 use guard::{guarded, page_end};
@@ -1306,6 +1307,107 @@ fn gegelu_at_the_limits() {
 #[should_panic(expected = "limit NaN")]
 fn gegelu_refuses_a_limit_that_is_no_number() {
     Kernels::best().gegelu(&[0.0; 2], f32::NAN, &mut [0.0]);
+}
+
+// ------------------------------------------------------------------------------- activation
+
+/// The derivation is in `activation.rs`; the reference is the C library's complementary error function.
+/// What the exponential loses among subnormals is multiplied by less than 1: `t R(t)` is.
+fn gelu_reference(x: f32) -> Expected {
+    let x = f64::from(x);
+    let t = x.abs();
+    let tail = t * 0.5 * libm::erfc(t / std::f64::consts::SQRT_2);
+    let relative = RATIO_ERROR + gamma(21) + EXP + U * t * t / 2.0;
+    let value = x.max(0.0) - tail;
+    Expected {
+        value,
+        bound: 1.01 * relative * tail + U * value.abs() + TINY,
+    }
+}
+
+#[test]
+fn activations_within_their_bounds() {
+    type Kernel = fn(&Kernels, &mut [f32]);
+    let families: [(&str, Kernel, fn(f32) -> Expected); 2] = [
+        ("quick_gelu", Kernels::quick_gelu, quick_gelu_reference),
+        ("gelu", Kernels::gelu, gelu_reference),
+    ];
+    for k in tables() {
+        for (name, kernel, reference) in families {
+            let mut random = Random(18);
+            for n in SMALL_COLS
+                .into_iter()
+                .chain([0, 7, 8, 9, 15, 16, 17, 60000])
+            {
+                for size in [0.0, 1e-40, 1e-3, 1.0, 4.0, 16.0, 60.0, 120.0, f32::MAX] {
+                    let x = random.values(n, size);
+                    let mut y = page_end(&x);
+                    kernel(k, &mut y);
+                    for (x, y) in x.iter().zip(&y) {
+                        let e = reference(*x);
+                        assert!(e.admits(*y), "{} {name}({x}): {y} for {e:?}", k.isa());
+                        if size == 1.0 && x.abs() > 0.1 {
+                            assert!(!reference(-x).admits(*y), "{name}: sign");
+                            assert!(
+                                !Expected {
+                                    value: e.value + 1e-6,
+                                    ..e
+                                }
+                                .admits(*y)
+                            );
+                        }
+                    }
+                }
+            }
+            for at in [0, 16, 32] {
+                let mut x = [1.0; 33];
+                for (special, expected) in [
+                    (f32::NAN, f32::NAN),
+                    (f32::NEG_INFINITY, f32::NAN),
+                    (f32::INFINITY, f32::INFINITY),
+                ] {
+                    x[at] = special;
+                    let mut y = page_end(&x);
+                    kernel(k, &mut y);
+                    assert_eq!(y[at].is_nan(), expected.is_nan(), "{} {name}", k.isa());
+                    assert!(y[at].is_nan() || y[at] == expected, "{} {name}", k.isa());
+                    let others = (0..33).filter(|i| *i != at);
+                    assert!(others.map(|i| y[i]).all(|y| reference(1.0).admits(y)));
+                }
+            }
+        }
+    }
+}
+
+/// One function is not taken for the other, nor for the SiLU or the form with a hyperbolic tangent.
+#[test]
+fn activation_bounds_tell_the_functions_apart() {
+    for x in [-2.5f32, -1.0, 0.7, 2.0] {
+        let [quick, exact] = [quick_gelu_reference(x), gelu_reference(x)];
+        let silu = x / (1.0 + (-x).exp());
+        let inner = 0.797_884_6 * (x + 0.044_715 * x.powi(3));
+        let tanh = 0.5 * x * (1.0 + inner.tanh());
+        assert!(!quick.admits(exact.value as f32) && !exact.admits(quick.value as f32));
+        assert!(!quick.admits(silu) && !exact.admits(tanh), "{x}");
+    }
+}
+
+/// The quotient alone, in f64, so that no rounding hides a wrong digit of a coefficient.
+#[test]
+fn the_ratio_of_the_normal_tail_is_as_near_as_stated() {
+    let horner = |c: &[f32], t: f64| c.iter().rev().fold(0.0, |sum, c| sum * t + f64::from(*c));
+    let mut largest: f64 = 0.0;
+    for i in 0..=15_000 {
+        let t = f64::from(i) / 1000.0;
+        let ratio = horner(&NUMERATOR, t) / horner(&DENOMINATOR, t);
+        let exact = 0.5 * libm::erfc(t / std::f64::consts::SQRT_2) / (-t * t / 2.0).exp();
+        largest = largest.max((ratio / exact - 1.0).abs());
+    }
+    assert!(largest <= RATIO_ERROR, "{largest:e}");
+    assert!(
+        largest > 0.9 * RATIO_ERROR,
+        "{largest:e} is less than stated"
+    );
 }
 
 // -------------------------------------------------------------------------------- attention

@@ -3,15 +3,12 @@
 //! ```text
 //! Maths   silu_mul   y[i] = up[i] * silu(gate[i]),   silu(g) = g / (1 + exp(-g))      (Shazeer 2020, SwiGLU)
 //!         gegelu     y[i] = quick_gelu(min(a, limit)) * (clamp(b, -limit, limit) + 1),
-//!                    a = x[2 i], b = x[2 i + 1],   quick_gelu(a) = a / (1 + exp(-1.702 a))
+//!                    a = x[2 i], b = x[2 i + 1]; quick_gelu in `activation.rs`
 //! Exact   f32. Infinities are not clamped: an overflow further up stays visible. Where a factor is
 //!         zero and the other infinite (a gate of -inf) the result is a NaN, as in the reference
 //! ```
 
 use super::Kernels;
-
-/// `1.702 x` in the sigmoid stands for the normal distribution in a GELU (Hendrycks & Gimpel 2016).
-pub(super) const QUICK_GELU: f32 = 1.702;
 
 /// # Safety
 /// The CPU has the features of the table; all three slices are equally long.

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+mod activation;
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -133,6 +134,8 @@ pub struct Kernels {
     rope: rope::Rope,
     silu_mul: gate::Gate,
     gegelu: gate::Gegelu,
+    quick_gelu: activation::Activation,
+    gelu: activation::Activation,
     attend_f32: attention::Attend<f32>,
     attend_f16: attention::Attend<phidias_quant::f16>,
     attend_bf16: attention::Attend<phidias_quant::bf16>,

@@ -1,9 +1,9 @@
 //! The definition of every kernel, in plain Rust.
 
-use super::gate::QUICK_GELU;
 use super::{Isa, Kernels};
 use phidias_quant::{bf16, f16};
 
+mod activation;
 mod attention;
 mod gemm;
 mod norm;
@@ -21,6 +21,8 @@ pub(super) const KERNELS: Kernels = Kernels {
     rope,
     silu_mul,
     gegelu,
+    quick_gelu: activation::quick_gelu_all,
+    gelu: activation::gelu_all,
     attend_f32: attention::attend::<f32>,
     attend_f16: attention::attend::<f16>,
     attend_bf16: attention::attend::<bf16>,
@@ -46,16 +48,12 @@ fn silu_mul(gate: &[f32], up: &[f32], y: &mut [f32]) {
     }
 }
 
-fn quick_gelu(x: f32) -> f32 {
-    x / (1.0 + (-QUICK_GELU * x).exp())
-}
-
 fn gegelu(x: &[f32], limit: f32, y: &mut [f32]) {
     let unless_infinite = |v: f32, clamped: f32| if v.is_infinite() { v } else { clamped };
     for (y, &[a, b]) in y.iter_mut().zip(x.as_chunks().0) {
         let a = unless_infinite(a, a.clamp(f32::NEG_INFINITY, limit));
         let b = unless_infinite(b, b.clamp(-limit, limit));
-        *y = quick_gelu(a) * (b + 1.0);
+        *y = activation::quick_gelu(a) * (b + 1.0);
     }
 }
 

@@ -1,7 +1,8 @@
-//! The norms, rotary embedding and the gates; maths in `norm.rs`, `rope.rs`, `gate.rs`.
+//! The norms, rotary embedding, the gates and the activations; maths in `norm.rs`, `rope.rs`, `gate.rs`
+//! and `activation.rs`.
 
 use super::{LANES, Lanes, exp, padded};
-use crate::cpu::gate::QUICK_GELU;
+use crate::cpu::activation::{DENOMINATOR, NUMERATOR, QUICK_GELU, TAIL_END};
 
 /// The mean of something of each value, its sum in four times sixteen partial sums: `add(x, sum)`
 /// adds it to one of them. `filler` fills the last sixteen and must add nothing.
@@ -131,7 +132,7 @@ pub(in crate::cpu) fn silu_mul<L: Lanes>(gate: &[f32], up: &[f32], y: &mut [f32]
 
 /// `x / (1 + e^(-1.702 x))`
 #[inline(always)]
-fn quick_gelu<L: Lanes>(x: L) -> L {
+fn quick_gelu_of<L: Lanes>(x: L) -> L {
     let one = L::splat(1.0);
     x.div(one.add(exp(x.mul(L::splat(-QUICK_GELU)))))
 }
@@ -142,7 +143,7 @@ pub(in crate::cpu) fn gegelu<L: Lanes>(x: &[f32], limit: f32, y: &mut [f32]) {
     let gated = |[a, b]: [L; 2]| {
         let a = a.infinite_or(a.min(most));
         let b = b.infinite_or(b.max(least).min(most));
-        quick_gelu(a).mul(b.add(L::splat(1.0)))
+        quick_gelu_of(a).mul(b.add(L::splat(1.0)))
     };
     let (pairs, pairs_rest) = x.as_chunks::<2>().0.as_chunks::<LANES>();
     let (y, y_rest) = y.as_chunks_mut::<LANES>();
@@ -152,4 +153,46 @@ pub(in crate::cpu) fn gegelu<L: Lanes>(x: &[f32], limit: f32, y: &mut [f32]) {
     let mut last = [0.0; LANES];
     gated(L::load_pairs(&padded(pairs_rest))).store(&mut last);
     y_rest.copy_from_slice(&last[..y_rest.len()]);
+}
+
+/// `max(x, 0) - t Q(t)`, `t = |x|`
+#[inline(always)]
+fn gelu_of<L: Lanes>(x: L) -> L {
+    let (half, size) = (L::splat(0.5), x.abs());
+    let t = size.min(L::splat(TAIL_END));
+    let ratio = horner(NUMERATOR, t).div(horner(DENOMINATOR, t));
+    let tail = t.mul(ratio).mul(exp(t.mul(t).mul(L::splat(-0.5))));
+    // max(x, 0), but for minus infinity.
+    size.mul_add(half, x.mul(half)).sub(tail)
+}
+
+#[inline(always)]
+fn horner<L: Lanes, const N: usize>(coefficients: [f32; N], t: L) -> L {
+    let mut sum = L::splat(coefficients[N - 1]);
+    for c in coefficients[..N - 1].iter().rev() {
+        sum = sum.mul_add(t, L::splat(*c));
+    }
+    sum
+}
+
+/// Each `x` becomes `f(x)`.
+#[inline(always)]
+fn each<L: Lanes>(x: &mut [f32], f: impl Fn(L) -> L) {
+    let (x, rest) = x.as_chunks_mut::<LANES>();
+    for x in x {
+        f(L::load(x)).store(x);
+    }
+    let mut last = padded(rest);
+    f(L::load(&last)).store(&mut last);
+    rest.copy_from_slice(&last[..rest.len()]);
+}
+
+#[inline(always)]
+pub(in crate::cpu) fn quick_gelu<L: Lanes>(x: &mut [f32]) {
+    each::<L>(x, quick_gelu_of);
+}
+
+#[inline(always)]
+pub(in crate::cpu) fn gelu<L: Lanes>(x: &mut [f32]) {
+    each::<L>(x, gelu_of);
 }

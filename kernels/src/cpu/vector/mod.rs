@@ -177,6 +177,8 @@ macro_rules! vector_table {
             rope,
             silu_mul,
             gegelu,
+            quick_gelu,
+            gelu,
             attend_f32: attend::<f32>,
             attend_f16: attend::<f16>,
             attend_bf16: attend::<bf16>,
@@ -217,6 +219,16 @@ macro_rules! vector_table {
         #[target_feature(enable = $features)]
         fn gegelu(x: &[f32], limit: f32, y: &mut [f32]) {
             elementwise::gegelu::<$lanes>(x, limit, y);
+        }
+
+        #[target_feature(enable = $features)]
+        fn quick_gelu(x: &mut [f32]) {
+            elementwise::quick_gelu::<$lanes>(x);
+        }
+
+        #[target_feature(enable = $features)]
+        fn gelu(x: &mut [f32]) {
+            elementwise::gelu::<$lanes>(x);
         }
 
         #[target_feature(enable = $features)]
