@@ -1,4 +1,5 @@
-//! What works on activations alone: RMSNorm, the rotation of queries and keys, the gate of the MLP.
+//! What works on activations alone: the norms, the rotation of queries and keys, the gates of the MLPs,
+//! the activations of the image encoder.
 //!
 //! The bytes are read and written once. Few tokens stay in a cache, so these can be faster than memory.
 
@@ -8,11 +9,19 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use phidias::bench::operations::Operation;
 
 /// A norm: 195 roundings of 2^-24 in a mean of squares, halved by the root, in either of two results,
-/// and some more; a rotation and a gate have a handful.
+/// and some more; a rotation, a gate and an activation have a handful.
 const TOLERANCE: f32 = 1.5e-5;
 
 fn elementwise(c: &mut Criterion) {
-    for operation in [Operation::RmsNorm, Operation::Rope, Operation::SiluMul] {
+    for operation in [
+        Operation::RmsNorm,
+        Operation::LayerNorm,
+        Operation::Rope,
+        Operation::SiluMul,
+        Operation::Gegelu,
+        Operation::QuickGelu,
+        Operation::Gelu,
+    ] {
         common::bench(c, &operation, TOLERANCE);
     }
 }

@@ -259,6 +259,10 @@ mod tests {
                 Operation::Quantize,
                 Operation::Rope,
                 Operation::SiluMul,
+                Operation::LayerNorm,
+                Operation::Gegelu,
+                Operation::QuickGelu,
+                Operation::Gelu,
             ],
             working_set: 10_000,
             time: Duration::ZERO,
@@ -272,7 +276,7 @@ mod tests {
         };
         let progress: Progress = Arc::new(|_| {});
         let records = bench.run(&progress).unwrap();
-        assert_eq!(records.len(), 8);
+        assert_eq!(records.len(), 12);
         for r in &records {
             assert!(r.seconds.min > 0.0 && r.share_of_peak > 0.0, "{r:?}");
             let ratio = r.gop_s / r.gb_s * r.bytes as f64 / r.ops as f64;

@@ -1,4 +1,5 @@
-//! The operations of a forward pass at the shapes of Phi-3.5-mini, ready to be timed alone.
+//! The operations of a forward pass at the shapes of Phi-3.5-mini, ready to be timed alone; and what
+//! the other models have in their place, at the shapes of Phi-3-small and of the image encoder.
 //!
 //! This is the one file of the benchmark that calls the engine's operations; [`super::kernels`] times
 //! whatever is listed here.
@@ -16,7 +17,7 @@ use phidias_engine::kernels::cpu::peak::Number;
 use phidias_engine::kv_cache::{KvCache, KvShape, KvType};
 use phidias_engine::pool::Pool;
 use phidias_engine::tensor::{Buffer, DType, Linear, Matrix};
-use phidias_engine::{AlignedBytes, Bytes, Cancel};
+use phidias_engine::{AlignedBytes, Bytes, Cancel, Kernels};
 use phidias_models::WeightFormat;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -30,6 +31,9 @@ const HEADS: Heads = Heads {
     head_dim: 96,
     order: HeadOrder::Parts,
 };
+/// Phi-3-small's outputs of the gated projection; the image encoder's.
+const SMALL_INNER: usize = 14_336;
+const CLIP_INNER: usize = 4096;
 /// Columns of the fused projection.
 const QKV: usize = 3 * HIDDEN;
 /// Tokens in the cache when a decoding step attends.
@@ -63,6 +67,14 @@ pub enum Operation {
     Rope,
     /// The gate of the MLP.
     SiluMul,
+    /// LayerNorm.
+    LayerNorm,
+    /// The gate of Phi-3-small.
+    Gegelu,
+    /// The activation of the image encoder, on a copy of its input.
+    QuickGelu,
+    /// The activation of the image projection, on a copy of its input.
+    Gelu,
     /// Attention of tokens that follow `first` others.
     Attention {
         /// What the cache stores.
@@ -74,7 +86,7 @@ pub enum Operation {
     },
 }
 
-/// What is timed, in the order of the table.
+/// What is timed, in the order of the table: a forward pass of Phi-3.5-mini.
 #[must_use]
 pub fn all() -> Vec<Operation> {
     const EACH: &[usize] = &[1, 128, 512];
@@ -137,6 +149,10 @@ impl Operation {
             Self::RmsNorm => "rms_norm".into(),
             Self::Rope => "rope".into(),
             Self::SiluMul => "silu_mul".into(),
+            Self::LayerNorm => "layer_norm".into(),
+            Self::Gegelu => "gegelu".into(),
+            Self::QuickGelu => "quick_gelu".into(),
+            Self::Gelu => "gelu".into(),
             Self::Attention { kv, .. } => format!("attend_{}", kv.name()),
         }
     }
@@ -148,9 +164,11 @@ impl Operation {
             Self::Linear {
                 name, rows, cols, ..
             } => format!("{name} {rows} x {cols}"),
-            Self::Quantize | Self::RmsNorm => HIDDEN.to_string(),
+            Self::Quantize | Self::RmsNorm | Self::LayerNorm | Self::Gelu => HIDDEN.to_string(),
             Self::Rope => format!("{} heads of {}", 2 * HEADS.heads, HEADS.head_dim),
             Self::SiluMul => INNER.to_string(),
+            Self::Gegelu => SMALL_INNER.to_string(),
+            Self::QuickGelu => CLIP_INNER.to_string(),
             Self::Attention { first: 0, .. } => "a prompt from its beginning".into(),
             Self::Attention { first, .. } => format!("at depth {first}"),
         }
@@ -194,6 +212,14 @@ impl Operation {
             Self::Rope => float(2 * n * 2 * HIDDEN * F32, 3 * n * 2 * HIDDEN),
             // -g, exp, 1 +, /, times
             Self::SiluMul => float(3 * n * INNER * F32, 5 * n * INNER),
+            // add; minus the mean, square and add; minus the mean, times the root and the weight, plus
+            Self::LayerNorm => float(2 * n * HIDDEN * F32, 8 * n * HIDDEN),
+            // three limits, times, exp, 1 +, /, 1 +, times
+            Self::Gegelu => float(3 * n * SMALL_INNER * F32, 9 * n * SMALL_INNER),
+            // times, exp, 1 +, /
+            Self::QuickGelu => float(2 * n * CLIP_INNER * F32, 4 * n * CLIP_INNER),
+            // |x|, limit, nine multiply-adds and a division, square, exp, two products, max, -
+            Self::Gelu => float(2 * n * HIDDEN * F32, 27 * n * HIDDEN),
             Self::Attention { kv, first, .. } => {
                 let shape = KvShape {
                     layers: 1,
@@ -205,6 +231,28 @@ impl Operation {
                     4 * seen * HIDDEN,
                 )
             }
+        }
+    }
+
+    /// One row of an operation that the engine has as a part of others.
+    fn row(&self, kernels: &Kernels, x: &[f32], weight: &[f32], y: &mut [f32]) {
+        match self {
+            Self::SiluMul => {
+                let (gate, up) = x.split_at(y.len());
+                kernels.silu_mul(gate, up, y);
+            }
+            Self::RmsNorm => kernels.rms_norm(x, weight, 1e-5, y),
+            Self::LayerNorm => kernels.layer_norm(x, weight, weight, 1e-5, y),
+            Self::Gegelu => kernels.gegelu(x, 20.0, y),
+            Self::QuickGelu => {
+                y.copy_from_slice(x);
+                kernels.quick_gelu(y);
+            }
+            Self::Gelu => {
+                y.copy_from_slice(x);
+                kernels.gelu(y);
+            }
+            Self::Linear { .. } | Self::Quantize | Self::Rope | Self::Attention { .. } => {}
         }
     }
 
@@ -234,9 +282,11 @@ impl Operation {
                 prepared.matrices = matrices(format, rows, HIDDEN, 0, cpu.pool(), cancel)?;
                 prepared.columns = HIDDEN;
             }
-            Self::RmsNorm => prepared.columns = HIDDEN,
+            Self::RmsNorm | Self::LayerNorm | Self::Gelu => prepared.columns = HIDDEN,
             Self::Rope => prepared.columns = QKV,
             Self::SiluMul => prepared.columns = 2 * INNER,
+            Self::Gegelu => prepared.columns = 2 * SMALL_INNER,
+            Self::QuickGelu => prepared.columns = CLIP_INNER,
             Self::Attention { kv, first, tokens } => {
                 prepared.columns = QKV;
                 prepared.cache = Some(cache(cpu, kv, first + tokens.max(CHECKED))?);
@@ -293,13 +343,14 @@ impl Prepared {
                 let (x, matrix) = (&self.x, &self.matrices[0].weight);
                 cpu.enter(|ops| ops.input(x, matrix, &mut self.input));
             }
-            Operation::RmsNorm => {
+            Operation::RmsNorm | Operation::LayerNorm => {
                 fill(&mut self.y, 1, HIDDEN, 2);
                 self.weight = self.y.data().to_vec();
                 self.y.reshape(n, HIDDEN);
             }
             Operation::Rope => self.rotations = rotations(n),
-            Operation::SiluMul => self.y.reshape(n, INNER),
+            Operation::SiluMul | Operation::Gegelu => self.y.reshape(n, self.columns / 2),
+            Operation::QuickGelu | Operation::Gelu => self.y.reshape(n, self.columns),
             Operation::Quantize | Operation::Attention { .. } => {}
         }
     }
@@ -319,17 +370,6 @@ impl Prepared {
         let (x, y, rotations) = (&mut self.x, &mut self.y, &self.rotations);
         match self.operation {
             // The engine does these as parts of others.
-            Operation::RmsNorm => cpu.pool().enter(|team| {
-                let start = Instant::now();
-                for _ in calls {
-                    let rows =
-                        (y.data_mut().chunks_exact_mut(HIDDEN)).zip(x.data().chunks_exact(HIDDEN));
-                    team.each_part(rows.collect(), |(y, x)| {
-                        kernels.rms_norm(x, &self.weight, 1e-5, y)
-                    });
-                }
-                start.elapsed()
-            }),
             Operation::Rope => cpu.pool().enter(|team| {
                 let start = Instant::now();
                 for _ in calls {
@@ -341,17 +381,26 @@ impl Prepared {
                 }
                 start.elapsed()
             }),
-            Operation::SiluMul => cpu.pool().enter(|team| {
-                let start = Instant::now();
-                for _ in calls {
-                    let rows = (y.data_mut().chunks_exact_mut(INNER))
-                        .zip(x.data().chunks_exact(2 * INNER));
-                    team.each_part(rows.collect(), |(y, x)| {
-                        kernels.silu_mul(&x[..INNER], &x[INNER..], y);
-                    });
-                }
-                start.elapsed()
-            }),
+            Operation::RmsNorm
+            | Operation::LayerNorm
+            | Operation::SiluMul
+            | Operation::Gegelu
+            | Operation::QuickGelu
+            | Operation::Gelu => {
+                let (operation, weight) = (self.operation, &self.weight);
+                let (columns, width) = (x.cols(), y.cols());
+                cpu.pool().enter(|team| {
+                    let start = Instant::now();
+                    for _ in calls {
+                        let rows = (y.data_mut().chunks_exact_mut(width))
+                            .zip(x.data().chunks_exact(columns));
+                        team.each_part(rows.collect(), |(y, x)| {
+                            operation.row(kernels, x, weight, y);
+                        });
+                    }
+                    start.elapsed()
+                })
+            }
             _ => cpu.enter(|ops| {
                 let start = Instant::now();
                 for call in calls {
@@ -377,7 +426,14 @@ impl Prepared {
                 let mask = Mask { window: None };
                 ops.attention(x, HEADS, cache, layer, first, mask, scale, y);
             }
-            Operation::RmsNorm | Operation::Rope | Operation::SiluMul => {}
+            // In [`Self::time`].
+            Operation::RmsNorm
+            | Operation::LayerNorm
+            | Operation::Rope
+            | Operation::SiluMul
+            | Operation::Gegelu
+            | Operation::QuickGelu
+            | Operation::Gelu => {}
         }
     }
 
