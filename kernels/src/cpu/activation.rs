@@ -30,8 +30,7 @@ use super::Kernels;
 pub(super) const QUICK_GELU: f32 = 1.702;
 
 /// Coefficients of `1, t, t^2, ...` above the line.
-pub(super) const NUMERATOR: [f32; 5] =
-    [0.5, 0.439_283, 0.183_968_84, 0.040_881_03, 0.004_153_215_8];
+pub(super) const NUMERATOR: [f32; 5] = [0.5, 0.439_283, 0.183_968_84, 0.040_881_03, 0.004_153_216];
 /// Below it.
 pub(super) const DENOMINATOR: [f32; 6] = [
     1.0,

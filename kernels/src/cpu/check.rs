@@ -1328,7 +1328,8 @@ fn gelu_reference(x: f32) -> Expected {
 #[test]
 fn activations_within_their_bounds() {
     type Kernel = fn(&Kernels, &mut [f32]);
-    let families: [(&str, Kernel, fn(f32) -> Expected); 2] = [
+    type Reference = fn(f32) -> Expected;
+    let families: [(&str, Kernel, Reference); 2] = [
         ("quick_gelu", Kernels::quick_gelu, quick_gelu_reference),
         ("gelu", Kernels::gelu, gelu_reference),
     ];
