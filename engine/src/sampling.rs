@@ -289,6 +289,7 @@ struct Scratch {
     scores: Vec<f64>, // [vocab]
     counts: Vec<u32>, // [vocab], all 0 between calls
     candidates: Vec<Candidate>,
+    maxima: Vec<f64>, // of groups of scores
 }
 
 impl Clone for Scratch {
@@ -422,11 +423,18 @@ impl Sampler {
     fn filter(&mut self, best: u32) {
         let params = &self.params;
         let Scratch {
-            scores, candidates, ..
+            scores,
+            candidates,
+            maxima,
+            ..
         } = &mut self.scratch;
         let max = scores[best as usize];
         // Temperatures above 1 raise what lies low, so the floor goes down with them.
-        let floor = max - FLOOR_NATS * f64::from(params.temperature).max(1.0);
+        let mut floor = max - FLOOR_NATS * f64::from(params.temperature).max(1.0);
+        let k = params.top_k;
+        if k > 0 {
+            floor = floor.max(reached_by(scores, k, maxima));
+        }
         candidates.clear();
         candidates.extend(
             (0u32..)
@@ -438,7 +446,6 @@ impl Sampler {
                     weight: 0.0,
                 }),
         );
-        let k = params.top_k;
         if k > 0 && k < candidates.len() {
             candidates.select_nth_unstable_by(k - 1, Candidate::by_rank);
             candidates.truncate(k);
@@ -509,6 +516,32 @@ fn argmax(scores: &[f64]) -> Option<u32> {
         }
     }
     best.1
+}
+
+/// A score that `k` tokens reach at least, `-inf` where this finds none: what is below it is not among
+/// the `k` greatest. The scores are dealt out to groups, each group's maximum is a token's score, and
+/// so the `k`-th greatest maximum is reached by `k` tokens. Where `k` is small beside the number of
+/// groups hardly more reach it.
+fn reached_by(scores: &[f64], k: usize, maxima: &mut Vec<f64>) -> f64 {
+    /// Neighbours go to different groups, which compares whole registers at a time.
+    const WIDTH: usize = 8;
+    const GROUP: usize = 32;
+    maxima.clear();
+    for block in scores.chunks(GROUP * WIDTH) {
+        let mut greatest = [f64::NEG_INFINITY; WIDTH];
+        for row in block.chunks(WIDTH) {
+            for (greatest, &score) in greatest.iter_mut().zip(row) {
+                *greatest = if score > *greatest { score } else { *greatest };
+            }
+        }
+        maxima.extend(greatest);
+    }
+    if maxima.len() < k {
+        return f64::NEG_INFINITY;
+    }
+    *maxima
+        .select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a))
+        .1
 }
 
 /// Moves the most probable candidates to the front, most probable first, until their weights sum to
@@ -817,6 +850,42 @@ mod tests {
         assert_eq!(seen(top_k(0), &logits), set(&[0, 1, 2, 3]));
         assert_eq!(seen(top_k(4), &logits), set(&[0, 1, 2, 3]));
         assert_eq!(seen(top_k(usize::MAX), &logits), set(&[0, 1, 2, 3]));
+    }
+
+    /// The bound that spares most of a vocabulary: all of the k greatest pass it, ties of the last
+    /// included, and where groups are many few others do.
+    #[test]
+    fn top_k_of_a_large_vocabulary_is_the_head_of_a_full_sort() {
+        for (vocab, levels) in [
+            (255, 9),
+            (257, 1),
+            (2000, 50),
+            (32_064, 20),
+            (32_064, 1 << 20),
+        ] {
+            let level = |i| (uniform(vocab, i) * f64::from(levels)).floor() as f32;
+            let logits: Vec<f32> = (0..vocab)
+                .map(|i| level(i) * 12.0 / levels as f32)
+                .collect();
+            let scores: Vec<f64> = logits.iter().map(|v| f64::from(*v)).collect();
+            for top_k in [1, 2, 7, 8, 9, 40, 63, 64, 65, 1000, 1008, 1009, 40_000] {
+                let bound = reached_by(&scores, top_k, &mut Vec::new());
+                let reach = scores.iter().filter(|s| **s >= bound).count();
+                assert!(reach >= top_k.min(logits.len()), "{vocab} {top_k}");
+                if levels > 1000 && top_k <= 40 {
+                    assert!(reach <= 2 * top_k, "{reach} for {top_k}");
+                }
+                let params = SamplingParams { top_k, ..hot(1.0) };
+                let mut sampler = sampler(params, logits.len());
+                sampler.score(&logits, &[]);
+                let best = argmax(&sampler.scratch.scores).unwrap();
+                sampler.filter(best);
+                let kept: Vec<u32> = sampler.scratch.candidates.iter().map(|c| c.id).collect();
+                let mut want = likeliest(&logits, top_k);
+                want.sort_unstable();
+                assert_eq!(kept, want, "{vocab} {top_k}");
+            }
+        }
     }
 
     #[test]
