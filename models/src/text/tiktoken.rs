@@ -21,7 +21,9 @@
 //! them are recognised in texts; the model uses five.
 
 use std::array;
-use std::path::Path;
+use std::io::ErrorKind;
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -64,7 +66,7 @@ const PATTERN: &str = concat!(
 /// The special tokens, from id [`RANKS`] on. Source: `tokenization_phi3_small.py` of
 /// <https://huggingface.co/microsoft/Phi-3-small-8k-instruct>.
 pub(crate) fn special_tokens() -> impl Iterator<Item = String> {
-    let dummies = |ids: std::ops::RangeInclusive<u32>| ids.map(|i| format!("<|dummy_id_{i}|>"));
+    let dummies = |ids: RangeInclusive<u32>| ids.map(|i| format!("<|dummy_id_{i}|>"));
     let named = |names: &'static [&str]| names.iter().map(|name| format!("<|{name}|>"));
     dummies(2..=2)
         .chain(named(&["endoftext"]))
@@ -85,7 +87,7 @@ pub(super) fn open(dir: &Path) -> Result<Option<(tokenizers::Tokenizer, String)>
     };
     let entries = match dir.read_dir() {
         Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(failed(error)),
     };
     let mut paths = Vec::new();
@@ -99,7 +101,7 @@ pub(super) fn open(dir: &Path) -> Result<Option<(tokenizers::Tokenizer, String)>
         [] => return Ok(None),
         [path] => path,
         _ => {
-            let name = |path: &std::path::PathBuf| Some(path.file_name()?.display().to_string());
+            let name = |path: &PathBuf| Some(path.file_name()?.display().to_string());
             let mut found: Vec<String> = paths.iter().filter_map(name).collect();
             found.sort();
             return Err(TextError::SeveralVocabularies {
@@ -340,5 +342,264 @@ fn shortened(bytes: &[u8]) -> String {
         shown + " ..."
     } else {
         shown
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::HashMap;
+    use std::fs;
+
+    /// The 256 bytes in order, then `more`.
+    fn tokens(more: &[&[u8]]) -> Vec<Vec<u8>> {
+        let bytes = (0..=u8::MAX).map(|byte| vec![byte]);
+        bytes
+            .chain(more.iter().map(|token| token.to_vec()))
+            .collect()
+    }
+
+    fn file<T: AsRef<[u8]>>(tokens: &[T]) -> String {
+        (tokens.iter().enumerate())
+            .map(|(rank, token)| format!("{} {rank}\n", BASE64.encode(token)))
+            .collect()
+    }
+
+    fn merges(more: &[&[u8]]) -> Result<Merges, TextError> {
+        let file = file(&tokens(more));
+        Ranks::parse(file.as_bytes(), "here")?.merges("here")
+    }
+
+    #[test]
+    fn merges_are_found() {
+        let found = merges(&[
+            b"he",
+            b"th",
+            b"the",
+            b" t",
+            b" the",
+            b"\xe4\xbd",
+            b"\xe4\xbd\xa0",
+        ]);
+        let pair = |left: &str, right: &str| (left.to_owned(), right.to_owned());
+        assert_eq!(
+            found.unwrap(),
+            [
+                pair("h", "e"),
+                pair("t", "h"),
+                // `he` has the lower rank, though `th` comes first in the token.
+                pair("t", "he"),
+                pair("Ġ", "t"),
+                pair("Ġ", "the"),
+                pair("ä", "½"),
+                pair("ä½", "ł"),
+            ]
+        );
+    }
+
+    #[test]
+    fn special_tokens_fill_the_ids_above_the_ranks() {
+        let special: Vec<String> = special_tokens().collect();
+        assert_eq!(special.len(), 96);
+        let id = |token: &str| special.iter().position(|s| s == token).unwrap() as u32 + RANKS;
+        assert_eq!(id(END_OF_TEXT), 100_257);
+        assert_eq!(id("<|end|>"), 100_266);
+        assert_eq!(id("<|dummy_id_86|>"), 100_351);
+    }
+
+    /// The definition: of all neighbours whose bytes together are a token, the lowest rank joins
+    /// first, the leftmost of equals.
+    fn by_definition(text: &[u8], ranks: &HashMap<Vec<u8>, u32>) -> Vec<u32> {
+        if let Some(&rank) = ranks.get(text) {
+            return vec![rank];
+        }
+        let mut parts: Vec<Vec<u8>> = text.iter().map(|&byte| vec![byte]).collect();
+        while let Some((_, i)) = (1..parts.len())
+            .filter_map(|i| Some((*ranks.get(&parts[i - 1..=i].concat())?, i)))
+            .min()
+        {
+            let right = parts.remove(i);
+            parts[i - 1].extend(right);
+        }
+        parts.iter().map(|part| ranks[part]).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn merging_pairs_is_joining_bytes(
+            pairs in prop::collection::vec((0..1000usize, 0..1000usize), 0..40),
+            texts in prop::collection::vec("[abc]{0,40}", 20),
+        ) {
+            // Tokens of `a`, `b` and `c`, each put together from two earlier ones.
+            let mut made = vec![b"a".to_vec(), b"b".to_vec(), b"c".to_vec()];
+            let mut all = tokens(&[]);
+            let mut ranks: HashMap<_, _> = all.iter().cloned().zip(0..).collect();
+            for (left, right) in pairs {
+                let token = [&made[left % made.len()][..], &made[right % made.len()]].concat();
+                let parts = by_definition(&token, &ranks).len();
+                if token.len() > MAX_TOKEN_BYTES || parts == 1 {
+                    continue;
+                }
+                if parts > 2 {
+                    let mut bad = all.clone();
+                    bad.push(token);
+                    let bad = file(&bad);
+                    let error = Ranks::parse(bad.as_bytes(), "here").unwrap().merges("here").unwrap_err();
+                    let refused = matches!(error, TextError::UnmergeableToken { parts: p, .. } if p == parts);
+                    prop_assert!(refused, "{}", error);
+                    continue;
+                }
+                ranks.insert(token.clone(), all.len() as u32);
+                all.push(token.clone());
+                made.push(token);
+            }
+            let file = file(&all);
+            let read = Ranks::parse(file.as_bytes(), "here").unwrap();
+            let merges = read.merges("here").unwrap();
+            let tokenizer = build(read.ids, merges).unwrap();
+            for text in texts {
+                let ids = tokenizer.encode_fast(&text[..], false).unwrap();
+                let expected = if text.is_empty() { vec![] } else { by_definition(text.as_bytes(), &ranks) };
+                prop_assert_eq!(ids.get_ids(), expected, "{:?}", text);
+            }
+        }
+
+        #[test]
+        fn no_bytes_make_it_panic(bytes: Vec<u8>, line: usize, change: Vec<u8>) {
+            let _ = tokenizer(&bytes, "here");
+            let mut lines: Vec<Vec<u8>> = (file(&tokens(&[b"ab"])).lines())
+                .map(|line| line.as_bytes().to_vec())
+                .collect();
+            let count = lines.len();
+            lines[line % count] = change;
+            let _ = tokenizer(&lines.join(&b'\n'), "here");
+        }
+    }
+
+    #[test]
+    fn lines_that_are_none() {
+        let before = file(&tokens(&[]));
+        let long = BASE64.encode([b'a'; MAX_TOKEN_BYTES + 1]);
+        for (line, named) in [
+            ("YWI=", "a token in base64, a space and its rank"),
+            ("YWI=\t256", "a token in base64, a space and its rank"),
+            (" 256", "1 to 128 bytes"),
+            (&format!("{long} 256"), "1 to 128 bytes"),
+            (&format!("{} 256", "A".repeat(1 << 20)), "1 to 128 bytes"),
+            ("YWI 256", "base64 before the space"),
+            ("Y!I= 256", "base64 before the space"),
+            ("\u{FFFD} 256", "base64 before the space"),
+            ("YWI= ", "a rank of digits"),
+            ("YWI= x", "a rank of digits"),
+            ("YWI= -1", "a rank of digits"),
+            ("YWI= 256 7", "a rank of digits"),
+            ("YWI= 4294967296", "a rank below 2^32"),
+        ] {
+            let file = format!("{before}\n{line}\n");
+            let error = tokenizer(file.as_bytes(), "here").unwrap_err();
+            assert!(
+                matches!(&error, TextError::VocabularyLine { line: 258, expected, found, .. }
+                    if expected.contains(named) && found.len() < 80),
+                "{line:?}: {error}"
+            );
+            assert!(error.to_string().starts_with("here, line 258: "), "{error}");
+        }
+        let special = format!("{before}{} 256", BASE64.encode("<|end|>"));
+        let error = tokenizer(special.as_bytes(), "here").unwrap_err();
+        assert!(
+            matches!(&error, TextError::VocabularyLine { line: 257, found, .. } if found == "<|end|>"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn ranks_out_of_place() {
+        let before = file(&tokens(&[]));
+        for wrong in [0, 255, 257, 100_256, u32::MAX] {
+            let error = tokenizer(format!("{before}YWI= {wrong}").as_bytes(), "here").unwrap_err();
+            assert!(
+                matches!(error, TextError::RankOutOfOrder { line: 257, expected: 256, found, .. }
+                    if found == wrong),
+                "{error}"
+            );
+        }
+        let error = tokenizer(format!("{before}QQ== 256").as_bytes(), "here").unwrap_err();
+        assert!(
+            matches!(&error, TextError::DuplicateToken { line: 257, token, first: 65, .. } if token == "A"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn vocabularies_that_are_not_whole() {
+        for empty in ["", "\n\r\n"] {
+            let error = tokenizer(empty.as_bytes(), "here").unwrap_err();
+            assert!(
+                matches!(error, TextError::VocabularySize { found: 0, .. }),
+                "{error}"
+            );
+        }
+        // As a download that broke off at the end of a line.
+        let error = tokenizer(file(&tokens(&[])).as_bytes(), "here").unwrap_err();
+        assert!(
+            matches!(
+                error,
+                TextError::VocabularySize {
+                    line: 256,
+                    expected: RANKS,
+                    found: 256,
+                    ..
+                }
+            ),
+            "{error}"
+        );
+        let many: Vec<[u8; 4]> = (0..=RANKS).map(u32::to_be_bytes).collect();
+        let error = tokenizer(file(&many).as_bytes(), "here").unwrap_err();
+        assert!(
+            matches!(
+                error,
+                TextError::VocabularySize {
+                    line: 100_257,
+                    found: 100_257,
+                    ..
+                }
+            ),
+            "{error}"
+        );
+        let error = tokenizer(file(&many[1..]).as_bytes(), "here").unwrap_err();
+        assert!(
+            matches!(error, TextError::MissingByte { byte: 0, .. }),
+            "{error}"
+        );
+        let error = merges(&[b"ab", b"wxyz"]).unwrap_err();
+        assert!(
+            matches!(&error, TextError::UnmergeableToken { line: 258, token, parts: 4, .. } if token == "wxyz"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn folders() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(open(dir.path()).unwrap().is_none());
+        assert!(open(&dir.path().join("none")).unwrap().is_none());
+        fs::write(dir.path().join("notes.txt"), "x").unwrap();
+        assert!(open(dir.path()).unwrap().is_none());
+        fs::write(dir.path().join("b.tiktoken"), "x").unwrap();
+        let error = open(dir.path()).err().unwrap().to_string();
+        assert!(error.contains("b.tiktoken, line 1"), "{error}");
+        fs::write(dir.path().join("a.tiktoken"), "x").unwrap();
+        let error = open(dir.path()).err().unwrap();
+        assert!(
+            matches!(&error, TextError::SeveralVocabularies { found, .. }
+                if *found == ["a.tiktoken", "b.tiktoken"]),
+            "{error}"
+        );
+        fs::remove_file(dir.path().join("a.tiktoken")).unwrap();
+        let large = fs::File::create(dir.path().join("b.tiktoken")).unwrap();
+        large.set_len(files::MAX_TIKTOKEN_BYTES + 1).unwrap();
+        let error = open(dir.path()).err().unwrap();
+        assert!(matches!(error, TextError::FileTooLarge { .. }), "{error}");
     }
 }
