@@ -18,7 +18,7 @@
 
 use super::Pixels;
 use super::error::ImageError;
-use image::{DynamicImage, ExtendedColorType, ImageDecoder, ImageFormat, ImageReader, Limits};
+use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
 use std::fs::File;
 use std::io::{Cursor, Read};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -111,7 +111,7 @@ impl Picture {
 }
 
 /// What [`ImageError`] says, without the file's name.
-enum Refusal {
+pub(super) enum Refusal {
     Size { width: u32, height: u32, bytes: u64 },
     Damaged(String),
 }
@@ -122,17 +122,37 @@ impl From<image::ImageError> for Refusal {
     }
 }
 
-fn recognise(bytes: &[u8]) -> Option<ImageFormat> {
-    use ImageFormat::{Gif, Jpeg, Png, WebP};
-    (image::guess_format(bytes).ok()).filter(|format| matches!(format, Png | Jpeg | WebP | Gif))
+impl From<gif::DecodingError> for Refusal {
+    fn from(error: gif::DecodingError) -> Self {
+        Self::Damaged(error.to_string())
+    }
 }
 
-fn name(format: ImageFormat) -> &'static str {
+/// The formats, by how their files begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Format {
+    Png,
+    Jpeg,
+    WebP,
+    Gif,
+}
+
+fn recognise(bytes: &[u8]) -> Option<Format> {
+    match image::guess_format(bytes).ok()? {
+        ImageFormat::Png => Some(Format::Png),
+        ImageFormat::Jpeg => Some(Format::Jpeg),
+        ImageFormat::WebP => Some(Format::WebP),
+        ImageFormat::Gif => Some(Format::Gif),
+        _ => None,
+    }
+}
+
+fn name(format: Format) -> &'static str {
     match format {
-        ImageFormat::Png => "PNG",
-        ImageFormat::Jpeg => "JPEG",
-        ImageFormat::WebP => "WebP",
-        _ => "GIF",
+        Format::Png => "PNG",
+        Format::Jpeg => "JPEG",
+        Format::WebP => "WebP",
+        Format::Gif => "GIF",
     }
 }
 
@@ -144,10 +164,31 @@ fn describe_start(bytes: &[u8]) -> String {
     }
 }
 
-fn decode(bytes: &[u8], format: ImageFormat) -> Result<Pixels, Refusal> {
-    if format == ImageFormat::Jpeg && !jpeg_ends(bytes) {
-        return Err(Refusal::Damaged("the file ends inside the picture".into()));
+/// Refuses sizes before memory is taken for them. `bytes`: what decoding takes.
+pub(super) fn check_size(width: u32, height: u32, bytes: u64) -> Result<(), Refusal> {
+    let sides = 1..=MAX_SIDE;
+    if sides.contains(&width) && sides.contains(&height) && bytes <= MAX_DECODED_BYTES {
+        return Ok(());
     }
+    Err(Refusal::Size {
+        width,
+        height,
+        bytes,
+    })
+}
+
+fn decode(bytes: &[u8], format: Format) -> Result<Pixels, Refusal> {
+    match format {
+        Format::Gif => super::gif::decode(bytes),
+        Format::Png => read(bytes, ImageFormat::Png, png_gray(bytes)),
+        Format::WebP => read(bytes, ImageFormat::WebP, Gray16::HighByte),
+        Format::Jpeg if jpeg_ends(bytes) => read(bytes, ImageFormat::Jpeg, Gray16::HighByte),
+        Format::Jpeg => Err(Refusal::Damaged("the file ends inside the picture".into())),
+    }
+}
+
+/// Reads a file with the decoders of the `image` crate.
+fn read(bytes: &[u8], format: ImageFormat, gray: Gray16) -> Result<Pixels, Refusal> {
     let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
     let mut limits = Limits::no_limits();
     limits.max_alloc = Some(MAX_DECODED_BYTES);
@@ -156,37 +197,43 @@ fn decode(bytes: &[u8], format: ImageFormat) -> Result<Pixels, Refusal> {
 
     let (width, height) = decoder.dimensions();
     let rgb_bytes = u64::from(width) * u64::from(height) * 3;
-    let bytes = decoder.total_bytes().max(rgb_bytes);
-    let sides = 1..=MAX_SIDE;
-    if !sides.contains(&width) || !sides.contains(&height) || bytes > MAX_DECODED_BYTES {
-        return Err(Refusal::Size {
-            width,
-            height,
-            bytes,
-        });
-    }
-    let stored = decoder.original_color_type();
-    let data = to_rgb(DynamicImage::from_decoder(decoder)?, stored)?;
+    check_size(width, height, decoder.total_bytes().max(rgb_bytes))?;
     Ok(Pixels {
         width: width as usize,
         height: height as usize,
-        data,
+        data: to_rgb(DynamicImage::from_decoder(decoder)?, gray)?,
     })
 }
 
-/// `[height, width, 3]` of whatever a decoder gives. `stored` is the file's own kind of pixel:
-/// gray with one transparent value arrives as gray with alpha.
-fn to_rgb(decoded: DynamicImage, stored: ExtendedColorType) -> Result<Vec<u8>, Refusal> {
+/// What 8 bits are made of 16 bits of gray.
+#[derive(Clone, Copy)]
+enum Gray16 {
+    /// The high byte, as of colours.
+    HighByte,
+    /// The number itself, or 255 where it is larger.
+    Cut,
+}
+
+/// A PNG file's kind of pixel is its 26th byte; 0 is gray without alpha. The decoder cannot say
+/// it: gray with one transparent value arrives as gray with alpha.
+fn png_gray(bytes: &[u8]) -> Gray16 {
+    match bytes.get(25) {
+        Some(0) => Gray16::Cut,
+        _ => Gray16::HighByte,
+    }
+}
+
+/// `[height, width, 3]` of whatever a decoder gives.
+fn to_rgb(decoded: DynamicImage, gray: Gray16) -> Result<Vec<u8>, Refusal> {
     use DynamicImage as D;
     let high = |value: u16| (value >> 8) as u8;
-    let cut = |value: u16| value.min(255) as u8;
-    let gray16 = |value| match stored {
-        ExtendedColorType::L16 => cut(value),
-        _ => high(value),
+    let gray16 = |value: u16| match gray {
+        Gray16::HighByte => high(value),
+        Gray16::Cut => value.min(255) as u8,
     };
     Ok(match decoded {
         D::ImageRgb8(image) => image.into_raw(),
-        D::ImageRgba8(image) => image.pixels().flat_map(|p| [p[0], p[1], p[2]]).collect(),
+        D::ImageRgba8(image) => (image.pixels()).flat_map(|p| [p[0], p[1], p[2]]).collect(),
         D::ImageLuma8(image) => image.pixels().flat_map(|p| [p[0]; 3]).collect(),
         D::ImageLumaA8(image) => image.pixels().flat_map(|p| [p[0]; 3]).collect(),
         D::ImageRgb16(image) => image.pixels().flat_map(|p| p.0.map(high)).collect(),

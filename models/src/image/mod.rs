@@ -29,6 +29,7 @@
 pub mod decode;
 mod error;
 pub mod frames;
+mod gif;
 pub mod global;
 pub mod layout;
 pub mod resize;
