@@ -549,7 +549,7 @@ impl PreprocessorConfig {
     /// CLIP's means and deviations, which the family keeps.
     pub const CLIP_MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
     /// See [`CLIP_MEAN`](Self::CLIP_MEAN).
-    pub const CLIP_STD: [f32; 3] = [0.268_629_54, 0.261_302_58, 0.275_777_11];
+    pub const CLIP_STD: [f32; 3] = [0.268_629_54, 0.261_302_6, 0.275_777_1];
 
     /// Reads `preprocessor_config.json` of a folder. `None`: there is no such file.
     /// # Errors
@@ -744,6 +744,52 @@ mod tests {
         parameters["rope_theta"] = json!(10000.0);
         new["rope_parameters"] = parameters;
         assert_eq!(read(&new).unwrap(), old);
+    }
+
+    #[test]
+    fn preprocessor_config_is_optional_and_checked() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(PreprocessorConfig::open(folder.path()).unwrap(), None);
+        let path = folder.path().join("preprocessor_config.json");
+        fs::write(&path, r#"{"num_crops": 4, "image_std": [0.5, 0.25, 1]}"#).unwrap();
+        let expected = PreprocessorConfig {
+            num_crops: 4,
+            image_mean: PreprocessorConfig::CLIP_MEAN,
+            image_std: [0.5, 0.25, 1.0],
+        };
+        assert_eq!(
+            PreprocessorConfig::open(folder.path()).unwrap(),
+            Some(expected)
+        );
+        for (bad, message) in [
+            (r#"{}"#, "field 'num_crops' is missing"),
+            (
+                r#"{"num_crops": 0}"#,
+                "'num_crops' is 0, expected an integer from 1 to 64",
+            ),
+            (r#"{"num_crops": 65}"#, "'num_crops' is 65"),
+            (
+                r#"{"num_crops": 4, "image_mean": [0.5, 0.5]}"#,
+                "'image_mean' is [0.5,0.5], expected three numbers from 0 to 1",
+            ),
+            (
+                r#"{"num_crops": 4, "image_mean": 0.5}"#,
+                "'image_mean' is 0.5",
+            ),
+            (
+                r#"{"num_crops": 4, "image_std": [0.5, 0, 0.5]}"#,
+                "'image_std' is [0.5,0,0.5], expected three numbers from 0.001 to 1",
+            ),
+            ("[4]", "not a JSON object"),
+        ] {
+            fs::write(&path, bad).unwrap();
+            let error = PreprocessorConfig::open(folder.path()).unwrap_err();
+            let error = error.to_string();
+            assert!(
+                error.contains(message) && error.contains("preprocessor_config.json"),
+                "{error}"
+            );
+        }
     }
 
     #[test]

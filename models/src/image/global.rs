@@ -54,3 +54,49 @@ pub(super) fn view(padded: &Pixels, normalise: &Normalise, out: &mut [f32]) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_are_those_of_whole_and_half_positions() {
+        for tiles in 1..=64 {
+            for (x, taps) in taps(tiles).iter().enumerate() {
+                // Twice the position, exactly: 2 p = (2 x + 1) tiles - 1.
+                let twice = (2 * x + 1) * tiles - 1;
+                let weights = taps.map(|(_, weight)| weight);
+                match twice % 2 {
+                    0 => assert_eq!(weights, [0.0, 1.0, 0.0, 0.0]),
+                    _ => assert_eq!(weights, [-0.09375, 0.59375, 0.59375, -0.09375]),
+                }
+                let expected = [0, 1, 2, 3].map(|offset: usize| {
+                    (twice / 2 + offset).saturating_sub(1).min(tiles * TILE - 1)
+                });
+                assert_eq!(
+                    taps.map(|(input, _)| input),
+                    expected,
+                    "output {x} of {tiles} tiles"
+                );
+            }
+        }
+    }
+
+    /// With one tile the view is the picture.
+    #[test]
+    fn one_tile_is_copied() {
+        let mut padded = Pixels::filled(TILE, TILE, 0);
+        for (i, byte) in padded.data.iter_mut().enumerate() {
+            *byte = (i % 251) as u8;
+        }
+        let normalise = Normalise::new([0.5, 0.25, 0.0], [1.0, 0.5, 0.25]);
+        let mut out = vec![f32::NAN; 3 * TILE * TILE];
+        view(&padded, &normalise, &mut out);
+        for (i, value) in out.iter().enumerate() {
+            let (c, pixel) = (i / (TILE * TILE), i % (TILE * TILE));
+            let byte = f32::from(padded.data[pixel * 3 + c]);
+            let expected = (byte / 255.0 - [0.5, 0.25, 0.0][c]) / [1.0, 0.5, 0.25][c];
+            assert_eq!(*value, expected);
+        }
+    }
+}

@@ -145,3 +145,78 @@ impl Layout {
         padded
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn sizes_of_the_published_examples() {
+        let layout = Layout::new(500, 180, 4).unwrap();
+        let expected = Layout {
+            width: 672,
+            height: 241,
+            left: 0,
+            top: 47,
+            grid: Grid { rows: 1, cols: 2 },
+        };
+        assert_eq!(layout, expected);
+        assert_eq!(layout.grid.tokens(), 457);
+        // A square takes 4 of 4 tiles, 16 of 16.
+        assert_eq!(Layout::new(64, 64, 4).unwrap().grid.tokens(), 757);
+        assert_eq!(Layout::new(64, 64, 16).unwrap().grid.tokens(), 2509);
+    }
+
+    /// One pixel wide is taken as far as the rule goes, and refused with numbers beyond.
+    #[test]
+    fn lines() {
+        let longest = Layout::new(1, 336 * 16, 16).unwrap();
+        assert_eq!((longest.width, longest.height), (1, 336 * 16));
+        assert_eq!((longest.left, longest.grid.rows), (167, 16));
+        let error = Layout::new(336 * 16 + 1, 1, 16).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "5377 x 1 pixels resize to 5376 x 0; \
+             expected a long side of at most 5376 times the short one"
+        );
+        for (width, height) in [(0, 0), (0, 5), (5, 0)] {
+            assert!(Layout::new(width, height, 16).is_err());
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_size_fits_the_budget(
+            width in 1usize..=20_000, height in 1usize..=20_000, num_crops in 1usize..=MAX_CROPS,
+        ) {
+            let (long, short) = (width.max(height), width.min(height));
+            let Ok(layout) = Layout::new(width, height, num_crops) else {
+                prop_assert!(long > TILE * num_crops * short);
+                return Ok(());
+            };
+            let Grid { rows, cols } = layout.grid;
+            prop_assert!((1..=num_crops).contains(&(rows * cols)));
+            // The white does not fill a tile, and lies on both sides in equal parts.
+            let (right, below) = (cols * TILE - layout.left - layout.width,
+                                  rows * TILE - layout.top - layout.height);
+            prop_assert!(layout.left + right < TILE && layout.top + below < TILE);
+            prop_assert!((right - layout.left) < 2 && (below - layout.top) < 2);
+            prop_assert_eq!(if width < height { rows } else { cols } * TILE,
+                            layout.width.max(layout.height));
+            // Turned over its diagonal, everything is turned.
+            let turned = Layout::new(height, width, num_crops).unwrap();
+            if width != height {
+                prop_assert_eq!(turned, Layout {
+                    width: layout.height, height: layout.width,
+                    left: layout.top, top: layout.left,
+                    grid: Grid { rows: cols, cols: rows },
+                });
+            }
+            // One more column of tiles would not fit: the search did not stop early.
+            let scale = rows.max(cols) + 1;
+            let down = (scale as f64 / (long as f64 / short as f64)).ceil() as usize;
+            prop_assert!(scale * down > num_crops);
+        }
+    }
+}

@@ -23,8 +23,9 @@
 //! A [`Processed`] picture keeps the resized 8-bit pixels, 336 * 336 * 3 bytes a tile: 5.4 MB for
 //! 16 tiles, where all crops as f32 would be 23 MB. A crop's floats (1.35 MB) are made when they
 //! are asked for, into the caller's buffer. While a picture is read, it takes at most
-//! [`MAX_DECODED_BYTES`](decode::MAX_DECODED_BYTES) twice (as decoded, and as RGB); resizing adds
-//! a quarter of a gigabyte at worst and a few megabytes for a photograph.
+//! [`MAX_DECODED_BYTES`](decode::MAX_DECODED_BYTES) twice (as decoded, and as RGB), a progressive
+//! JPEG about three times; resizing adds a quarter of a gigabyte at worst and some megabytes for a
+//! photograph.
 
 pub mod decode;
 mod error;
@@ -221,5 +222,87 @@ impl Processed {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn processor(num_crops: usize) -> ImageProcessor {
+        ImageProcessor::new(&PreprocessorConfig {
+            num_crops,
+            image_mean: PreprocessorConfig::CLIP_MEAN,
+            image_std: PreprocessorConfig::CLIP_STD,
+        })
+    }
+
+    /// Each tile holds its own part of the padded picture.
+    #[test]
+    fn tiles_are_cut_row_by_row() {
+        let normalise = Normalise::new([0.0; 3], [1.0; 3]);
+        let grid = Grid { rows: 2, cols: 3 };
+        let mut padded = Pixels::filled(3 * TILE, 2 * TILE, 0);
+        for i in 0..padded.width * padded.height {
+            let (y, x) = (i / padded.width, i % padded.width);
+            padded.data[i * 3..][..3].copy_from_slice(&[(x / TILE) as u8, (y / TILE) as u8, 255]);
+        }
+        let processed = Processed {
+            padded,
+            grid,
+            normalise,
+        };
+        assert_eq!(
+            (processed.crops(), processed.tokens()),
+            (7, 7 * 144 + 3 * 12 + 1)
+        );
+        let mut crop = vec![f32::NAN; CROP_LEN];
+        for tile in 0..6 {
+            processed.crop(tile + 1, &mut crop);
+            let planes: Vec<_> = crop.chunks_exact(TILE * TILE).collect();
+            let expected = [(tile % 3) as f32 / 255.0, (tile / 3) as f32 / 255.0, 1.0];
+            for (plane, expected) in planes.iter().zip(expected) {
+                assert!(plane.iter().all(|&v| v == expected), "tile {tile}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_budget_is_checked() {
+        assert_eq!(processor(4).with_num_crops(16).unwrap().num_crops(), 16);
+        for found in [0, 65] {
+            let error = processor(4)
+                .with_num_crops(found)
+                .err()
+                .unwrap()
+                .to_string();
+            assert_eq!(error, format!("num_crops is {found}, expected 1 to 64"));
+        }
+    }
+
+    #[test]
+    fn a_line_is_refused_by_name() {
+        let line = |width: u32, height: u32| {
+            let mut file = std::io::Cursor::new(Vec::new());
+            let picture = ::image::DynamicImage::new_luma8(width, height);
+            (picture.write_to(&mut file, ::image::ImageFormat::Png)).unwrap();
+            Picture::from_bytes(file.get_ref(), "line.png").unwrap()
+        };
+        for (width, height) in [(1345, 1), (1, 1345)] {
+            let error = processor(4).process(&line(width, height)).err().unwrap();
+            assert_eq!(
+                error.to_string(),
+                format!(
+                    "line.png: {width} x {height} pixels resize to 1344 x 0; \
+                     expected a long side of at most 1344 times the short one"
+                )
+            );
+        }
+        let taken = processor(4).process(&line(1, 1344)).unwrap();
+        assert_eq!(taken.grid(), Grid { rows: 4, cols: 1 });
+        // One black column, the rest white.
+        let row = taken.padded().row(700);
+        assert_eq!(row.iter().filter(|&&v| v == 0).count(), 3);
+        assert_eq!(row[167 * 3..][..3], [0; 3]);
     }
 }

@@ -150,3 +150,81 @@ fn down(picture: Cow<'_, Pixels>, height: usize) -> Cow<'_, Pixels> {
     }
     Cow::Owned(resized)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn picture(width: usize, height: usize, seed: usize) -> Pixels {
+        let data = (0..width * height * 3).map(|i| (i * (7 + seed) + i / 5 * seed) as u8);
+        Pixels {
+            width,
+            height,
+            data: data.collect(),
+        }
+    }
+
+    fn turned(picture: &Pixels) -> Pixels {
+        let (width, height) = (picture.height, picture.width);
+        let pixel = |i: usize| &picture.row(i % width)[i / width * 3..][..3];
+        Pixels {
+            width,
+            height,
+            data: (0..width * height).flat_map(pixel).copied().collect(),
+        }
+    }
+
+    /// The mean of neighbours, worked out by hand.
+    #[test]
+    fn halving_and_doubling() {
+        let row = Pixels {
+            width: 4,
+            height: 1,
+            data: [0, 80, 160, 240].iter().flat_map(|&v| [v; 3]).collect(),
+        };
+        let reds = |p: &Pixels| p.data.iter().step_by(3).copied().collect::<Vec<_>>();
+        // Centres 1 and 3, reach 2: weights (3 3 1)/7 and (1 3 3)/7.
+        assert_eq!(reds(&resize(&row, 2, 1)), [57, 183]);
+        // Centres between the pixels: a quarter and three quarters.
+        assert_eq!(
+            reds(&resize(&row, 8, 1)),
+            [0, 20, 60, 100, 140, 180, 220, 240]
+        );
+        // The only pixel everywhere.
+        let pixel = picture(1, 1, 3);
+        assert_eq!(resize(&pixel, 5, 7).data, pixel.data.repeat(35));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// Weights add up to one whatever the sizes, so an even picture stays even.
+        #[test]
+        fn even_pictures_stay_even(
+            from in (1usize..200, 1usize..40), to in (1usize..200, 1usize..40), value: u8,
+        ) {
+            let resized = resize(&Pixels::filled(from.0, from.1, value), to.0, to.1);
+            prop_assert_eq!(resized, Pixels::filled(to.0, to.1, value));
+        }
+
+        /// The longer side goes first, so turning before and turning after are the same.
+        #[test]
+        fn turning_commutes(
+            from in (1usize..60, 1usize..60), to in (1usize..60, 1usize..60), seed in 0usize..99,
+        ) {
+            prop_assume!(from.0 != from.1);
+            let picture = picture(from.0, from.1, seed);
+            let resized = resize(&turned(&picture), to.1, to.0);
+            prop_assert_eq!(resize(&picture, to.0, to.1), turned(&resized));
+        }
+
+        #[test]
+        fn the_same_size_is_the_same_picture(
+            size in (1usize..40, 1usize..40), seed in 0usize..99,
+        ) {
+            let picture = picture(size.0, size.1, seed);
+            prop_assert_eq!(&resize(&picture, size.0, size.1), &picture);
+        }
+    }
+}
