@@ -46,7 +46,7 @@ fn crop(processed: &Processed, index: usize) -> Vec<f32> {
 /// Every 16th or 48th row of `[3, TILE, TILE]`, as `[3, TILE / step, TILE]`.
 fn every(step: usize, crop: &[f32]) -> Vec<f32> {
     let rows = crop.chunks_exact(TILE).enumerate();
-    rows.filter(|(row, _)| row % TILE % step == 0)
+    rows.filter(|(row, _)| (row % TILE).is_multiple_of(step))
         .flat_map(|(_, row)| row.iter().copied())
         .collect()
 }
