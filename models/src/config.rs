@@ -139,7 +139,7 @@ pub(crate) struct Keys {
 /// What `preprocessor_config.json` of a vision model says.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PreprocessorConfig {
-    /// Most tiles a picture is cut into, the global view not counted.
+    /// Most tiles a picture is cut into, the global view not counted: 1 to [`MAX_CROPS`].
     pub num_crops: usize,
     /// Subtracted from red, green and blue of 0 to 1.
     pub image_mean: [f32; 3],
