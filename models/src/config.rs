@@ -4,6 +4,7 @@
 //! comes out needs no second look. Fields that are not used are ignored.
 
 use crate::family::Family;
+use crate::image::layout::MAX_CROPS;
 use phidias_engine::backend::{HeadOrder, Heads};
 use phidias_engine::kv_cache::KvShape;
 use serde_json::{Map, Value};
@@ -135,6 +136,17 @@ pub(crate) struct Keys {
     pub tied: bool,
 }
 
+/// What `preprocessor_config.json` of a vision model says.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PreprocessorConfig {
+    /// Most tiles a picture is cut into, the global view not counted: 1 to [`MAX_CROPS`].
+    pub num_crops: usize,
+    /// Subtracted from red, green and blue of 0 to 1.
+    pub image_mean: [f32; 3],
+    /// What is left is divided by this.
+    pub image_std: [f32; 3],
+}
+
 /// The fields of one file.
 pub(crate) struct Fields<'a> {
     path: &'a Path,
@@ -236,6 +248,22 @@ impl Fields<'_> {
             || self.wrong(field, "a token id or a list of token ids"),
             Ok,
         )
+    }
+
+    /// A number from 0 to 1 for each of red, green and blue.
+    fn colours(&self, field: &str, default: [f32; 3], lowest: f64) -> Result<[f32; 3]> {
+        if self.value(field).is_none() {
+            return Ok(default);
+        }
+        let list = self.value(field).and_then(Value::as_array);
+        let numbers: Option<Vec<f32>> = list.and_then(|list| {
+            let number = |v: &Value| v.as_f64().filter(|v| (lowest..=1.0).contains(v));
+            list.iter().map(|v| number(v).map(|v| v as f32)).collect()
+        });
+        match numbers.and_then(|numbers| numbers.try_into().ok()) {
+            Some(colours) => Ok(colours),
+            None => self.wrong(field, format!("three numbers from {lowest} to 1")),
+        }
     }
 
     fn factors(&self, field: &str, len: usize) -> Result<Vec<f32>> {
@@ -517,6 +545,43 @@ impl GenerationConfig {
     }
 }
 
+impl PreprocessorConfig {
+    /// CLIP's means and deviations, which the family keeps.
+    pub const CLIP_MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
+    /// See [`CLIP_MEAN`](Self::CLIP_MEAN).
+    pub const CLIP_STD: [f32; 3] = [0.268_629_54, 0.261_302_6, 0.275_777_1];
+
+    /// Reads `preprocessor_config.json` of a folder. `None`: there is no such file.
+    /// # Errors
+    /// [`ConfigError`].
+    pub fn open(folder: &Path) -> Result<Option<Self>> {
+        let path = folder.join("preprocessor_config.json");
+        match fs::read(&path) {
+            Ok(text) => Self::from_json(&path, &text).map(Some),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(ConfigError::Io { path, source }),
+        }
+    }
+
+    /// Reads a configuration; `path` is for messages.
+    /// # Errors
+    /// [`ConfigError`].
+    pub fn from_json(path: &Path, text: &[u8]) -> Result<Self> {
+        let map = parse(path, text)?;
+        let f = Fields {
+            path,
+            prefix: "",
+            map: &map,
+        };
+        Ok(Self {
+            num_crops: f.required("num_crops", 1..=MAX_CROPS)?,
+            image_mean: f.colours("image_mean", Self::CLIP_MEAN, 0.0)?,
+            // A deviation of zero would divide by it.
+            image_std: f.colours("image_std", Self::CLIP_STD, 1e-3)?,
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -679,6 +744,52 @@ mod tests {
         parameters["rope_theta"] = json!(10000.0);
         new["rope_parameters"] = parameters;
         assert_eq!(read(&new).unwrap(), old);
+    }
+
+    #[test]
+    fn preprocessor_config_is_optional_and_checked() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(PreprocessorConfig::open(folder.path()).unwrap(), None);
+        let path = folder.path().join("preprocessor_config.json");
+        fs::write(&path, r#"{"num_crops": 4, "image_std": [0.5, 0.25, 1]}"#).unwrap();
+        let expected = PreprocessorConfig {
+            num_crops: 4,
+            image_mean: PreprocessorConfig::CLIP_MEAN,
+            image_std: [0.5, 0.25, 1.0],
+        };
+        assert_eq!(
+            PreprocessorConfig::open(folder.path()).unwrap(),
+            Some(expected)
+        );
+        for (bad, message) in [
+            (r#"{}"#, "field 'num_crops' is missing"),
+            (
+                r#"{"num_crops": 0}"#,
+                "'num_crops' is 0, expected an integer from 1 to 64",
+            ),
+            (r#"{"num_crops": 65}"#, "'num_crops' is 65"),
+            (
+                r#"{"num_crops": 4, "image_mean": [0.5, 0.5]}"#,
+                "'image_mean' is [0.5,0.5], expected three numbers from 0 to 1",
+            ),
+            (
+                r#"{"num_crops": 4, "image_mean": 0.5}"#,
+                "'image_mean' is 0.5",
+            ),
+            (
+                r#"{"num_crops": 4, "image_std": [0.5, 0, 0.5]}"#,
+                "'image_std' is [0.5,0,0.5], expected three numbers from 0.001 to 1",
+            ),
+            ("[4]", "not a JSON object"),
+        ] {
+            fs::write(&path, bad).unwrap();
+            let error = PreprocessorConfig::open(folder.path()).unwrap_err();
+            let error = error.to_string();
+            assert!(
+                error.contains(message) && error.contains("preprocessor_config.json"),
+                "{error}"
+            );
+        }
     }
 
     #[test]

@@ -12,6 +12,7 @@
 //! | [`session`] | a sequence of tokens and its cache |
 //! | [`synth`] | folders with random weights in the published shapes |
 //! | `fable` | the demonstration model, built in |
+//! | [`image`] | pictures: decoding, resizing, tiles |
 //! | [`text`] | tokenizer, chat templates, conversations |
 //!
 //! No `unsafe` and no instruction sets here.
@@ -24,6 +25,7 @@ pub mod error;
 pub mod fable;
 pub mod family;
 pub mod format;
+pub mod image;
 pub mod model;
 mod phi3;
 pub mod quantize;

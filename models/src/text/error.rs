@@ -317,6 +317,17 @@ pub enum TextError {
         origin: String,
     },
 
+    /// The image tags of a prompt are not those of its pictures.
+    #[error("{images} image(s): expected the prompt to hold {expected}, found {found}")]
+    ImageTags {
+        /// How many pictures there are.
+        images: usize,
+        /// The tags they need.
+        expected: String,
+        /// The tags that are there, each once.
+        found: String,
+    },
+
     /// An answer was recorded where no question waits for one.
     #[error("an answer was recorded, but no question is waiting for one")]
     NoQuestion,

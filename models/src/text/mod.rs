@@ -6,6 +6,7 @@
 //! | [`Detokenizer`] | ids one at a time to text, never half a character |
 //! | [`ChatTemplate`] | messages to the text of a prompt, as the model was trained on |
 //! | [`Conversation`] | several turns, as ids: what was generated is never encoded again |
+//! | [`encode_with_images`] | a prompt with pictures in it, as [`Segment`]s |
 //!
 //! All of it reads files that somebody else wrote. Whatever they hold, the answer is a
 //! [`TextError`] that names the file, what was expected and what was found.
@@ -15,6 +16,7 @@ mod conversation;
 mod detokenizer;
 mod error;
 mod files;
+mod image_tags;
 pub(crate) mod tiktoken;
 mod tokenizer;
 
@@ -22,6 +24,7 @@ pub use chat::{Builtin, ChatTemplate, GenerationPrompt, Message, Role};
 pub use conversation::Conversation;
 pub use detokenizer::Detokenizer;
 pub use error::TextError;
+pub use image_tags::{Segment, encode_with_images};
 pub use tokenizer::{Bos, MAX_TEXT_BYTES, Special, Tokenizer};
 
 #[cfg(test)]
