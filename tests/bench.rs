@@ -337,7 +337,10 @@ fn a_model_that_cannot_say_the_texts_is_one_error() {
     ];
     let long = model("long", &long, true);
     for (folder, words) in [
-        (dumb, "the folder has no tokenizer.json, and lookup"),
+        (
+            dumb,
+            "the folder has no tokenizer.json or .tiktoken file, and lookup",
+        ),
         (narrow, "tokens, the model 128 positions"),
         (long, "outgrows the model's original length of 64"),
     ] {

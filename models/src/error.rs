@@ -23,7 +23,7 @@ pub enum Error {
     Checkpoint(#[from] CheckpointError),
     #[error(transparent)]
     Text(#[from] TextError),
-    #[error("{}: the folder has no tokenizer.json, so it takes token ids only (--tokens)", path.display())]
+    #[error("{}: the folder has no tokenizer.json or .tiktoken file, so it takes token ids only (--tokens)", path.display())]
     NoTokenizer { path: PathBuf },
     #[error("{}: holds {found} weights and cannot be run as {asked}; name the original folder", path.display())]
     Format {

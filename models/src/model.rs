@@ -51,7 +51,7 @@ pub struct Model {
 pub struct Text {
     /// Tokenizer.
     pub tokenizer: Tokenizer,
-    /// Chat template: the folder's own, or the built-in one of Phi-3.5.
+    /// Chat template: the folder's own, or the built-in one that fits the tokenizer.
     pub template: ChatTemplate,
 }
 
@@ -63,9 +63,10 @@ impl Text {
         let Some(tokenizer) = Tokenizer::open(folder)? else {
             return Ok(None);
         };
+        let template = ChatTemplate::open(folder, Builtin::fitting(&tokenizer))?;
         Ok(Some(Self {
             tokenizer,
-            template: ChatTemplate::open(folder, Builtin::Phi35Mini)?,
+            template,
         }))
     }
 
@@ -77,9 +78,11 @@ impl Text {
         tokenizer: &[u8],
         tokenizer_config: &[u8],
     ) -> Result<Self, TextError> {
+        let tokenizer = Tokenizer::from_bytes(tokenizer, Some(tokenizer_config), name)?;
+        let fallback = Builtin::fitting(&tokenizer);
         Ok(Self {
-            tokenizer: Tokenizer::from_bytes(tokenizer, Some(tokenizer_config), name)?,
-            template: ChatTemplate::from_config(tokenizer_config, name, Builtin::Phi35Mini)?,
+            tokenizer,
+            template: ChatTemplate::from_config(tokenizer_config, name, fallback)?,
         })
     }
 }

@@ -302,6 +302,25 @@ mod tests {
     use super::*;
 
     #[test]
+    fn small_files_come_along() {
+        let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let names = |folder: &Path| {
+            let entries = fs::read_dir(folder).unwrap();
+            let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name()).collect();
+            names.sort();
+            names
+        };
+        for name in ["config.json", "model.safetensors", "model.py"] {
+            fs::write(from.path().join(name), "{}").unwrap();
+        }
+        let vocabulary = vec![b'x'; 2 << 20];
+        fs::write(from.path().join("cl100k_base.tiktoken"), &vocabulary).unwrap();
+        copy_small_files(from.path(), to.path()).unwrap();
+        assert_eq!(names(to.path()), ["cl100k_base.tiktoken", "config.json"]);
+        assert!(fs::read(to.path().join("cl100k_base.tiktoken")).unwrap() == vocabulary);
+    }
+
+    #[test]
     fn a_disk_without_room_is_refused_with_both_numbers() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("model.safetensors");

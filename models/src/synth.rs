@@ -110,7 +110,8 @@ pub fn synthesize(preset: Preset, out: &Path, options: SynthOptions<'_>) -> Resu
             ("config.json", config_json),
             ("generation_config.json", pretty(&presets::generation())),
         ];
-        files.extend(vocabulary::files(preset.max_position_embeddings));
+        let form = vocabulary::Form::of(config.vocab_size);
+        files.extend(vocabulary::files(form, preset.max_position_embeddings));
         for (name, bytes) in files {
             let path = folder.join(name);
             fs::write(&path, bytes).map_err(|source| Error::Io { path, source })?;

@@ -77,7 +77,7 @@ pub enum LookupError {
     TooMany(usize),
     /// Nothing to make tokens with.
     #[error(
-        "{}: the folder has no tokenizer.json, and lookup is measured on texts",
+        "{}: the folder has no tokenizer.json or .tiktoken file, and lookup is measured on texts",
         path.display()
     )]
     NoTokenizer {

@@ -1,5 +1,6 @@
+use super::vocabulary::Form;
 use super::*;
-use crate::model::{Model, OpenOptions, Source};
+use crate::model::{Model, OpenOptions, Source, Text};
 use crate::quantize::quantize_folder;
 use crate::session::{Session, SessionOptions};
 use crate::text::{Bos, Builtin, ChatTemplate, GenerationPrompt, Message, Special, Tokenizer};
@@ -156,10 +157,8 @@ fn logits_spread_and_depend_on_the_prompt() {
     assert!(winners.len() >= 4, "{winners:?}");
 }
 
-#[test]
-fn the_tokenizer_gives_text_back() {
-    let folder = made(WeightFormat::Q4, |o| o.layers = Some(1));
-    let tokenizer = Tokenizer::open(&folder.path().join("m")).unwrap().unwrap();
+/// Texts come back, and English has less than a token for two bytes.
+fn gives_text_back(tokenizer: &Tokenizer) {
     for text in [
         "The quick brown fox jumps over the lazy dog.",
         "Hello, world!  Two spaces, 3.14, e-mail@example.org\nand a\ttab; naïve Šimon 你好 🙂",
@@ -172,6 +171,13 @@ fn the_tokenizer_gives_text_back() {
     let english = "There was once a miller who had a beautiful daughter and nothing else besides";
     let tokens = tokenizer.encode(english, Bos::Omit).unwrap().len();
     assert!(tokens * 2 < english.len(), "{tokens}");
+}
+
+#[test]
+fn the_tokenizer_gives_text_back() {
+    let folder = made(WeightFormat::Q4, |o| o.layers = Some(1));
+    let tokenizer = Tokenizer::open(&folder.path().join("m")).unwrap().unwrap();
+    gives_text_back(&tokenizer);
     let template = ChatTemplate::open(&folder.path().join("m"), Builtin::Phi3Small).unwrap();
     let prompt = template
         .render(&[Message::user("Hi")], GenerationPrompt::Add)
@@ -179,6 +185,31 @@ fn the_tokenizer_gives_text_back() {
     let ids = tokenizer.encode(&prompt, Bos::Omit).unwrap();
     assert_eq!((ids[0], ids[ids.len() - 1]), (32_010, 32_001));
     assert!(ids.contains(&32_007));
+}
+
+#[test]
+fn the_tokenizer_of_phi_3_small_gives_text_back() {
+    let folder = tempfile::tempdir().unwrap();
+    assert_eq!(Form::of(32_064), Form::Llama);
+    assert_eq!(Form::of(100_352), Form::Cl100k);
+    for (name, bytes) in vocabulary::files(Form::Cl100k, 8192) {
+        fs::write(folder.path().join(name), bytes).unwrap();
+    }
+    let text = Text::open(folder.path()).unwrap().unwrap();
+    gives_text_back(&text.tokenizer);
+    assert_eq!(text.tokenizer.vocab_size(), 100_352);
+    text.tokenizer.check_rows(100_352).unwrap();
+    let prompt = (text.template)
+        .render(&[Message::user("Hi")], GenerationPrompt::Add)
+        .unwrap();
+    let ids = text.tokenizer.encode(&prompt, Bos::Omit).unwrap();
+    assert_eq!(ids[..2], [100_257, 100_262]);
+    let stops = text.template.stop_tokens(&text.tokenizer).unwrap();
+    assert_eq!(
+        (stops, text.tokenizer.eos_id()),
+        (vec![100_266], Some(100_257))
+    );
+    assert!(ids.contains(&100_266) && ids.contains(&100_263));
 }
 
 #[test]

@@ -1,7 +1,7 @@
-//! A tokenizer of the family's form, made up by rule.
+//! Tokenizers of the family's forms, made up by rule. The real vocabularies were learnt from text.
 //!
-//! Llama's form: byte-pair encoding with byte fallback and `▁` for the space, 32 000 ids, Phi-3's
-//! added tokens above. The real vocabulary was learnt from text; this one is
+//! **Llama's form**: byte-pair encoding with byte fallback and `▁` for the space, 32 000 ids,
+//! Phi-3's added tokens above.
 //!
 //! | ids | pieces |
 //! |---|---|
@@ -13,12 +13,46 @@
 //!
 //! so English costs a token for two letters and a bit. A piece may be merged from any two pieces
 //! that make it up, earlier pieces first, as `tokenizer.json` files converted from sentencepiece
-//! have it. As with Phi-3.5-mini, `<s>` is not put before a text. The same pieces are written as a sentencepiece model, `tokenizer.model`, which some
-//! converters ask for.
+//! have it. As with Phi-3.5-mini, `<s>` is not put before a text. The same pieces are written as a
+//! sentencepiece model, `tokenizer.model`, which some converters ask for.
+//!
+//! **Phi-3-small's form**: byte-level, 100 256 ranks in a `.tiktoken` file; its special tokens are
+//! not in any file.
+//!
+//! | ids | tokens |
+//! |---|---|
+//! | 0 to 255 | the bytes |
+//! | then | accented Latin letters; runs of spaces; a space and a letter |
+//! | then | every two lower-case letters, those after a space, every three, those after a space |
+//! | to 100 255 | every four lower-case letters as far as the ids go |
+//!
+//! Whatever merges inside such a token first, two tokens are left at last: they are all there.
 
-use crate::text::Builtin;
+use crate::text::{Builtin, tiktoken};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use serde_json::{Map, Value, json};
 use std::collections::HashSet;
+
+/// The form of a vocabulary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Form {
+    /// Llama's, which all but Phi-3-small have.
+    Llama,
+    /// Phi-3-small's.
+    Cl100k,
+}
+
+impl Form {
+    /// The form for an embedding matrix of so many rows: the larger one where it has room.
+    pub(super) fn of(vocab_size: usize) -> Self {
+        if vocab_size >= tiktoken::RANKS as usize + tiktoken::special_tokens().count() {
+            Self::Cl100k
+        } else {
+            Self::Llama
+        }
+    }
+}
 
 /// Ids below the added tokens.
 const SIZE: usize = 32_000;
@@ -43,24 +77,49 @@ const ADDED: [&str; 11] = [
 const LETTERS: &str = "etaoinshrdlucmfwypvbgkjqxz";
 
 /// Every tokenizer file: name and bytes.
-pub(super) fn files(max_length: usize) -> Vec<(&'static str, Vec<u8>)> {
-    let pieces = pieces();
-    vec![
-        ("tokenizer.json", super::pretty(&tokenizer(&pieces))),
-        (
-            "tokenizer_config.json",
-            super::pretty(&tokenizer_config(max_length)),
-        ),
-        ("special_tokens_map.json", super::pretty(&named_tokens())),
-        ("tokenizer.model", sentencepiece_model(&pieces)),
-    ]
+pub(super) fn files(form: Form, max_length: usize) -> Vec<(&'static str, Vec<u8>)> {
+    match form {
+        Form::Llama => {
+            let pieces = pieces();
+            vec![
+                ("tokenizer.json", super::pretty(&tokenizer(&pieces))),
+                (
+                    "tokenizer_config.json",
+                    super::pretty(&tokenizer_config(max_length)),
+                ),
+                ("special_tokens_map.json", super::pretty(&named_tokens())),
+                ("tokenizer.model", sentencepiece_model(&pieces)),
+            ]
+        }
+        Form::Cl100k => vec![
+            ("cl100k_base.tiktoken", ranks()),
+            (
+                "tokenizer_config.json",
+                super::pretty(&cl100k_config(max_length)),
+            ),
+        ],
+    }
+}
+
+fn letters() -> impl Iterator<Item = char> + Clone {
+    LETTERS.chars()
+}
+
+/// Every string of one letter more than those of `shorter`.
+fn longer(shorter: impl Iterator<Item = String>) -> impl Iterator<Item = String> {
+    shorter.flat_map(|start| letters().map(move |letter| format!("{start}{letter}")))
+}
+
+fn two() -> impl Iterator<Item = String> {
+    longer(letters().map(String::from))
+}
+
+fn three() -> impl Iterator<Item = String> {
+    longer(two())
 }
 
 /// The pieces of the ids below [`SIZE`], in their order.
 fn pieces() -> Vec<String> {
-    let letters = || LETTERS.chars();
-    let two = || letters().flat_map(move |a| letters().map(move |b| format!("{a}{b}")));
-    let three = || two().flat_map(move |ab| letters().map(move |c| format!("{ab}{c}")));
     let word = |start: String| format!("▁{start}");
     SPECIAL
         .iter()
@@ -75,6 +134,25 @@ fn pieces() -> Vec<String> {
         .chain(three())
         .chain(three().map(word))
         .take(SIZE)
+        .collect()
+}
+
+/// The `.tiktoken` file: `base64 rank`, one a line.
+fn ranks() -> Vec<u8> {
+    let word = |start: String| format!(" {start}");
+    let merged = (('¡'..='ſ').map(String::from))
+        .chain([2, 4, 8, 16].map(|spaces| " ".repeat(spaces)))
+        .chain(letters().chain('A'..='Z').map(String::from).map(word))
+        .chain(two())
+        .chain(two().map(word))
+        .chain(three())
+        .chain(three().map(word))
+        .chain(longer(three()));
+    let tokens = (0..=u8::MAX)
+        .map(|byte| vec![byte])
+        .chain(merged.map(String::into_bytes));
+    (tokens.zip(0..tiktoken::RANKS))
+        .flat_map(|(token, rank)| format!("{} {rank}\n", BASE64.encode(token)).into_bytes())
         .collect()
 }
 
@@ -182,6 +260,18 @@ fn tokenizer_config(max_length: usize) -> Value {
         config.extend(tokens);
     }
     config
+}
+
+fn cl100k_config(max_length: usize) -> Value {
+    json!({
+        "added_tokens_decoder": {},
+        "bos_token": tiktoken::END_OF_TEXT,
+        "chat_template": Builtin::Phi3Small.source(),
+        "eos_token": tiktoken::END_OF_TEXT,
+        "model_max_length": max_length,
+        "pad_token": tiktoken::END_OF_TEXT,
+        "tokenizer_class": "Phi3SmallTokenizer",
+    })
 }
 
 /// The pieces as a sentencepiece model: a protocol buffer of the message `ModelProto`

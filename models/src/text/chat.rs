@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::TextError;
 use super::files::{self, TokenizerConfig};
+use super::tiktoken;
 use super::tokenizer::{Bos, MAX_TEXT_BYTES, Tokenizer};
 
 /// Longest template accepted; published ones have up to about twenty thousand bytes.
@@ -112,6 +113,18 @@ impl Builtin {
         Self::Phi35Mini,
     ];
 
+    /// The one for a folder that brings no template: Phi-3-small's where `<|endoftext|>` begins a
+    /// sequence, as only its tokenizer has it; or else Phi-3.5-mini's, which has a place for
+    /// everything and writes no BOS.
+    #[must_use]
+    pub fn fitting(tokenizer: &Tokenizer) -> Self {
+        let (bos, _) = Self::Phi3Small.bos_and_eos();
+        match tokenizer.id_of(bos) {
+            Some(id) if tokenizer.bos_id() == Some(id) => Self::Phi3Small,
+            _ => Self::Phi35Mini,
+        }
+    }
+
     /// The template's text.
     #[must_use]
     pub fn source(self) -> &'static str {
@@ -130,7 +143,7 @@ impl Builtin {
 
     fn bos_and_eos(self) -> (&'static str, &'static str) {
         match self {
-            Self::Phi3Small => ("<|endoftext|>", "<|endoftext|>"),
+            Self::Phi3Small => (tiktoken::END_OF_TEXT, tiktoken::END_OF_TEXT),
             _ => ("<s>", "<|endoftext|>"),
         }
     }

@@ -202,6 +202,7 @@ fn is_byte_fallback(token: &str) -> bool {
 mod tests {
     use super::*;
     use crate::text::fixture::{self, mini, vision};
+    use crate::text::tiktoken::alphabet;
     use crate::text::tokenizer::Bos;
     use proptest::prelude::*;
     use std::sync::LazyLock;
@@ -293,19 +294,9 @@ mod tests {
     }
 
     fn build_byte_level() -> Tokenizer {
-        // GPT-2's alphabet: printable bytes stand for themselves, the others for U+0100 onwards.
-        let printable = |byte: u8| matches!(byte, 33..=126 | 161..=172 | 174..=255);
-        let mut next = 0x100;
-        let mut vocab = serde_json::Map::new();
-        for byte in 0..=255u8 {
-            let letter = if printable(byte) {
-                char::from(byte)
-            } else {
-                next += 1;
-                char::from_u32(next - 1).unwrap()
-            };
-            vocab.insert(letter.to_string(), byte.into());
-        }
+        let vocab: serde_json::Map<_, _> = (alphabet().into_iter().zip(0..))
+            .map(|(letter, id): (_, u32)| (letter.to_string(), id.into()))
+            .collect();
         let json = fixture::edited_tokenizer_json(|json| {
             let level = serde_json::json!({"type": "ByteLevel", "add_prefix_space": false,
                 "trim_offsets": true, "use_regex": false});

@@ -43,6 +43,101 @@ pub enum TextError {
         reason: String,
     },
 
+    /// Several `.tiktoken` files in one folder: which of them is meant is not known.
+    #[error("{}: expected one .tiktoken file, found {}", path.display(), found.join(", "))]
+    SeveralVocabularies {
+        /// The folder.
+        path: PathBuf,
+        /// Names of the files.
+        found: Vec<String>,
+    },
+
+    /// A line of a `.tiktoken` file that is not a token and its rank.
+    #[error("{origin}, line {line}: expected {expected}, found {found}")]
+    VocabularyLine {
+        /// The file.
+        origin: String,
+        /// The line, from 1.
+        line: usize,
+        /// What should stand there.
+        expected: &'static str,
+        /// What stands there, shortened.
+        found: String,
+    },
+
+    /// A rank of a `.tiktoken` file out of its place: doubled, left out, or not in order.
+    #[error("{origin}, line {line}: expected rank {expected}, found {found}")]
+    RankOutOfOrder {
+        /// The file.
+        origin: String,
+        /// The line, from 1.
+        line: usize,
+        /// The rank that follows the line before.
+        expected: u32,
+        /// The rank that stands there.
+        found: u32,
+    },
+
+    /// A `.tiktoken` file with fewer or more ranks than there are ids below the special tokens.
+    #[error("{origin}, line {line}: expected {expected} ranks in all, found {found}")]
+    VocabularySize {
+        /// The file.
+        origin: String,
+        /// The line where the file ends, or has one too many.
+        line: usize,
+        /// Ids below the special tokens.
+        expected: u32,
+        /// Ranks up to that line.
+        found: u32,
+    },
+
+    /// A token that a `.tiktoken` file has twice.
+    #[error("{origin}, line {line}: token {token:?} has rank {first} already")]
+    DuplicateToken {
+        /// The file.
+        origin: String,
+        /// The line, from 1.
+        line: usize,
+        /// The token, invalid UTF-8 replaced.
+        token: String,
+        /// The rank it has.
+        first: u32,
+    },
+
+    /// A `.tiktoken` file without one of the 256 bytes: some texts could not be written in it.
+    #[error("{origin}: no token for the byte 0x{byte:02X}")]
+    MissingByte {
+        /// The file.
+        origin: String,
+        /// The byte.
+        byte: u8,
+    },
+
+    /// A token that merging bytes in the order of the ranks never makes.
+    #[error(
+        "{origin}, line {line}: token {token:?} is not made of two tokens of lower ranks: \
+         merging leaves {parts} parts"
+    )]
+    UnmergeableToken {
+        /// The file.
+        origin: String,
+        /// The line, from 1.
+        line: usize,
+        /// The token, invalid UTF-8 replaced.
+        token: String,
+        /// Tokens of lower ranks that it falls into.
+        parts: usize,
+    },
+
+    /// A run of white space longer than a text may have for this kind of tokenizer.
+    #[error("a run of {chars} white-space characters: at most {limit} can be encoded")]
+    SpaceTooLong {
+        /// Its length in characters.
+        chars: usize,
+        /// The limit.
+        limit: usize,
+    },
+
     /// A `tokenizer_config.json` or `chat_template.json` that is not a JSON object.
     #[error("{origin}: expected a JSON object: {reason}")]
     Json {

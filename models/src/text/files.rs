@@ -10,6 +10,8 @@ use super::error::TextError;
 
 /// Most bytes read of `tokenizer.json`; Phi's is 1.9 MB, the largest in use about 35 MB.
 pub(super) const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
+/// Most bytes read of a `.tiktoken` file; cl100k_base's is 1.7 MB.
+pub(super) const MAX_TIKTOKEN_BYTES: u64 = 16 << 20;
 /// Most bytes read of `tokenizer_config.json` and `chat_template.*`.
 pub(super) const MAX_CONFIG_BYTES: u64 = 16 << 20;
 

@@ -2,7 +2,7 @@
 //!
 //! | type | is |
 //! |---|---|
-//! | [`Tokenizer`] | text to ids and back, as a folder's `tokenizer.json` says |
+//! | [`Tokenizer`] | text to ids and back, as a folder's `tokenizer.json` or `.tiktoken` file says |
 //! | [`Detokenizer`] | ids one at a time to text, never half a character |
 //! | [`ChatTemplate`] | messages to the text of a prompt, as the model was trained on |
 //! | [`Conversation`] | several turns, as ids: what was generated is never encoded again |
@@ -15,6 +15,7 @@ mod conversation;
 mod detokenizer;
 mod error;
 mod files;
+pub(crate) mod tiktoken;
 mod tokenizer;
 
 pub use chat::{Builtin, ChatTemplate, GenerationPrompt, Message, Role};

@@ -11,6 +11,9 @@
 //! * **Byte fallback.** A character outside the vocabulary becomes one token per UTF-8 byte,
 //!   `<0xE4> <0xBD> <0xA0>`. So does `\n`, always.
 //!
+//! Phi-3-small has GPT-4's byte-level vocabulary instead, from a [`.tiktoken` file](super::tiktoken):
+//! every byte is a token, spaces belong to the words after them, and decoding undoes encoding.
+//!
 //! Text that contains the spelling of an added token (`<|end|>` in what a user typed) encodes to
 //! that token, as in the reference.
 
@@ -23,6 +26,7 @@ use tokenizers::PostProcessorWrapper;
 
 use super::error::TextError;
 use super::files::{self, TokenizerConfig};
+use super::tiktoken;
 
 /// Longest text that is encoded at once. Encoding needs memory of about a hundred times the text;
 /// the longest context of the family holds about half a megabyte.
@@ -63,6 +67,8 @@ struct Shared {
     eos: Option<u32>,
     default_bos: Bos,
     anchor: Option<Anchor>,
+    /// Longest run of white space that is encoded, in characters.
+    max_space: Option<usize>,
 }
 
 /// An ordinary token and its text. Decoding `[anchor, id]` and taking the anchor's text off again
@@ -73,23 +79,35 @@ struct Anchor {
 }
 
 impl Tokenizer {
-    /// Reads `tokenizer.json` of a model folder, and `tokenizer_config.json` where there is one.
-    /// `None`: the folder has no `tokenizer.json`.
+    /// Reads `tokenizer.json` of a model folder, or else its one `.tiktoken` file with the special
+    /// tokens of Phi-3-small, and `tokenizer_config.json` where there is one. `None`: the folder
+    /// has neither.
     ///
     /// # Errors
     /// [`TextError`]: a file cannot be read, is malformed, or names tokens that do not exist.
     pub fn open(dir: &Path) -> Result<Option<Self>, TextError> {
+        let config_path = dir.join("tokenizer_config.json");
+        let config_origin = config_path.display().to_string();
         let path = dir.join("tokenizer.json");
-        let Some(bytes) = files::read(&path, files::MAX_TOKENIZER_BYTES)? else {
+        if let Some(bytes) = files::read(&path, files::MAX_TOKENIZER_BYTES)? {
+            let origin = path.display().to_string();
+            let inner = parse(&bytes, &origin)?;
+            let config = TokenizerConfig::open(&config_path)?;
+            return Self::new(inner, &origin, config, &config_origin, None).map(Some);
+        }
+        let Some((inner, origin)) = tiktoken::open(dir)? else {
             return Ok(None);
         };
-        let config_path = dir.join("tokenizer_config.json");
-        let config = TokenizerConfig::open(&config_path)?;
-        let config_origin = config_path.display().to_string();
-        Self::new(&bytes, &path.display().to_string(), config, &config_origin).map(Some)
+        let mut config = TokenizerConfig::open(&config_path)?;
+        for token in [&mut config.bos_token, &mut config.eos_token] {
+            token.get_or_insert_with(|| tiktoken::END_OF_TEXT.into());
+        }
+        let max_space = Some(tiktoken::MAX_SPACE);
+        Self::new(inner, &origin, config, &config_origin, max_space).map(Some)
     }
 
-    /// The same from the files' contents; `origin` names them in errors.
+    /// A `tokenizer.json` from its contents, and `tokenizer_config.json` likewise; `origin` names
+    /// them in errors.
     ///
     /// # Errors
     /// As [`open`](Self::open).
@@ -102,20 +120,20 @@ impl Tokenizer {
             Some(bytes) => TokenizerConfig::parse(bytes, origin)?,
             None => TokenizerConfig::default(),
         };
-        Self::new(tokenizer_json, origin, config, origin)
+        Self::new(parse(tokenizer_json, origin)?, origin, config, origin, None)
     }
 
     fn new(
-        json: &[u8],
+        mut inner: tokenizers::Tokenizer,
         origin: &str,
         config: TokenizerConfig,
         config_origin: &str,
+        max_space: Option<usize>,
     ) -> Result<Self, TextError> {
         let unusable = |reason| TextError::Tokenizer {
             origin: origin.into(),
             reason,
         };
-        let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(json)).map_err(unusable)?;
         // A file may ask for texts to be cut or padded to some length: never silently.
         inner.with_padding(None);
         guarded(|| inner.with_truncation(None).map(|_| ())).map_err(unusable)?;
@@ -160,6 +178,7 @@ impl Tokenizer {
                     Bos::Omit
                 },
                 anchor: find_anchor(&inner),
+                max_space,
                 origin: origin.into(),
                 inner,
             }),
@@ -169,7 +188,7 @@ impl Tokenizer {
     /// The ids of a text. Special tokens spelled out in it are recognised.
     ///
     /// # Errors
-    /// [`TextError::TextTooLong`]; [`TextError::NoBos`] when [`Bos::Add`] is asked of a tokenizer
+    /// [`TextError::TextTooLong`] and [`TextError::SpaceTooLong`]; [`TextError::NoBos`] when [`Bos::Add`] is asked of a tokenizer
     /// that names no such token; [`TextError::Encode`].
     pub fn encode(&self, text: &str, bos: Bos) -> Result<Vec<u32>, TextError> {
         if text.len() > MAX_TEXT_BYTES {
@@ -177,6 +196,16 @@ impl Tokenizer {
                 bytes: text.len(),
                 limit: MAX_TEXT_BYTES,
             });
+        }
+        if let Some(limit) = self.shared.max_space {
+            let runs = text.split(|c: char| !c.is_whitespace());
+            // No run has more characters than bytes.
+            for run in runs.filter(|run| run.len() > limit) {
+                let chars = run.chars().count();
+                if chars > limit {
+                    return Err(TextError::SpaceTooLong { chars, limit });
+                }
+            }
         }
         let encoding =
             guarded(|| self.shared.inner.encode_fast(text, false)).map_err(|reason| {
@@ -317,6 +346,15 @@ impl std::fmt::Debug for Tokenizer {
             .field("vocab_size", &self.shared.vocab_size)
             .finish_non_exhaustive()
     }
+}
+
+fn parse(tokenizer_json: &[u8], origin: &str) -> Result<tokenizers::Tokenizer, TextError> {
+    guarded(|| tokenizers::Tokenizer::from_bytes(tokenizer_json)).map_err(|reason| {
+        TextError::Tokenizer {
+            origin: origin.into(),
+            reason,
+        }
+    })
 }
 
 /// Calls into the `tokenizers` library. It checks a file part by part and trusts that the parts
