@@ -6,7 +6,8 @@
 mod attention;
 mod linear;
 
-pub use attention::{HeadOrder, Heads, Mask, Rotations};
+pub use crate::mask::Mask;
+pub use attention::{HeadOrder, Heads, Rotations};
 pub use linear::GateUp;
 
 use crate::pool::{Pool, Team};
