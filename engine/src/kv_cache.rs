@@ -50,6 +50,12 @@ impl KvType {
         }
     }
 
+    /// Bytes of a key and its value of one head.
+    #[must_use]
+    pub fn bytes_per_key(self, head_dim: usize) -> usize {
+        2 * self.row_bytes(head_dim)
+    }
+
     /// Bytes of one key or value of one head.
     fn row_bytes(self, head_dim: usize) -> usize {
         match self {
@@ -77,14 +83,14 @@ impl KvShape {
     /// Bytes of one position in every layer.
     #[must_use]
     pub fn bytes_per_position(&self, kind: KvType) -> usize {
-        self.layers.len() * self.kv_heads * self.bytes_per_head(kind)
+        self.layers.len() * self.kv_heads * kind.bytes_per_key(self.head_dim)
     }
 
     /// Bytes of `positions` positions, whole blocks.
     #[must_use]
     pub fn bytes(&self, kind: KvType, positions: usize) -> usize {
         let of = |mask: &Mask| {
-            (self.kv_heads * self.bytes_per_head(kind))
+            (self.kv_heads * kind.bytes_per_key(self.head_dim))
                 .saturating_mul(positions.next_multiple_of(mask.block()))
         };
         self.layers.iter().map(of).fold(0, usize::saturating_add)
@@ -102,11 +108,6 @@ impl KvShape {
             heads.map(hidden).sum::<usize>() * self.part_bytes(mask, kind)
         };
         self.layers.iter().map(of).fold(0, usize::saturating_add)
-    }
-
-    /// Bytes of key and value of one position and head.
-    fn bytes_per_head(&self, kind: KvType) -> usize {
-        2 * kind.row_bytes(self.head_dim)
     }
 
     /// Into how many parts the KV heads of a block are divided.
@@ -131,7 +132,7 @@ impl KvShape {
 
     /// Bytes of a part.
     fn part_bytes(&self, mask: &Mask, kind: KvType) -> usize {
-        self.part_heads(mask) * mask.block() * self.bytes_per_head(kind)
+        self.part_heads(mask) * mask.block() * kind.bytes_per_key(self.head_dim)
     }
 }
 
@@ -419,7 +420,8 @@ impl KvCache {
     fn count_bytes(&self, counts: impl Fn(&Option<Part>) -> bool) -> usize {
         let of = |layer: &Layer| {
             let parts = layer.blocks.iter().flatten();
-            parts.filter(|part| counts(part)).count() * self.shape.part_bytes(&layer.mask, self.kind)
+            parts.filter(|part| counts(part)).count()
+                * self.shape.part_bytes(&layer.mask, self.kind)
         };
         self.layers.iter().map(of).sum()
     }

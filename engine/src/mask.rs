@@ -142,9 +142,30 @@ impl Mask {
         }
     }
 
-    /// Keys that the queries of a head at `positions` see, added up.
+    /// Keys that the queries of all `heads` at `positions` see, added up.
     #[must_use]
-    pub fn count_seen(&self, head: usize, positions: Range<usize>) -> usize {
+    pub fn count_seen(&self, heads: usize, positions: Range<usize>) -> usize {
+        if self.differs_by_head() {
+            let of = |head| self.count_seen_by(head, positions.clone());
+            (0..heads).map(of).sum()
+        } else {
+            heads * self.count_seen_by(0, positions)
+        }
+    }
+
+    /// Keys that must be read for the queries at `positions`, each once for each of `kv_heads`.
+    #[must_use]
+    pub fn count_read(&self, heads: usize, kv_heads: usize, positions: Range<usize>) -> usize {
+        let group = heads / kv_heads;
+        if self.differs_by_head() {
+            let of = |h| self.count_read_by(h * group..(h + 1) * group, positions.clone());
+            (0..kv_heads).map(of).sum()
+        } else {
+            kv_heads * self.count_read_by(0..group, positions)
+        }
+    }
+
+    fn count_seen_by(&self, head: usize, positions: Range<usize>) -> usize {
         let of = |position: usize| -> usize {
             (self.blocks(head..head + 1, position..position + 1))
                 .map(|block| self.seen(head, position, block).len())
@@ -166,9 +187,7 @@ impl Mask {
         }
     }
 
-    /// Keys that some query at `positions`, of one of `heads`, sees: what must be read for them together.
-    #[must_use]
-    pub fn count_read(&self, heads: Range<usize>, positions: Range<usize>) -> usize {
+    fn count_read_by(&self, heads: Range<usize>, positions: Range<usize>) -> usize {
         let end = positions.end;
         let first = positions.start;
         (self.blocks(heads.clone(), positions))
@@ -177,7 +196,9 @@ impl Mask {
                     let from = self.seen(heads.start, first, block).start;
                     end.min((block + 1) * BLOCK) - from
                 }
-                Self::BlockSparse(layout) => end.min((block + 1) * layout.block) - block * layout.block,
+                Self::BlockSparse(layout) => {
+                    end.min((block + 1) * layout.block) - block * layout.block
+                }
             })
             .sum()
     }
@@ -208,7 +229,10 @@ mod tests {
     /// The layouts that the reference gives.
     #[test]
     fn layouts_are_the_published_ones() {
-        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/phi3-small-ops");
+        let folder = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../tests/fixtures/phi3-small-ops"
+        );
         let read = |name: &str| std::fs::read(format!("{folder}/{name}")).unwrap();
         let manifest: serde_json::Value = serde_json::from_slice(&read("manifest.json")).unwrap();
         let expected = read("expected.safetensors");
@@ -281,15 +305,21 @@ mod tests {
                 let blocks: Vec<_> = mask.blocks(heads.clone(), positions.clone()).collect();
                 let want: Vec<_> = (0..key_blocks).filter(|b| read[*b] > 0).collect();
                 assert_eq!(blocks, want, "{mask:?} {positions:?}");
-                let total = mask.count_read(heads.clone(), positions.clone());
+                let total = mask.count_read_by(heads.clone(), positions.clone());
                 assert_eq!(total, read.iter().sum::<usize>(), "{mask:?} {positions:?}");
                 for head in heads.clone() {
                     let seen: usize = (positions.clone())
                         .flat_map(|p| (0..key_blocks).map(move |b| mask.seen(head, p, b).len()))
                         .sum();
-                    let counted = mask.count_seen(head, positions.clone());
+                    let counted = mask.count_seen_by(head, positions.clone());
                     assert_eq!(counted, seen, "{mask:?} {positions:?}");
                 }
+                let by_head = |head| mask.count_seen_by(head, positions.clone());
+                let all = mask.count_seen(6, positions.clone());
+                assert_eq!(all, (0..6).map(by_head).sum::<usize>());
+                let of = |group| mask.count_read_by(group, positions.clone());
+                let all = mask.count_read(6, 2, positions.clone());
+                assert_eq!(all, of(0..3) + of(3..6));
             }
             for next in [0, 1, 15, 16, 31, 32, 256, 299, 300, 555, 556] {
                 for block in 0..mask.settled(next) {
@@ -301,7 +331,10 @@ mod tests {
                     }
                 }
                 let open = mask.settled(next);
-                assert!(!mask.seen(1, next, open).is_empty(), "{mask:?}: more are settled");
+                assert!(
+                    !mask.seen(1, next, open).is_empty(),
+                    "{mask:?}: more are settled"
+                );
             }
         }
     }

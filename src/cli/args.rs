@@ -89,6 +89,10 @@ pub struct Running {
     /// keys' angles become right, but deeper layers keep what they saw before)
     #[arg(long, value_enum, default_value_t = RopeCrossing::Exact)]
     pub rope_crossing: RopeCrossing,
+    /// Give back the blocks of the KV cache that no later token can see (block-sparse layers, sliding
+    /// windows): the same answer in less memory; going back in a conversation computes it again
+    #[arg(long)]
+    pub drop_hidden_keys: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

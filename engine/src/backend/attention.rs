@@ -315,7 +315,11 @@ impl LayerCache<'_> {
             }
         }
         let tokens = tile.positions.len();
-        let sees = |head: usize| visible[head * tokens..][..tokens].iter().any(|r| !r.is_empty());
+        let sees = |head: usize| {
+            visible[head * tokens..][..tokens]
+                .iter()
+                .any(|r| !r.is_empty())
+        };
         // Neighbouring heads that see it go together.
         let mut head = 0;
         while head < self.heads.group() {
