@@ -325,7 +325,7 @@ impl Session {
             let first = self.cache.len();
             let end = total.min(first + self.chunk);
             if self.drop_hidden {
-                // Not sooner: what was just computed may still be truncated, as wrong guesses are.
+                // Not sooner: what the last pass computed may be truncated yet, as wrong guesses are.
                 self.cache.drop_hidden(first);
                 self.cache.reserve(end)?;
             }

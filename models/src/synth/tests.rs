@@ -249,7 +249,7 @@ fn presets_have_the_published_sizes() {
         let preset: Preset = name.parse().unwrap();
         let json = pretty(&preset.config(preset.layers, WeightFormat::Bf16));
         let config = Config::from_json(Path::new(name), &json).unwrap();
-        let original = name.ends_with("4k") || name.ends_with("8k") && !name.ends_with("128k");
+        let original = name.ends_with("-4k") || name.ends_with("-8k");
         assert_eq!(config.rope.long.is_some(), !original);
         if let Some(long) = &config.rope.long {
             assert_eq!(long.long_factor.len(), config.head_dim / 2);
