@@ -237,6 +237,26 @@ mod tests {
         assert_eq!(work.attention_ops, 2047.0 * 393_216.0);
     }
 
+    /// Half of the layers of Phi-3-small see all 8001 keys. The others see 961 in the block of position 8000
+    /// and the fifteen before it, and of the 110 blocks before those each head one in eight: 14 where the
+    /// first is one of the first six, else 13. The four heads of a KV head see four different ones.
+    #[test]
+    fn of_a_block_sparse_layer_only_what_is_seen_counts() {
+        let preset: phidias_models::synth::Preset = "phi-3-small-8k".parse().unwrap();
+        let config = preset.configuration(None).unwrap();
+        let none = Weights::default();
+        let work = Account::new(&config, KvType::F16, none, none).decode(8000, 1);
+        // Heads 1 mod 8 begin with block 6, heads 0 mod 8 with block 7; the other six with 0 to 5.
+        let strides = |head: usize| if head % 8 < 2 { 13 } else { 14 };
+        let seen: usize = (0..32).map(|head| 961 + 64 * strides(head)).sum();
+        let read = 8 * 961 + 64 * (0..32).map(strides).sum::<usize>();
+        assert_eq!(
+            work.attention_ops,
+            (16 * (32 * 8001 + seen) * 4 * 128) as f64
+        );
+        assert_eq!(work.kv_bytes, (16 * (8 * 8001 + read) * 512) as f64);
+    }
+
     #[cfg(feature = "fable")]
     #[test]
     fn the_account_of_an_opened_model_agrees_with_the_model() {
