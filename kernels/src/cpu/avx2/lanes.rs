@@ -44,6 +44,22 @@ fn power(n: __m256) -> __m256 {
     )))
 }
 
+/// The first and the second of each of eight pairs.
+#[inline(always)]
+fn apart(pairs: &[f32; LANES]) -> [__m256; 2] {
+    avx2!({
+        let low = _mm256_loadu_ps(pairs.as_ptr());
+        let high = _mm256_loadu_ps(pairs.as_ptr().add(LANES / 2));
+        // Shuffles work within half a register: these leave lanes 0-1, 4-5, 2-3, 6-7.
+        let even = _mm256_castps_pd(_mm256_shuffle_ps::<0b10_00_10_00>(low, high));
+        let odd = _mm256_castps_pd(_mm256_shuffle_ps::<0b11_01_11_01>(low, high));
+        [
+            _mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(even)),
+            _mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(odd)),
+        ]
+    })
+}
+
 /// The sum of eight lanes: 8 -> 4 -> 2 -> 1, lane `l` plus lane `l + half` each time.
 #[inline(always)]
 pub(in crate::cpu) fn fold(eight: __m256) -> f32 {
@@ -93,20 +109,8 @@ impl Lanes for Ymm2 {
     }
     #[inline(always)]
     fn load_pairs(from: &[[f32; 2]; LANES]) -> [Self; 2] {
-        let from = from.as_flattened();
-        let [a, b] = [0, LANES].map(|first| {
-            avx2!({
-                let low = _mm256_loadu_ps(from.as_ptr().add(first));
-                let high = _mm256_loadu_ps(from.as_ptr().add(first + LANES / 2));
-                // Pairs of lanes 0-1, 4-5, 2-3, 6-7: shuffles work within half a register.
-                let even = _mm256_shuffle_ps::<0b10_00_10_00>(low, high);
-                let odd = _mm256_shuffle_ps::<0b11_01_11_01>(low, high);
-                [even, odd].map(|lanes| {
-                    let pairs = _mm256_castps_pd(lanes);
-                    _mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(pairs))
-                })
-            })
-        });
+        let (halves, _) = from.as_flattened().as_chunks();
+        let (a, b) = (apart(&halves[0]), apart(&halves[1]));
         [Self([a[0], b[0]]), Self([a[1], b[1]])]
     }
     #[inline(always)]
@@ -167,7 +171,8 @@ impl Lanes for Ymm2 {
     fn scale_by_power(self, n: Self) -> Self {
         // In two steps, since 2^n alone may be too large or too small; the first is exact but for a
         // result that is subnormal anyway.
-        let first = n.map(|n| avx2!(_mm256_floor_ps(_mm256_mul_ps(n, _mm256_set1_ps(0.5)))));
+        let half = n.mul(Self::splat(0.5));
+        let first = half.map(|n| avx2!(_mm256_floor_ps(n)));
         let second = n.sub(first);
         self.mul(first.map(power)).mul(second.map(power))
     }

@@ -53,7 +53,10 @@ impl Lanes for Zmm {
             let high = _mm512_loadu_ps(from.as_ptr().add(LANES));
             let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
             let odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-            [even, odd].map(|lanes| Self(_mm512_permutex2var_ps(low, lanes, high)))
+            [
+                Self(_mm512_permutex2var_ps(low, even, high)),
+                Self(_mm512_permutex2var_ps(low, odd, high)),
+            ]
         })
     }
     #[inline(always)]

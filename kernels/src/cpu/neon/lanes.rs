@@ -107,11 +107,9 @@ impl Lanes for Quad {
     #[inline(always)]
     fn load_pairs(from: &[[f32; 2]; LANES]) -> [Self; 2] {
         let from = from.as_flattened();
-        let fours: [_; 4] = std::array::from_fn(|i| neon!(vld2q_f32(from.as_ptr().add(8 * i))));
-        [
-            Self(fours.map(|four| four.0)),
-            Self(fours.map(|four| four.1)),
-        ]
+        let fours = |i: usize| neon!(vld2q_f32(from.as_ptr().add(8 * i)));
+        let (a, b, c, d) = (fours(0), fours(1), fours(2), fours(3));
+        [Self([a.0, b.0, c.0, d.0]), Self([a.1, b.1, c.1, d.1])]
     }
     #[inline(always)]
     fn store(self, to: &mut [f32; LANES]) {

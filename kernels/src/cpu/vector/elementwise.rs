@@ -67,8 +67,8 @@ pub(in crate::cpu) fn layer_norm<L: Lanes>(
         normed(L::load(x), L::load(w), L::load(b)).store(y);
     }
     let mut last = [0.0; LANES];
-    let [x, w, b] = [x_rest, w_rest, b_rest].map(|rest| L::load(&padded(rest)));
-    normed(x, w, b).store(&mut last);
+    let (x, w) = (L::load(&padded(x_rest)), L::load(&padded(w_rest)));
+    normed(x, w, L::load(&padded(b_rest))).store(&mut last);
     y_rest.copy_from_slice(&last[..y_rest.len()]);
 }
 
@@ -130,40 +130,58 @@ pub(in crate::cpu) fn silu_mul<L: Lanes>(gate: &[f32], up: &[f32], y: &mut [f32]
     y_rest.copy_from_slice(&last[..y_rest.len()]);
 }
 
+/// A function of one value. A trait, because a closure or a function that is passed on is not inlined
+/// once it is long, and its instructions are function calls then, ten times slower.
+trait Activation {
+    /// Of sixteen.
+    fn of<L: Lanes>(x: L) -> L;
+}
+
 /// `x / (1 + e^(-1.702 x))`
+struct QuickGelu;
+
+impl Activation for QuickGelu {
+    #[inline(always)]
+    fn of<L: Lanes>(x: L) -> L {
+        let one = L::splat(1.0);
+        x.div(one.add(exp(x.mul(L::splat(-QUICK_GELU)))))
+    }
+}
+
+/// `quick_gelu(a) * (b + 1)` of what the limits leave of `a` and `b`.
 #[inline(always)]
-fn quick_gelu_of<L: Lanes>(x: L) -> L {
-    let one = L::splat(1.0);
-    x.div(one.add(exp(x.mul(L::splat(-QUICK_GELU)))))
+fn gated<L: Lanes>([a, b]: [L; 2], limit: f32) -> L {
+    let (least, most) = (L::splat(-limit), L::splat(limit));
+    let a = a.infinite_or(a.min(most));
+    let b = b.infinite_or(b.max(least).min(most));
+    QuickGelu::of(a).mul(b.add(L::splat(1.0)))
 }
 
 #[inline(always)]
 pub(in crate::cpu) fn gegelu<L: Lanes>(x: &[f32], limit: f32, y: &mut [f32]) {
-    let (least, most) = (L::splat(-limit), L::splat(limit));
-    let gated = |[a, b]: [L; 2]| {
-        let a = a.infinite_or(a.min(most));
-        let b = b.infinite_or(b.max(least).min(most));
-        quick_gelu_of(a).mul(b.add(L::splat(1.0)))
-    };
     let (pairs, pairs_rest) = x.as_chunks::<2>().0.as_chunks::<LANES>();
     let (y, y_rest) = y.as_chunks_mut::<LANES>();
     for (pairs, y) in pairs.iter().zip(y) {
-        gated(L::load_pairs(pairs)).store(y);
+        gated::<L>(L::load_pairs(pairs), limit).store(y);
     }
     let mut last = [0.0; LANES];
-    gated(L::load_pairs(&padded(pairs_rest))).store(&mut last);
+    gated::<L>(L::load_pairs(&padded(pairs_rest)), limit).store(&mut last);
     y_rest.copy_from_slice(&last[..y_rest.len()]);
 }
 
 /// `max(x, 0) - t Q(t)`, `t = |x|`
-#[inline(always)]
-fn gelu_of<L: Lanes>(x: L) -> L {
-    let (half, size) = (L::splat(0.5), x.abs());
-    let t = size.min(L::splat(TAIL_END));
-    let ratio = horner(NUMERATOR, t).div(horner(DENOMINATOR, t));
-    let tail = t.mul(ratio).mul(exp(t.mul(t).mul(L::splat(-0.5))));
-    // max(x, 0), but for minus infinity.
-    size.mul_add(half, x.mul(half)).sub(tail)
+struct Gelu;
+
+impl Activation for Gelu {
+    #[inline(always)]
+    fn of<L: Lanes>(x: L) -> L {
+        let (half, size) = (L::splat(0.5), x.abs());
+        let t = size.min(L::splat(TAIL_END));
+        let ratio = horner(NUMERATOR, t).div(horner(DENOMINATOR, t));
+        let tail = t.mul(ratio).mul(exp(t.mul(t).mul(L::splat(-0.5))));
+        // max(x, 0), but for minus infinity.
+        size.mul_add(half, x.mul(half)).sub(tail)
+    }
 }
 
 #[inline(always)]
@@ -175,24 +193,24 @@ fn horner<L: Lanes, const N: usize>(coefficients: [f32; N], t: L) -> L {
     sum
 }
 
-/// Each `x` becomes `f(x)`.
+/// Each `x` becomes `A` of it.
 #[inline(always)]
-fn each<L: Lanes>(x: &mut [f32], f: impl Fn(L) -> L) {
+fn each<L: Lanes, A: Activation>(x: &mut [f32]) {
     let (x, rest) = x.as_chunks_mut::<LANES>();
     for x in x {
-        f(L::load(x)).store(x);
+        A::of(L::load(x)).store(x);
     }
     let mut last = padded(rest);
-    f(L::load(&last)).store(&mut last);
+    A::of(L::load(&last)).store(&mut last);
     rest.copy_from_slice(&last[..rest.len()]);
 }
 
 #[inline(always)]
 pub(in crate::cpu) fn quick_gelu<L: Lanes>(x: &mut [f32]) {
-    each::<L>(x, quick_gelu_of);
+    each::<L, QuickGelu>(x);
 }
 
 #[inline(always)]
 pub(in crate::cpu) fn gelu<L: Lanes>(x: &mut [f32]) {
-    each::<L>(x, gelu_of);
+    each::<L, Gelu>(x);
 }
