@@ -328,7 +328,7 @@ pub struct Bench {
     /// Only the machine's own limits: read bandwidth, and multiply-adds in registers
     #[arg(long)]
     pub peaks: bool,
-    /// Only the kernels, each alone, at the shapes of Phi-3.5-mini
+    /// Only the kernels, each alone, at the shapes of Phi-3.5-mini and of Phi-3-small's attention
     #[arg(long, conflicts_with = "peaks")]
     pub kernels: bool,
     /// With --kernels: draw them as a roofline
