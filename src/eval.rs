@@ -202,5 +202,8 @@ mod tests {
         let q = [0.0, 0.0]; // 1/2, 1/2
         let want = 0.25 * (0.25f64 / 0.5).ln() + 0.75 * (0.75f64 / 0.5).ln();
         assert!((divergence(&p, &q, log_sum_exp(&q)) - want).abs() < 1e-7);
+        // Ids that are no tokens have the lowest float and no part in it.
+        let [p, q] = [p, q].map(|row| [row[0], f32::MIN, row[1]]);
+        assert!((divergence(&p, &q, log_sum_exp(&q)) - want).abs() < 1e-7);
     }
 }

@@ -787,6 +787,86 @@ fn weights_that_cannot_be_quantized() {
     assert_eq!(left, 2, "the model's two files and no temporary ones");
 }
 
+// -------------------------------------------------------------------------------- Phi-3-small
+
+#[test]
+fn a_block_sparse_layout_that_cannot_be() {
+    let folder = TempDir::new().unwrap();
+    let (config, tensors) = (small_config(), weights(&small_config(), "F32", 1));
+    write_model(folder.path(), &config, &tensors);
+    for format in WeightFormat::ALL {
+        let model = open(folder.path(), format);
+        let logits = all_logits(&model, SessionOptions::default(), &[1, 2, 3]);
+        assert!(logits.iter().flatten().all(|v| v.is_finite()), "{format}");
+    }
+    let block = "blocksparse_block_size";
+    let kernel = "blocksparse_triton_kernel_block_size";
+    let local = "blocksparse_num_local_blocks";
+    let stride = "blocksparse_vert_stride";
+    let sizes = "16, 32, 64, 128 or 256";
+    for (field, value, expected) in [
+        (block, json!(0), sizes),
+        (block, json!(8), sizes),
+        (block, json!(24), sizes),
+        (block, json!(512), sizes),
+        (block, json!(-16), "an integer from 0"),
+        (block, json!(1_u64 << 40), "an integer from 0"),
+        (kernel, json!(0), "a divisor of blocksparse_block_size 16"),
+        (kernel, json!(32), "a divisor of blocksparse_block_size 16"),
+        (kernel, json!("16"), "an integer from 0"),
+        (local, json!(0), "an integer from 1"),
+        (local, json!(1.5), "an integer from 1"),
+        (stride, json!(0), "an integer from 1"),
+        (stride, json!(-1), "an integer from 1"),
+        ("blocksparse_homo_head_pattern", json!(1), "true or false"),
+        (
+            "dense_attention_every_n_layers",
+            json!(-1),
+            "an integer from 0",
+        ),
+        ("gegelu_limit", json!(0), "a number from"),
+        ("gegelu_limit", json!(-20), "a number from"),
+        ("mup_width_multiplier", json!(0), "a number from"),
+        ("mup_attn_multiplier", json!("x"), "a number from"),
+        ("mup_embedding_multiplier", json!(1e300), "a number from"),
+        ("mup_use_scaling", json!(0), "true or false"),
+        ("rope_position_scale", json!(0), "a number from"),
+        ("rope_embedding_base", json!(-1), "a number from"),
+        ("ff_dim_multiplier", json!(4), "null"),
+        ("ff_intermediate_size", json!(0), "an integer from 1"),
+        ("ff_intermediate_size", Value::Null, "is missing"),
+        ("hidden_act", json!("silu"), "\"gegelu\""),
+        ("layer_norm_epsilon", json!(-1), "a number from 0 to 1"),
+    ] {
+        let mut config = config.clone();
+        config[field] = value;
+        fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+        let error = refused(folder.path(), None, &["config.json", field, expected]);
+        assert!(matches!(error, Error::Config(_)), "{error}");
+    }
+    // Tensors that are missing or of another shape.
+    let dense = "model.layers.1.self_attn.dense.bias";
+    let up = "model.layers.2.mlp.up_proj.weight";
+    for (name, shape) in [
+        (dense, vec![63]),
+        (up, vec![48, 64]),
+        ("model.final_layernorm.bias", vec![65]),
+        (
+            "model.layers.0.self_attn.query_key_value.weight",
+            vec![64, 128],
+        ),
+    ] {
+        let mut changed = tensors.clone();
+        let values = vec![0.5; shape.iter().product()];
+        *find(&mut changed, name) = Tensor::f32(name, &shape, &values);
+        write_model(folder.path(), &config, &changed);
+        refused(folder.path(), None, &[name, &format!("{shape:?}")]);
+        changed.retain(|t| t.name != name);
+        write_model(folder.path(), &config, &changed);
+        refused(folder.path(), None, &[name, "is missing"]);
+    }
+}
+
 // ------------------------------------------------------------------------------ the sequence
 
 #[test]

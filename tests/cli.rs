@@ -636,6 +636,54 @@ fn a_full_disk_leaves_nothing_behind() {
 }
 
 #[test]
+fn hidden_keys_are_planned_dropped_and_not_missed() {
+    let home = home();
+    let folder = fixture("phi3-small-b64-tiny");
+    let folder = folder.to_str().unwrap();
+    let inspect = |more: &[&str]| succeed(home.path(), &[&["inspect", folder], more].concat()).out;
+    let text = inspect(&[]);
+    assert!(
+        text.contains(
+            "block-sparse attention: blocks of 64, the last 1 and one of 8; dense every 2 layers"
+        ),
+        "{text}"
+    );
+    assert!(text.contains("--drop-hidden-keys"), "{text}");
+    let text = inspect(&["--drop-hidden-keys"]);
+    assert!(
+        text.contains(" dropped)") && !text.contains("--drop-hidden-keys"),
+        "{text}"
+    );
+    let plan = |more: &[&str]| -> Value {
+        serde_json::from_str(&inspect(&[more, &["--json"]].concat())).unwrap()
+    };
+    let (all, less) = (plan(&[]), plan(&["--drop-hidden-keys"]));
+    assert_eq!(all["block_sparse"]["block_size"], 64);
+    let bytes = |plan: &Value, key: &str| plan["plan"][key].as_u64().unwrap();
+    assert_eq!(bytes(&all, "kv_dropped"), 0);
+    assert_eq!(bytes(&all, "kv_hidden"), bytes(&less, "kv_dropped"));
+    assert_eq!(
+        bytes(&all, "kv_cache") - bytes(&less, "kv_cache"),
+        bytes(&less, "kv_dropped")
+    );
+
+    // More than two chunks, so that something is dropped between them.
+    let ids: Vec<String> = (0..1100).map(|i| (i * 7 % 512).to_string()).collect();
+    let logits = |name: &str, more: &[&str]| {
+        let out = home.path().join(name);
+        let (ids, out) = (ids.join(","), out.to_str().unwrap());
+        let arguments = ["logits", folder, "--tokens", &ids, "--out", out];
+        succeed(home.path(), &[&arguments, more].concat());
+        fs::read(out).unwrap()
+    };
+    for format in ["f32", "q4"] {
+        let format = ["--format", format];
+        let dropping = [&format[..], &["--drop-hidden-keys"]].concat();
+        assert!(logits("all", &format) == logits("dropped", &dropping));
+    }
+}
+
+#[test]
 fn eval_compares_formats() {
     let home = home();
     let text = home.path().join("text");

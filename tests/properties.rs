@@ -7,17 +7,20 @@ use common::*;
 use phidias::engine::backend::{Cpu, Input};
 use phidias::engine::kv_cache::KvType;
 use phidias::engine::pool::Pool;
+use phidias::engine::sampling::{Sampler, SamplingParams};
 use phidias::engine::tensor::{Buffer, Linear, Matrix};
 use phidias::engine::{Cancel, Kernels};
 use phidias::models::quantize::quantize_folder;
 use phidias::models::session::Crossing;
-use phidias::models::transformer::Transformer;
+use phidias::models::transformer::Layer;
+use phidias::models::weights::{HEAD, Role};
 use phidias::{Error, Model, OpenOptions, SessionOptions, WeightFormat};
 use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use tempfile::TempDir;
 
 /// The tolerance of the comparison with the reference.
@@ -204,7 +207,7 @@ fn a_failed_extension_leaves_the_sequence_as_it_was() {
         let switch = cancel.clone();
         session.set_cancel(cancel.clone());
         session.set_progress(move |p| {
-            if p.recomputing && p.done >= 8 {
+            if p.recomputing.is_some() && p.done >= 8 {
                 switch.cancel();
             }
         });
@@ -350,6 +353,255 @@ fn the_length_of_the_sequence_chooses_the_factors() {
     }
 }
 
+// ------------------------------------------------------------- block-sparse layers, dropped keys
+
+/// Models with block-sparse layers and one with a window, long enough that keys are hidden, and how many
+/// tokens of them.
+fn with_hidden_keys() -> Vec<(String, TempDir)> {
+    let mut windowed = config();
+    windowed["sliding_window"] = json!(70);
+    windowed["max_position_embeddings"] = json!(640);
+    let mut all_sparse = small_config();
+    all_sparse["dense_attention_every_n_layers"] = json!(0);
+    all_sparse["blocksparse_homo_head_pattern"] = json!(true);
+    [
+        ("window", windowed),
+        ("small", small_config()),
+        ("all sparse", all_sparse),
+    ]
+    .map(|(name, config)| {
+        let folder = TempDir::new().unwrap();
+        write_model(folder.path(), &config, &weights(&config, "F32", 31));
+        (name.to_owned(), folder)
+    })
+    .into()
+}
+
+const FORMATS: [WeightFormat; 3] = [WeightFormat::F32, WeightFormat::Q8, WeightFormat::Q4];
+
+#[test]
+fn blocks_that_some_see_are_computed_alike_however_the_work_is_cut() {
+    for (name, folder) in with_hidden_keys() {
+        for format in FORMATS {
+            let model = open(folder.path(), format);
+            let ids = prompt(&model, 420, 32);
+            let base = all_logits(&model, run(512, 1, 512), &ids);
+            // Of 16 threads each tile is divided, of one none is.
+            for (chunk, threads, context) in [(512, 16, 420), (5, 2, 512), (100, 3, 420)] {
+                let got = all_logits(&model, run(chunk, threads, context), &ids);
+                assert_same(&got, &base, &format!("{name} in {format} by {chunk}"));
+            }
+            for threads in [1, 16] {
+                let mut session = session(&model, run(64, threads, 512));
+                session.extend(&ids[..400]).unwrap();
+                let single: Vec<_> = (400..420)
+                    .map(|i| session.extend(&ids[i..=i]).unwrap().to_vec())
+                    .collect();
+                assert_same(
+                    &single,
+                    &base[400..],
+                    &format!("{name} in {format}, decoding"),
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn dropped_keys_are_seen_by_nobody() {
+    for (name, folder) in with_hidden_keys() {
+        for format in FORMATS {
+            let model = open(folder.path(), format);
+            let ids = prompt(&model, 420, 33);
+            let what = format!("{name} in {format}");
+            let base = all_logits(&model, run(512, 1, 512), &ids);
+            let mut kept = session(&model, run(32, 2, 512));
+            kept.extend(&ids).unwrap();
+            let options = SessionOptions {
+                drop_hidden: true,
+                ..run(32, 2, 512)
+            };
+            let mut dropping = session(&model, options.clone());
+            let mut logits = Vec::new();
+            let keep = |_: usize, row: &[f32]| logits.push(row.to_vec());
+            dropping.extend_all(&ids[..400], keep).unwrap();
+            for i in 400..420 {
+                logits.push(dropping.extend(&ids[i..=i]).unwrap().to_vec());
+            }
+            assert_same(&logits, &base, &what);
+            let cache = dropping.cache();
+            assert!(cache.dropped_bytes() > kept.cache().bytes() / 8, "{what}");
+            assert_eq!(cache.bytes() + cache.dropped_bytes(), kept.cache().bytes());
+            // What was planned for a full context is never too little.
+            let plan = phidias::Session::plan(&model, &options).unwrap();
+            assert!(plan.dropped > 0 && plan.dropped == plan.hidden, "{what}");
+            assert!(cache.bytes() <= plan.kv_cache, "{what}");
+
+            // A pass drops nothing that it may take back itself, as lookup does with wrong guesses.
+            let ran = Arc::new(AtomicBool::new(false));
+            let told = Arc::clone(&ran);
+            dropping.set_progress(move |p| {
+                told.fetch_or(p.recomputing.is_some(), Ordering::Relaxed);
+            });
+            let held = dropping.cache().bytes();
+            dropping.extend(&ids[..30]).unwrap();
+            dropping.truncate(420);
+            assert_eq!(dropping.cache().len(), 420, "{what}");
+            dropping.truncate(419);
+            let again = dropping.extend(&ids[419..]).unwrap().to_vec();
+            assert_same(&[again], &base[419..], &what);
+            assert!(!ran.load(Ordering::Relaxed), "{what}");
+            assert!(dropping.cache().bytes() >= held, "{what}");
+            // Back to where dropped keys are seen: computed again, and right.
+            for back in [300, 100, 17, 0] {
+                dropping.truncate(back);
+                let tokens = &ids[back..back + 90];
+                let again = dropping.extend(tokens).unwrap().to_vec();
+                assert_same(
+                    &[again],
+                    &base[back + 89..back + 90],
+                    &format!("{what} {back}"),
+                );
+            }
+            assert!(ran.load(Ordering::Relaxed), "{what}");
+        }
+    }
+}
+
+#[test]
+fn a_layout_or_a_factor_that_is_wrong_is_noticed() {
+    let sparse = |folder: &PathBuf| {
+        let model = open(folder, WeightFormat::F32);
+        model.config().block_sparse.is_some()
+    };
+    let mut fixtures = 0;
+    for folder in text_fixtures().into_iter().filter(sparse) {
+        fixtures += 1;
+        let model = open(&folder, WeightFormat::F32);
+        let n = 300.min(model.config().max_position_embeddings);
+        let field = |name: &str, change: &dyn Fn(f64) -> f64| {
+            moves(&folder, n, |config| {
+                let value = change(config[name].as_f64().unwrap());
+                config[name] = match config[name].is_u64() {
+                    true => json!(value as u64),
+                    false => json!(value),
+                };
+            })
+        };
+        let doubled = |v: f64| 2.0 * v;
+        let half = |v: f64| v / 2.0;
+        let more = |v: f64| v + 1.0;
+        for (what, moved) in [
+            ("stride", field("blocksparse_vert_stride", &more)),
+            ("local blocks", field("blocksparse_num_local_blocks", &more)),
+            (
+                "dense layers",
+                field("dense_attention_every_n_layers", &more),
+            ),
+            ("attention", field("mup_attn_multiplier", &doubled)),
+            ("embedding", field("mup_embedding_multiplier", &doubled)),
+            ("logits", field("mup_width_multiplier", &half)),
+            ("positions", field("rope_position_scale", &half)),
+            ("base", field("rope_embedding_base", &half)),
+            (
+                "head offsets",
+                moves(&folder, n, |c| {
+                    c["blocksparse_homo_head_pattern"] = json!(true)
+                }),
+            ),
+        ] {
+            let name = folder.display();
+            assert!(
+                moved > 10.0 * REFERENCE_TOLERANCE,
+                "{name}: {what} {moved:e}"
+            );
+        }
+    }
+    assert!(fixtures >= 2, "fixtures with block-sparse layers");
+}
+
+/// As Phi-3-small-128k: LongRoPE with factors on cosine and sine in the file, over block-sparse layers.
+#[test]
+fn phi_3_small_crosses_its_original_length_exactly() {
+    const ORIGINAL: usize = 100;
+    let factors = |at: &dyn Fn(usize) -> f64| json!((0..8).map(at).collect::<Vec<_>>());
+    let mut config = small_config();
+    config["rope_scaling"] = json!({
+        "type": "su", "original_max_position_embeddings": ORIGINAL,
+        "short_factor": factors(&|i| 1.0 + i as f64 / 50.0),
+        "long_factor": factors(&|i| 1.0 + i as f64 * 2.0),
+        "short_mscale": 1.1, "long_mscale": 1.3,
+    });
+    let folder = TempDir::new().unwrap();
+    write_model(folder.path(), &config, &weights(&config, "F32", 34));
+    for format in FORMATS {
+        let model = open(folder.path(), format);
+        let long = model.config().rope.long.as_ref().unwrap();
+        assert_eq!((long.short_multiplier, long.long_multiplier), (1.1, 1.3));
+        let ids = prompt(&model, ORIGINAL + 3, 35);
+        for drop_hidden in [false, true] {
+            let options = SessionOptions {
+                drop_hidden,
+                ..run(16, 2, 512)
+            };
+            let mut session = session(&model, options);
+            session.extend(&ids[..ORIGINAL - 2]).unwrap();
+            for n in ORIGINAL - 1..=ORIGINAL + 3 {
+                let got = session.extend(&ids[n - 1..n]).unwrap().to_vec();
+                let fresh = all_logits(&model, run(512, 1, 512), &ids[..n]);
+                assert_same(&[got], &fresh[n - 1..], &format!("length {n} in {format}"));
+            }
+        }
+    }
+    // Both factors are in force, each in its regime, and nowhere else.
+    for (field, n) in [("short_mscale", ORIGINAL), ("long_mscale", ORIGINAL + 1)] {
+        let moved = |n: usize| {
+            moves(folder.path(), n, |config| {
+                config["rope_scaling"][field] = json!(1.2);
+            })
+        };
+        assert!(moved(n) > 10.0 * REFERENCE_TOLERANCE, "{field}");
+        let other = if n == ORIGINAL { n + 1 } else { n - 1 };
+        assert_eq!(moved(other), 0.0, "{field}");
+    }
+}
+
+/// Ids without a token have the lowest logit there is: no sampling finds them.
+#[test]
+fn ids_that_are_no_tokens_are_never_chosen() {
+    let mut config = small_config();
+    config["vocab_size"] = json!(100_300);
+    config["num_hidden_layers"] = json!(1);
+    let folder = TempDir::new().unwrap();
+    write_model(folder.path(), &config, &weights(&config, "BF16", 36));
+    for format in FORMATS {
+        let model = open(folder.path(), format);
+        let mut session = session(&model, run(16, 2, 64));
+        let logits = session.extend(&[5, 100_261, 7]).unwrap().to_vec();
+        let unused = |id: usize| {
+            [100_256, 100_264, 100_265].contains(&id)
+                || (100_258..=100_260).contains(&id)
+                || id >= 100_267
+        };
+        for (id, logit) in logits.iter().enumerate() {
+            assert_eq!(*logit == f32::MIN, unused(id), "{id}");
+        }
+        let params = SamplingParams {
+            temperature: 0.2,
+            top_k: 0,
+            repeat_penalty: 1.3,
+            logit_bias: (100_000..100_257).map(|id| (id, 30.0)).collect(),
+            seed: 3,
+            ..SamplingParams::default()
+        };
+        let mut sampler = Sampler::new(params, logits.len()).unwrap();
+        for _ in 0..20 {
+            let id = sampler.sample(&logits, &[100_256, 5]).unwrap().id;
+            assert!(!unused(id as usize), "{id}");
+        }
+    }
+}
+
 // --------------------------------------------- mistakes that the reference comparison would notice
 
 /// How far the logits move when the configuration is changed.
@@ -435,23 +687,28 @@ fn an_original_length_off_by_one_is_noticed() {
 
 // ------------------------------------------------------------------------------------- formats
 
-/// All matrices by name, as layers without a bias.
-fn matrices(t: &Transformer) -> Vec<(String, Linear)> {
-    let mut all = vec![("lm_head.weight".to_owned(), &t.lm_head.linear.weight)];
-    for (l, layer) in t.layers.iter().enumerate() {
-        let name = |s: &str| format!("model.layers.{l}.{s}.weight");
-        all.extend([
-            (name("self_attn.qkv_proj"), layer.attention.matrix()),
-            (name("self_attn.o_proj"), &layer.attention.o_proj.weight),
-            (name("mlp.gate_up_proj"), layer.mlp.gate_up.matrix()),
-            (name("mlp.down_proj"), &layer.mlp.down_proj.weight),
-        ]);
-    }
+/// All matrices by name, as layers without a bias. Those of a layer come in the order of its tensors.
+fn matrices(model: &Model) -> Vec<(String, Linear)> {
+    let (config, t) = (model.config(), model.transformer());
+    let mut names = vec![HEAD.to_owned()];
+    let specs = config.family.specs(config).into_iter();
+    names.extend(
+        specs
+            .filter(|spec| spec.role == Role::Matrix && spec.name != HEAD)
+            .map(|spec| spec.name),
+    );
+    let head = std::iter::once(&t.lm_head.linear.weight);
+    let matrices: Vec<_> = head
+        .chain(t.layers.iter().flat_map(Layer::matrices))
+        .collect();
+    assert_eq!(names.len(), matrices.len());
     let layer = |weight: &Matrix| Linear {
         weight: weight.clone(),
         bias: None,
     };
-    all.into_iter().map(|(name, w)| (name, layer(w))).collect()
+    (names.into_iter().zip(matrices))
+        .map(|(name, w)| (name, layer(w)))
+        .collect()
 }
 
 /// Dequantized, row-major.
@@ -475,7 +732,7 @@ fn quantized_layers_are_dequantize_then_multiply() {
             let model = open(&folder, format);
             let pool = Arc::new(Pool::new(Some(2)).unwrap());
             let cpu = Cpu::new(Kernels::best(), pool);
-            for (name, linear) in matrices(model.transformer()) {
+            for (name, linear) in matrices(&model) {
                 let matrix = &linear.weight;
                 let (rows, cols) = (matrix.rows(), matrix.cols());
                 let mut random = Random(10);
@@ -542,7 +799,7 @@ fn quantized_models_agree_with_their_dequantized_weights() {
             let model = open(&folder, format);
             let target = TempDir::new().unwrap();
             let t = model.transformer();
-            let mut tensors: Vec<Tensor> = matrices(t)
+            let mut tensors: Vec<Tensor> = matrices(&model)
                 .iter()
                 .map(|(name, Linear { weight, .. })| {
                     let shape = [weight.rows(), weight.cols()];
@@ -557,20 +814,18 @@ fn quantized_models_agree_with_their_dequantized_weights() {
                 &dequantized(embed),
             ));
             let checkpoint = phidias::engine::checkpoint::Checkpoint::open(&folder).unwrap();
-            let hidden = model.config().hidden_size;
-            for (name, _) in checkpoint
-                .tensors()
-                .filter(|(name, _)| name.contains("norm"))
-            {
-                let values = checkpoint.vector(name, hidden).unwrap();
-                tensors.push(Tensor::f32(name, &[hidden], &values));
+            let config = model.config();
+            for spec in config.family.specs(config) {
+                if matches!(spec.role, Role::Norm | Role::Bias) {
+                    let values = checkpoint.vector(&spec.name, spec.shape[0]).unwrap();
+                    tensors.push(Tensor::f32(&spec.name, &spec.shape, &values));
+                }
             }
             let config = fs::read(folder.join("config.json")).unwrap();
-            write_model(
-                target.path(),
-                &serde_json::from_slice(&config).unwrap(),
-                &tensors,
-            );
+            let mut config: Value = serde_json::from_slice(&config).unwrap();
+            // A head that was quantized is no longer the embedding table.
+            config["tie_word_embeddings"] = json!(false);
+            write_model(target.path(), &config, &tensors);
             let twin = open(target.path(), WeightFormat::F32);
             let error = |a: &Arc<Model>, b: &Arc<Model>| {
                 let (a, b) = (

@@ -1,24 +1,26 @@
 //! The KV cache: keys and values of every position, layer and head, growing on demand.
 //!
 //! ```text
-//! layer -> block of 256 positions -> keys   [kv_heads][16 panels][head_dim][16 positions]
-//!                                    values [kv_heads][256][head_dim]
+//! layer -> block of positions -> part -> keys   [heads][panels][head_dim][16 positions]
+//!                                        values [heads][positions][head_dim]
 //! ```
+//!
+//! A block has 256 positions, or as many as the layer's mask has in one. A part is what some KV heads
+//! have in it: all of them where all see the same keys, else one, so that it can be dropped when no
+//! later query of its heads sees it.
 //!
 //! Keys and values of one head lie side by side, so reading them runs at the full bandwidth, and
 //! sixteen keys are the lanes of a register (see the attention kernels). Blocks are
 //! never moved once taken, so growing copies nothing; and blocks begin at fixed positions, so
 //! attention merges the same ranges in the same order whatever was allocated.
 
+use crate::mask::Mask;
 use bytemuck::Zeroable;
 use half::slice::HalfFloatSliceExt;
 use phidias_kernels::cpu::{Cached, KEY_PANEL};
 use phidias_kernels::view::Elements;
 use phidias_quant::{bf16, f16};
 use std::ops::Range;
-
-/// Positions in a block.
-pub const BLOCK: usize = 256;
 
 /// What keys and values are stored as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +50,12 @@ impl KvType {
         }
     }
 
+    /// Bytes of a key and its value of one head.
+    #[must_use]
+    pub fn bytes_per_key(self, head_dim: usize) -> usize {
+        2 * self.row_bytes(head_dim)
+    }
+
     /// Bytes of one key or value of one head.
     fn row_bytes(self, head_dim: usize) -> usize {
         match self {
@@ -58,11 +66,13 @@ impl KvType {
     }
 }
 
-/// The sizes that are fixed by the model.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What is fixed by the model.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KvShape {
-    /// Layers.
-    pub layers: usize,
+    /// Which keys the queries of each layer see.
+    pub layers: Vec<Mask>,
+    /// Query heads.
+    pub heads: usize,
     /// Heads of keys and values.
     pub kv_heads: usize,
     /// Elements of a head.
@@ -73,14 +83,56 @@ impl KvShape {
     /// Bytes of one position in every layer.
     #[must_use]
     pub fn bytes_per_position(&self, kind: KvType) -> usize {
-        2 * self.layers * self.kv_heads * kind.row_bytes(self.head_dim)
+        self.layers.len() * self.kv_heads * kind.bytes_per_key(self.head_dim)
     }
 
     /// Bytes of `positions` positions, whole blocks.
     #[must_use]
     pub fn bytes(&self, kind: KvType, positions: usize) -> usize {
-        self.bytes_per_position(kind)
-            .saturating_mul(positions.next_multiple_of(BLOCK))
+        let of = |mask: &Mask| {
+            (self.kv_heads * kind.bytes_per_key(self.head_dim))
+                .saturating_mul(positions.next_multiple_of(mask.block()))
+        };
+        self.layers.iter().map(of).fold(0, usize::saturating_add)
+    }
+
+    /// Bytes of the blocks before position `next` that no query at it or later sees.
+    #[must_use]
+    pub fn hidden_bytes(&self, kind: KvType, next: usize) -> usize {
+        let of = |mask: &Mask| {
+            let heads = (0..self.parts(mask)).map(|part| self.heads_of(mask, part));
+            let hidden = |heads: Range<usize>| {
+                let blocks = 0..mask.settled(next);
+                blocks.filter(|b| !mask.keeps(heads.clone(), *b)).count()
+            };
+            heads.map(hidden).sum::<usize>() * self.part_bytes(mask, kind)
+        };
+        self.layers.iter().map(of).fold(0, usize::saturating_add)
+    }
+
+    /// Into how many parts the KV heads of a block are divided.
+    fn parts(&self, mask: &Mask) -> usize {
+        if mask.differs_by_head() {
+            self.kv_heads
+        } else {
+            1
+        }
+    }
+
+    /// KV heads in a part.
+    fn part_heads(&self, mask: &Mask) -> usize {
+        self.kv_heads / self.parts(mask)
+    }
+
+    /// Query heads that look at a part.
+    fn heads_of(&self, mask: &Mask, part: usize) -> Range<usize> {
+        let count = self.part_heads(mask) * (self.heads / self.kv_heads);
+        part * count..(part + 1) * count
+    }
+
+    /// Bytes of a part.
+    fn part_bytes(&self, mask: &Mask, kind: KvType) -> usize {
+        self.part_heads(mask) * mask.block() * kind.bytes_per_key(self.head_dim)
     }
 }
 
@@ -97,9 +149,9 @@ pub struct KvOutOfMemory {
 /// Where an element of a row lies in what a head has in a block.
 #[derive(Clone, Copy, Debug)]
 enum Order {
-    /// `[16 panels][head_dim][16]`
+    /// `[panels][head_dim][16]`
     Keys,
-    /// `[256][head_dim]`
+    /// `[positions][head_dim]`
     Values,
 }
 
@@ -116,13 +168,13 @@ impl Order {
     }
 }
 
-/// Keys or values of all heads in a block.
+/// Keys or values of some heads in a block.
 #[derive(Debug)]
 enum Store {
     F32(Box<[f32]>),
     F16(Box<[f16]>),
     Bf16(Box<[bf16]>),
-    /// And the steps, `[kv_heads][256]`.
+    /// And the steps, `[heads][positions]`.
     Int8(Box<[i8]>, Box<[f32]>),
 }
 
@@ -212,12 +264,13 @@ fn read(head: Cached<'_>, order: Order, r: usize, row: &mut [f32]) {
 }
 
 impl Store {
-    fn new(kind: KvType, shape: KvShape) -> Option<Self> {
+    /// Zeros for `rows` keys or values of `head_dim`; `None` when the memory is refused.
+    fn new(kind: KvType, rows: Option<usize>, head_dim: usize) -> Option<Self> {
         fn zeroed<T: Zeroable>(len: usize) -> Option<Box<[T]>> {
             bytemuck::allocation::try_zeroed_slice_box(len).ok()
         }
-        let rows = shape.kv_heads.checked_mul(BLOCK)?;
-        let len = rows.checked_mul(shape.head_dim)?;
+        let rows = rows?;
+        let len = rows.checked_mul(head_dim)?;
         Some(match kind {
             KvType::F32 => Self::F32(zeroed(len)?),
             KvType::F16 => Self::F16(zeroed(len)?),
@@ -226,45 +279,67 @@ impl Store {
         })
     }
 
-    /// The first `elements` and `rows` of head `h`.
-    fn head(&self, h: usize, head_dim: usize, elements: usize, rows: usize) -> Cached<'_> {
-        let len = BLOCK * head_dim;
-        let range = h * len..h * len + elements;
+    /// Of the rows from `first` on: `elements` and `rows`.
+    fn rows(&self, first: usize, head_dim: usize, elements: usize, rows: usize) -> Cached<'_> {
+        let range = first * head_dim..first * head_dim + elements;
         match self {
             Self::F32(s) => Cached::Floats(Elements::F32(&s[range])),
             Self::F16(s) => Cached::Floats(Elements::F16(&s[range])),
             Self::Bf16(s) => Cached::Floats(Elements::Bf16(&s[range])),
             Self::Int8(s, steps) => Cached::I8 {
                 quants: &s[range],
-                steps: &steps[h * BLOCK..][..rows],
+                steps: &steps[first..][..rows],
             },
         }
     }
 
-    /// The heads one after the other.
-    fn heads(&mut self, head_dim: usize) -> Vec<HeadStore<'_>> {
-        let len = BLOCK * head_dim;
+    /// The heads, of `rows` rows each, one after the other.
+    fn heads(&mut self, head_dim: usize, rows: usize) -> Vec<HeadStore<'_>> {
+        let len = rows * head_dim;
         match self {
             Self::F32(s) => s.chunks_mut(len).map(HeadStore::F32).collect(),
             Self::F16(s) => s.chunks_mut(len).map(HeadStore::F16).collect(),
             Self::Bf16(s) => s.chunks_mut(len).map(HeadStore::Bf16).collect(),
             Self::Int8(s, steps) => (s.chunks_mut(len))
-                .zip(steps.chunks_mut(BLOCK))
+                .zip(steps.chunks_mut(rows))
                 .map(|(s, steps)| HeadStore::Int8(s, steps))
                 .collect(),
         }
     }
 }
 
+/// Keys and values of some heads in a block.
 #[derive(Debug)]
-struct Block {
+struct Part {
     keys: Store,
     values: Store,
 }
 
+/// The blocks of a layer.
+#[derive(Debug)]
+struct Layer {
+    mask: Mask,
+    /// `[blocks][parts]`, `None` for what was dropped.
+    blocks: Vec<Vec<Option<Part>>>,
+    /// In the blocks before this one, what no later query sees was dropped.
+    settled: usize,
+}
+
+impl Layer {
+    /// Whether something was dropped that the queries from `next` on see.
+    fn lacks(&self, next: usize) -> bool {
+        let open = self.mask.settled(next).min(self.settled)..self.settled;
+        self.blocks[open].iter().flatten().any(Option::is_none)
+    }
+}
+
+const HELD: &str = "no query sees what was dropped";
+
 /// One head of one layer, to be written at some positions.
 #[derive(Debug)]
 pub struct HeadMut<'a> {
+    /// Positions in a block.
+    block: usize,
     /// The block of `blocks[0]`.
     first: usize,
     /// keys, values
@@ -274,9 +349,9 @@ pub struct HeadMut<'a> {
 impl HeadMut<'_> {
     /// Stores key and value, `[head_dim]` each, of a position that the head was taken for.
     pub fn write(&mut self, position: usize, key: &[f32], value: &[f32]) {
-        let (keys, values) = &mut self.blocks[position / BLOCK - self.first];
-        keys.write(Order::Keys, position % BLOCK, key);
-        values.write(Order::Values, position % BLOCK, value);
+        let (keys, values) = &mut self.blocks[position / self.block - self.first];
+        keys.write(Order::Keys, position % self.block, key);
+        values.write(Order::Values, position % self.block, value);
     }
 }
 
@@ -285,8 +360,7 @@ impl HeadMut<'_> {
 pub struct KvCache {
     shape: KvShape,
     kind: KvType,
-    /// `[layers][blocks]`
-    layers: Vec<Vec<Block>>,
+    layers: Vec<Layer>,
     len: usize,
 }
 
@@ -294,18 +368,23 @@ impl KvCache {
     /// An empty cache; memory is taken by [`KvCache::reserve`].
     #[must_use]
     pub fn new(shape: KvShape, kind: KvType) -> Self {
+        let layer = |mask: &Mask| Layer {
+            mask: *mask,
+            blocks: Vec::new(),
+            settled: 0,
+        };
         Self {
+            layers: shape.layers.iter().map(layer).collect(),
             shape,
             kind,
-            layers: (0..shape.layers).map(|_| Vec::new()).collect(),
             len: 0,
         }
     }
 
     /// The sizes fixed by the model.
     #[must_use]
-    pub fn shape(&self) -> KvShape {
-        self.shape
+    pub fn shape(&self) -> &KvShape {
+        &self.shape
     }
 
     /// What it stores.
@@ -326,48 +405,96 @@ impl KvCache {
         self.len == 0
     }
 
-    /// Bytes taken so far.
+    /// Bytes held.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        let blocks = self.layers.first().map_or(0, Vec::len);
-        self.shape.bytes(self.kind, blocks * BLOCK)
+        self.count_bytes(Option::is_some)
+    }
+
+    /// Bytes that were given back because no later query sees them.
+    #[must_use]
+    pub fn dropped_bytes(&self) -> usize {
+        self.count_bytes(Option::is_none)
+    }
+
+    fn count_bytes(&self, counts: impl Fn(&Option<Part>) -> bool) -> usize {
+        let of = |layer: &Layer| {
+            let parts = layer.blocks.iter().flatten();
+            parts.filter(|part| counts(part)).count()
+                * self.shape.part_bytes(&layer.mask, self.kind)
+        };
+        self.layers.iter().map(of).sum()
     }
 
     /// Takes memory for `positions` positions in all.
     /// # Errors
     /// [`KvOutOfMemory`]; what was there stays usable.
     pub fn reserve(&mut self, positions: usize) -> Result<(), KvOutOfMemory> {
-        let blocks = positions.div_ceil(BLOCK);
-        let have = self.layers.first().map_or(0, Vec::len);
-        let missing = blocks.saturating_sub(have) * BLOCK;
-        let error = || KvOutOfMemory {
-            bytes: self.shape.bytes(self.kind, missing),
-            positions,
-        };
+        let (shape, kind) = (&self.shape, self.kind);
+        let mut refused = false;
         for layer in &mut self.layers {
-            while layer.len() < blocks {
-                let keys = Store::new(self.kind, self.shape).ok_or_else(error)?;
-                let values = Store::new(self.kind, self.shape).ok_or_else(error)?;
-                layer.push(Block { keys, values });
+            let mask = layer.mask;
+            let rows = shape.part_heads(&mask).checked_mul(mask.block());
+            let part = || {
+                Some(Part {
+                    keys: Store::new(kind, rows, shape.head_dim)?,
+                    values: Store::new(kind, rows, shape.head_dim)?,
+                })
+            };
+            while layer.blocks.len() < positions.div_ceil(mask.block()) && !refused {
+                let parts = (0..shape.parts(&mask)).map(|_| part().map(Some));
+                match parts.collect() {
+                    Some(parts) => layer.blocks.push(parts),
+                    None => refused = true,
+                }
             }
+        }
+        if refused {
+            let bytes = self.shape.bytes(kind, positions);
+            return Err(KvOutOfMemory {
+                bytes: bytes.saturating_sub(self.bytes() + self.dropped_bytes()),
+                positions,
+            });
         }
         Ok(())
     }
 
+    /// Gives back what no query at position `next` or later sees.
+    pub fn drop_hidden(&mut self, next: usize) {
+        for layer in &mut self.layers {
+            let settled = layer.mask.settled(next).min(layer.blocks.len());
+            for block in layer.settled..settled {
+                for (i, part) in layer.blocks[block].iter_mut().enumerate() {
+                    if !(layer.mask).keeps(self.shape.heads_of(&layer.mask, i), block) {
+                        *part = None;
+                    }
+                }
+            }
+            layer.settled = layer.settled.max(settled);
+        }
+    }
+
     /// The heads of one layer, each to be written at `positions`, which must have been reserved.
     pub fn heads_mut(&mut self, layer: usize, positions: Range<usize>) -> Vec<HeadMut<'_>> {
-        let (first, end) = (positions.start / BLOCK, positions.end.div_ceil(BLOCK));
+        let d = self.shape.head_dim;
+        let layer = &mut self.layers[layer];
+        let rows = layer.mask.block();
+        let (first, end) = (positions.start / rows, positions.end.div_ceil(rows));
         let mut heads: Vec<_> = (0..self.shape.kv_heads)
             .map(|_| HeadMut {
+                block: rows,
                 first,
                 blocks: Vec::with_capacity(end - first),
             })
             .collect();
-        for block in &mut self.layers[layer][first..end] {
-            let keys = block.keys.heads(self.shape.head_dim);
-            let values = block.values.heads(self.shape.head_dim);
-            for (head, pair) in heads.iter_mut().zip(keys.into_iter().zip(values)) {
-                head.blocks.push(pair);
+        for block in &mut layer.blocks[first..end] {
+            let mut heads = heads.iter_mut();
+            for part in block {
+                let Part { keys, values } = part.as_mut().expect(HELD);
+                let pairs = (keys.heads(d, rows).into_iter()).zip(values.heads(d, rows));
+                for (pair, head) in pairs.zip(&mut heads) {
+                    head.blocks.push(pair);
+                }
             }
         }
         heads
@@ -375,7 +502,10 @@ impl KvCache {
 
     /// All positions up to `len` are complete in every layer now.
     pub fn set_len(&mut self, len: usize) {
-        debug_assert!(len <= self.layers.first().map_or(0, Vec::len) * BLOCK);
+        debug_assert!(
+            (self.layers.iter()).all(|l| len <= l.blocks.len() * l.mask.block()),
+            "reserved"
+        );
         self.len = len;
     }
 
@@ -391,17 +521,21 @@ impl KvCache {
     ) -> (Cached<'_>, Cached<'_>) {
         let d = self.shape.head_dim;
         let padded = positions.next_multiple_of(KEY_PANEL);
-        let block = &self.layers[layer][block];
+        let layer = &self.layers[layer];
+        let heads = self.shape.part_heads(&layer.mask);
+        let part = layer.blocks[block][head / heads].as_ref().expect(HELD);
+        let first = head % heads * layer.mask.block();
         (
-            block.keys.head(head, d, padded * d, padded),
-            block.values.head(head, d, positions * d, padded),
+            part.keys.rows(first, d, padded * d, padded),
+            part.values.rows(first, d, positions * d, padded),
         )
     }
 
     /// Key and value of one position as f32, `[head_dim]` each.
     #[must_use]
     pub fn read(&self, layer: usize, head: usize, position: usize) -> (Vec<f32>, Vec<f32>) {
-        let (block, r) = (position / BLOCK, position % BLOCK);
+        let size = self.shape.layers[layer].block();
+        let (block, r) = (position / size, position % size);
         let (keys, values) = self.block(layer, head, block, r + 1);
         let d = self.shape.head_dim;
         let (mut key, mut value) = (vec![0.0; d], vec![0.0; d]);
@@ -410,9 +544,19 @@ impl KvCache {
         (key, value)
     }
 
-    /// Forgets the positions from `len` on; the memory stays for the next ones.
+    /// Forgets the positions from `len` on, or all of them where the next query would see what was dropped;
+    /// the memory of the others stays for the next ones.
     pub fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);
+        if self.layers.iter().any(|layer| layer.lacks(self.len)) {
+            self.len = 0;
+        }
+        for layer in &mut self.layers {
+            if layer.lacks(self.len) {
+                layer.blocks.clear();
+            }
+            layer.settled = layer.settled.min(layer.mask.settled(self.len));
+        }
     }
 
     /// Changes every stored key in place: `change(position, head)` with `head` of `[head_dim]`.
@@ -420,13 +564,15 @@ impl KvCache {
         let d = self.shape.head_dim;
         let mut head = vec![0.0; d];
         for layer in &mut self.layers {
-            for (b, block) in layer.iter_mut().enumerate() {
-                let positions = b * BLOCK..self.len.min((b + 1) * BLOCK);
-                for mut keys in block.keys.heads(d) {
+            let rows = layer.mask.block();
+            for (b, block) in layer.blocks.iter_mut().enumerate() {
+                let positions = b * rows..self.len.min((b + 1) * rows);
+                let parts = block.iter_mut().flatten();
+                for mut keys in parts.flat_map(|part| part.keys.heads(d, rows)) {
                     for position in positions.clone() {
-                        read(keys.cached(), Order::Keys, position % BLOCK, &mut head);
+                        read(keys.cached(), Order::Keys, position % rows, &mut head);
                         change(position, &mut head);
-                        keys.write(Order::Keys, position % BLOCK, &head);
+                        keys.write(Order::Keys, position % rows, &head);
                     }
                 }
             }
@@ -438,16 +584,21 @@ impl KvCache {
 mod tests {
     use super::*;
 
-    const SHAPE: KvShape = KvShape {
-        layers: 2,
-        kv_heads: 3,
-        head_dim: 4,
-    };
+    use crate::mask::{BLOCK, BlockSparse};
+
+    fn shape() -> KvShape {
+        KvShape {
+            layers: vec![Mask::CAUSAL; 2],
+            heads: 3,
+            kv_heads: 3,
+            head_dim: 4,
+        }
+    }
 
     #[test]
     fn grows_by_blocks_and_keeps_what_it_holds() {
         for kind in KvType::ALL {
-            let mut cache = KvCache::new(SHAPE, kind);
+            let mut cache = KvCache::new(shape(), kind);
             assert_eq!((cache.bytes(), cache.len()), (0, 0));
             for p in 0..BLOCK + 3 {
                 cache.reserve(p + 1).unwrap();
@@ -465,8 +616,8 @@ mod tests {
                 }
                 cache.set_len(p + 1);
             }
-            assert_eq!(cache.bytes(), SHAPE.bytes(kind, BLOCK + 3));
-            assert_eq!(cache.bytes(), 2 * BLOCK * SHAPE.bytes_per_position(kind));
+            assert_eq!(cache.bytes(), shape().bytes(kind, BLOCK + 3));
+            assert_eq!(cache.bytes(), 2 * BLOCK * shape().bytes_per_position(kind));
             for i in 0..12 {
                 let p = BLOCK + i / 4;
                 let want = bf16::from_f32(((p % 7) * 100 + 20 + 8 + i % 4) as f32 / 8.0).to_f32();
@@ -502,7 +653,7 @@ mod tests {
 
     #[test]
     fn bytes_keep_zeros_and_show_what_is_not_finite() {
-        let mut cache = KvCache::new(SHAPE, KvType::Int8);
+        let mut cache = KvCache::new(shape(), KvType::Int8);
         cache.reserve(1).unwrap();
         let rows = [[0.0; 4], [1e-40; 4], [f32::NAN, 1.0, 1.0, 1.0]];
         for (mut head, row) in cache.heads_mut(0, 0..1).into_iter().zip(rows) {
@@ -517,12 +668,83 @@ mod tests {
     fn an_absurd_size_is_an_error() {
         let mut cache = KvCache::new(
             KvShape {
-                layers: 1,
+                layers: vec![Mask::CAUSAL],
+                heads: 1 << 20,
                 kv_heads: 1 << 20,
                 head_dim: 1 << 30,
             },
             KvType::F32,
         );
         assert!(cache.reserve(1).is_err());
+    }
+
+    /// A block-sparse layer of two KV heads of two query heads each, and one with a window.
+    fn sparse() -> KvShape {
+        let layout = BlockSparse {
+            block: 16,
+            local_blocks: 2,
+            vert_stride: 4,
+            head_step: 1,
+        };
+        KvShape {
+            layers: vec![Mask::BlockSparse(layout), Mask::Causal { window: Some(20) }],
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 4,
+        }
+    }
+
+    fn filled(positions: Range<usize>, cache: &mut KvCache) {
+        cache.reserve(positions.end).unwrap();
+        for p in positions.clone() {
+            for layer in 0..2 {
+                for mut head in cache.heads_mut(layer, p..p + 1) {
+                    head.write(p, &[p as f32; 4], &[layer as f32; 4]);
+                }
+            }
+        }
+        cache.set_len(positions.end);
+    }
+
+    #[test]
+    fn what_no_later_query_sees_is_given_back() {
+        let shape = sparse();
+        let mut cache = KvCache::new(shape.clone(), KvType::F32);
+        filled(0..600, &mut cache);
+        let all = cache.bytes();
+        assert_eq!(all, shape.bytes(KvType::F32, 600));
+        for next in [0, 31, 32, 47, 48, 300, 600] {
+            cache.drop_hidden(next);
+            let hidden = shape.hidden_bytes(KvType::F32, next);
+            assert_eq!(cache.dropped_bytes(), hidden, "{next}");
+            assert_eq!(cache.bytes() + hidden, all);
+            for (l, mask) in shape.layers.iter().enumerate() {
+                for (head, kv_head) in [(0, 0), (1, 0), (2, 1), (3, 1)] {
+                    for p in mask.blocks(head..head + 1, next..next + 1) {
+                        let p = p * mask.block();
+                        if p < 600 {
+                            assert_eq!(cache.read(l, kv_head, p).0, [p as f32; 4]);
+                        }
+                    }
+                }
+            }
+        }
+        // Block 0 is for heads 3; of blocks 0 to 35 each KV head sees two of four, and the last two. The
+        // window is 20 of two blocks of 256: one of three is hidden.
+        let part = 2 * 16 * 4 * 4;
+        let window = 2 * 2 * 256 * 4 * 4;
+        assert_eq!(cache.dropped_bytes(), 2 * 18 * part + 2 * window);
+        // Back to where all is seen: nothing is lost. Further: everything is.
+        let mut kept = KvCache::new(shape.clone(), KvType::F32);
+        filled(0..600, &mut kept);
+        kept.drop_hidden(560);
+        let held = kept.bytes();
+        kept.truncate(570);
+        assert_eq!((kept.len(), kept.bytes()), (570, held));
+        kept.truncate(560 - 16);
+        assert_eq!(kept.len(), 0);
+        assert_eq!(kept.dropped_bytes(), 0);
+        filled(0..600, &mut kept);
+        assert_eq!(kept.bytes(), all);
     }
 }

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`checkpoint`] | safetensors files, mapped and checked; writing prepacked ones |
 //! | [`tensor`] | shape and dtype over shared bytes |
+//! | [`mask`] | which keys a query sees |
 //! | [`kv_cache`] | keys and values of a sequence, growing on demand |
 //! | [`backend`] | whole operations on whole buffers, on the CPU |
 //! | [`sampling`], [`generate`] | from logits to a token, from a prompt to an answer |
@@ -22,6 +23,7 @@ pub mod generate;
 pub mod kv_cache;
 pub mod lookup;
 pub mod machine;
+pub mod mask;
 pub mod memory;
 pub mod peaks;
 pub mod pool;

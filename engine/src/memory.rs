@@ -8,8 +8,12 @@ use std::fmt;
 pub struct MemoryPlan {
     /// Weights: pages of mapped files, or owned memory.
     pub weights: usize,
-    /// The KV cache when the context is full.
+    /// The KV cache when the context is full, without what is dropped.
     pub kv_cache: usize,
+    /// What no later query sees of a full cache: as much could be dropped.
+    pub hidden: usize,
+    /// What is dropped of it.
+    pub dropped: usize,
     /// Activations of the largest chunk.
     pub activations: usize,
     /// Positions the cache was planned for.
@@ -75,9 +79,13 @@ impl fmt::Display for MemoryPlan {
             [self.weights, self.kv_cache, self.activations, self.total()].map(Size);
         write!(
             f,
-            "weights {weights} + KV cache {kv} (context {}) + activations {activations} = {total}",
+            "weights {weights} + KV cache {kv} (context {}",
             self.context
-        )
+        )?;
+        if self.dropped > 0 {
+            write!(f, ", {} dropped", Size(self.dropped))?;
+        }
+        write!(f, ") + activations {activations} = {total}")
     }
 }
 
@@ -109,8 +117,8 @@ mod tests {
         let plan = MemoryPlan {
             weights: 2 * gib,
             kv_cache: 48 * gib,
-            activations: 0,
             context: 131_072,
+            ..MemoryPlan::default()
         };
         let machine = Machine {
             memory_available: Some(8 << 30),
@@ -123,6 +131,16 @@ mod tests {
              8.00 GiB can be had; a context of 16384 fits"
         );
         assert!(plan.check(&Machine::default()).is_ok());
+        let dropping = MemoryPlan {
+            kv_cache: 36 * gib,
+            hidden: 12 * gib,
+            dropped: 12 * gib,
+            ..plan
+        };
+        assert_eq!(
+            dropping.to_string(),
+            "weights 2.00 GiB + KV cache 36.00 GiB (context 131072, 12.00 GiB dropped) + activations 0 B = 38.00 GiB"
+        );
     }
 
     #[test]

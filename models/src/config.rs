@@ -5,11 +5,12 @@
 
 use crate::family::Family;
 use crate::image::layout::MAX_CROPS;
-use phidias_engine::backend::{HeadOrder, Heads};
+use phidias_engine::backend::{HeadOrder, Heads, Mask};
 use phidias_engine::kv_cache::KvShape;
+use phidias_engine::mask::BlockSparse;
 use serde_json::{Map, Value};
 use std::fs;
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
 use std::path::{Path, PathBuf};
 
 /// Why a configuration is refused.
@@ -71,8 +72,16 @@ pub struct Config {
     pub rope: RopeConfig,
     /// Factor on attention scores.
     pub attention_scale: f32,
+    /// Layers whose queries see some blocks only.
+    pub block_sparse: Option<SparseLayers>,
     /// Factor on the embedded tokens.
     pub embedding_multiplier: f32,
+    /// What the logits are divided by.
+    pub logits_divisor: f32,
+    /// Ids that are no tokens, below `vocab_size`.
+    pub unused_ids: Vec<Range<usize>>,
+    /// Largest magnitude that GEGELU takes; infinite where there is none.
+    pub gegelu_limit: f32,
     /// Whether `lm_head` is the embedding table.
     pub tie_word_embeddings: bool,
     /// First token of a text.
@@ -81,11 +90,22 @@ pub struct Config {
     pub eos_token_ids: Vec<u32>,
 }
 
+/// Which layers are block-sparse, and how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SparseLayers {
+    /// Which blocks their queries see.
+    pub layout: BlockSparse,
+    /// Of this many layers the last one is dense; `None`: no layer is.
+    pub dense_every: Option<usize>,
+}
+
 /// Rotary embedding.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RopeConfig {
     /// Base of the frequencies.
     pub theta: f64,
+    /// Factor on the positions.
+    pub position_scale: f32,
     /// LongRoPE, where the configuration asks for it.
     pub long: Option<LongRope>,
 }
@@ -396,7 +416,11 @@ impl Config {
             norm_eps: f.number(keys.norm_eps, 0.0..=1.0)?.unwrap_or(1e-5) as f32,
             rope: rope(f, keys.rope_theta, head_dim, max_position_embeddings)?,
             attention_scale: 1.0 / (head_dim as f32).sqrt(),
+            block_sparse: None,
             embedding_multiplier: 1.0,
+            logits_divisor: 1.0,
+            unused_ids: Vec::new(),
+            gegelu_limit: f32::INFINITY,
             tie_word_embeddings: f.flag("tie_word_embeddings")?.unwrap_or(keys.tied),
             bos_token_id: f.ids("bos_token_id")?.first().copied(),
             eos_token_ids,
@@ -414,11 +438,27 @@ impl Config {
         }
     }
 
+    /// Which keys the queries of a layer see.
+    #[must_use]
+    pub fn mask(&self, layer: usize) -> Mask {
+        match self.block_sparse {
+            Some(sparse)
+                if !(sparse.dense_every).is_some_and(|n| (layer + 1).is_multiple_of(n)) =>
+            {
+                Mask::BlockSparse(sparse.layout)
+            }
+            _ => Mask::Causal {
+                window: self.sliding_window,
+            },
+        }
+    }
+
     /// The shape of its KV cache.
     #[must_use]
     pub fn kv_shape(&self) -> KvShape {
         KvShape {
-            layers: self.num_hidden_layers,
+            layers: (0..self.num_hidden_layers).map(|l| self.mask(l)).collect(),
+            heads: self.num_attention_heads,
             kv_heads: self.num_key_value_heads,
             head_dim: self.head_dim,
         }
@@ -490,7 +530,11 @@ fn rope(f: &Fields<'_>, theta: &str, head_dim: usize, max_positions: usize) -> R
             });
         }
     };
-    Ok(RopeConfig { theta, long })
+    Ok(RopeConfig {
+        theta,
+        position_scale: 1.0,
+        long,
+    })
 }
 
 /// `sqrt(1 + ln(max / original) / ln(original))` when the model was extended, else 1

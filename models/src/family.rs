@@ -2,9 +2,9 @@
 //! them all.
 
 use crate::config::{Config, ConfigError, Fields};
-use crate::phi3;
 use crate::transformer::Transformer;
 use crate::weights::{Spec, Weights};
+use crate::{phi3, phi3small};
 use phidias_engine::checkpoint::CheckpointError;
 use std::fmt;
 
@@ -13,17 +13,20 @@ use std::fmt;
 pub enum Family {
     /// Phi-3-mini and medium, Phi-3.5-mini.
     Phi3,
+    /// Phi-3-small.
+    Phi3Small,
 }
 
 impl Family {
     /// Every family there is.
-    pub const ALL: [Self; 1] = [Self::Phi3];
+    pub const ALL: [Self; 2] = [Self::Phi3, Self::Phi3Small];
 
     /// Its `model_type`.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::Phi3 => "phi3",
+            Self::Phi3Small => "phi3small",
         }
     }
 
@@ -37,6 +40,7 @@ impl Family {
     pub(crate) fn configure(self, fields: &Fields<'_>) -> Result<Config, ConfigError> {
         match self {
             Self::Phi3 => phi3::configure(fields),
+            Self::Phi3Small => phi3small::configure(fields),
         }
     }
 
@@ -45,6 +49,7 @@ impl Family {
     pub fn specs(self, config: &Config) -> Vec<Spec> {
         match self {
             Self::Phi3 => phi3::specs(config),
+            Self::Phi3Small => phi3small::specs(config),
         }
     }
 
@@ -56,6 +61,7 @@ impl Family {
     ) -> Result<Transformer, CheckpointError> {
         match self {
             Self::Phi3 => phi3::load(config, weights),
+            Self::Phi3Small => phi3small::load(config, weights),
         }
     }
 }

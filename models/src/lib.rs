@@ -5,7 +5,7 @@
 //! | [`config`] | `config.json`, checked once |
 //! | [`blocks`] | attention, MLP, rotary embedding, head |
 //! | [`transformer`] | the decoder, a layer on a screen |
-//! | [`family`] | the families by `model_type`; `phi3` has mini, medium and 3.5-mini |
+//! | [`family`] | the families by `model_type`; `phi3` has mini, medium and 3.5-mini, `phi3small` has small |
 //! | [`weights`] | names, shapes and roles of tensors |
 //! | [`model`] | opening a folder |
 //! | [`format`](mod@format), [`quantize`] | what the matrices are multiplied in; writing them so |
@@ -28,6 +28,7 @@ pub mod format;
 pub mod image;
 pub mod model;
 mod phi3;
+mod phi3small;
 pub mod quantize;
 pub mod session;
 pub mod synth;

@@ -10,7 +10,7 @@ use crate::config::{Config, ConfigError, Fields, Keys};
 use crate::family::Family;
 use crate::transformer::{Layer, Transformer};
 use crate::weights::{EMBED, Role, Spec, Weights, ends};
-use phidias_engine::backend::{GateUp, HeadOrder, Mask};
+use phidias_engine::backend::{GateUp, HeadOrder};
 use phidias_engine::checkpoint::CheckpointError;
 
 const NORM: &str = "model.norm";
@@ -65,9 +65,7 @@ pub(crate) fn load(c: &Config, weights: &Weights<'_>) -> Result<Transformer, Che
                 qkv_proj: vec![linear("self_attn.qkv_proj")?],
                 o_proj: linear("self_attn.o_proj")?,
                 heads: c.heads(HeadOrder::Parts),
-                mask: Mask {
-                    window: c.sliding_window,
-                },
+                mask: c.mask(l),
                 scale: c.attention_scale,
             },
             post_attention_norm: norm("post_attention_layernorm")?,

@@ -43,6 +43,9 @@ pub struct SessionOptions {
     pub threads: Option<usize>,
     /// Kernels; `None`: the best the CPU has.
     pub kernels: Option<&'static Kernels>,
+    /// Give back the blocks of the cache that no later query sees. Results do not change; going back to where
+    /// such a block was seen computes the sequence again.
+    pub drop_hidden: bool,
     /// Refuse a plan that does not fit in memory.
     pub check_memory: bool,
 }
@@ -56,6 +59,7 @@ impl Default for SessionOptions {
             crossing: Crossing::Exact,
             threads: None,
             kernels: None,
+            drop_hidden: false,
             check_memory: true,
         }
     }
@@ -86,10 +90,16 @@ pub fn memory_plan(
         });
     }
     let kind = options.kv_type.unwrap_or(format.default_kv_type());
+    let (shape, chunk) = (config.kv_shape(), options.chunk.clamp(1, context));
+    // Dropping comes before a chunk, so what the last chunk hides is still there.
+    let hidden = shape.hidden_bytes(kind, context - chunk);
+    let dropped = if options.drop_hidden { hidden } else { 0 };
     Ok(MemoryPlan {
         weights,
-        kv_cache: config.kv_shape().bytes(kind, context),
-        activations: activation_bytes(config, options.chunk.clamp(1, context)),
+        kv_cache: shape.bytes(kind, context) - dropped,
+        hidden,
+        dropped,
+        activations: activation_bytes(config, chunk),
         context,
     })
 }
@@ -112,9 +122,17 @@ pub struct Prefill {
     pub done: usize,
     /// Tokens to compute in this call.
     pub total: usize,
-    /// Whether tokens of earlier calls are computed again, because the sequence crossed the original
-    /// length.
-    pub recomputing: bool,
+    /// Why tokens of earlier calls are computed again, if they are.
+    pub recomputing: Option<Recomputing>,
+}
+
+/// Why tokens are computed again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Recomputing {
+    /// The sequence crossed the original length.
+    Crossing,
+    /// It went back to where keys are seen that were dropped.
+    Dropped,
 }
 
 /// A sequence, its cache and the device it runs on.
@@ -129,6 +147,7 @@ pub struct Session {
     context: usize,
     chunk: usize,
     crossing: Crossing,
+    drop_hidden: bool,
     workspace: Workspace,
     head: head::Scratch,
     cancel: Cancel,
@@ -158,6 +177,7 @@ impl Session {
             context: plan.context,
             chunk: options.chunk.max(1),
             crossing: options.crossing,
+            drop_hidden: options.drop_hidden,
             workspace: Workspace::default(),
             head: head::Scratch::default(),
             cancel: Cancel::default(),
@@ -272,7 +292,9 @@ impl Session {
                 context: self.context,
             });
         }
-        self.cache.reserve(total)?;
+        if !self.drop_hidden {
+            self.cache.reserve(total)?;
+        }
         self.ids.extend_from_slice(tokens);
         let result = self.advance(before, want, observe);
         if result.is_err() {
@@ -291,12 +313,22 @@ impl Session {
         let total = self.ids.len();
         let model = Arc::clone(&self.model);
         let transformer = model.transformer();
+        let short = self.cache.len() < before;
         self.enter_regime(transformer.rope.regime(total));
         let start = self.cache.len();
-        let recomputing = start < before;
+        let recomputing = match start < before {
+            true if short => Some(Recomputing::Dropped),
+            true => Some(Recomputing::Crossing),
+            false => None,
+        };
         while self.cache.len() < total {
             let first = self.cache.len();
             let end = total.min(first + self.chunk);
+            if self.drop_hidden {
+                // Not sooner: what the last pass computed may be truncated yet, as wrong guesses are.
+                self.cache.drop_hidden(first);
+                self.cache.reserve(end)?;
+            }
             let wanted = match want {
                 Want::Last => end.max(total) - 1..end,
                 Want::Each(_) => before.max(first)..end,

@@ -15,10 +15,12 @@
 //! | tensor | standard deviation | so that |
 //! |---|---|---|
 //! | norms | 0.1 around 1 | |
+//! | biases | 0.1 | |
 //! | `embed_tokens` | 1 | the residual starts with variance 1 |
-//! | `qkv_proj`, `gate_up_proj` | `1/sqrt(n)` | queries, keys and gates have variance 1 |
-//! | `o_proj`, `down_proj` | `1/sqrt(2 n layers)` | all branches together add at most variance 1 |
+//! | `qkv_proj`, `gate_up_proj`, `query_key_value`, `up_proj` | `1/sqrt(n)` | queries, keys and gates have variance 1 |
+//! | `o_proj`, `down_proj`, `dense` | `1/sqrt(2 n layers)` | all branches together add at most variance 1 |
 //! | `lm_head` | `3/sqrt(n)` | logits have standard deviation 3 |
+//! | `embed_tokens` that is the head too | that, times what logits are divided by | the same |
 //!
 //! (the residual's scaling is that of GPT-2, Radford et al. 2019, section 2.3).
 
@@ -79,7 +81,7 @@ pub fn synthesize(preset: Preset, out: &Path, options: SynthOptions<'_>) -> Resu
     let config = Config::from_json(&out.join("config.json"), &config_json)?;
     let drawn: Vec<(Spec, Drawn)> = (config.family.specs(&config).into_iter())
         .map(|spec| {
-            let drawn = Drawn::new(&spec, layers, options.seed);
+            let drawn = Drawn::new(&spec, &config, options.seed);
             (spec, drawn)
         })
         .collect();
@@ -108,7 +110,10 @@ pub fn synthesize(preset: Preset, out: &Path, options: SynthOptions<'_>) -> Resu
         )?;
         let mut files = vec![
             ("config.json", config_json),
-            ("generation_config.json", pretty(&presets::generation())),
+            (
+                "generation_config.json",
+                pretty(&presets::generation(preset.family)),
+            ),
         ];
         let form = vocabulary::Form::of(config.vocab_size);
         files.extend(vocabulary::files(form, preset.max_position_embeddings));
@@ -161,14 +166,17 @@ struct Drawn {
 }
 
 impl Drawn {
-    fn new(spec: &Spec, layers: usize, seed: u64) -> Self {
+    fn new(spec: &Spec, config: &Config, seed: u64) -> Self {
         let inputs = *spec.shape.last().expect("a shape has dimensions") as f32;
-        let ends_branch = ["o_proj.weight", "down_proj.weight"];
+        let layers = config.num_hidden_layers;
+        let ends_branch = ["o_proj.weight", "down_proj.weight", "dense.weight"];
+        let head = 3.0 * config.logits_divisor / inputs.sqrt();
         let (mean, std) = match spec.role {
             Role::Norm => (1.0, 0.1),
             Role::Bias => (0.0, 0.1),
+            Role::Embedding if config.tie_word_embeddings => (0.0, head),
             Role::Embedding => (0.0, 1.0),
-            Role::Matrix if spec.name == HEAD => (0.0, 3.0 / inputs.sqrt()),
+            Role::Matrix if spec.name == HEAD => (0.0, head),
             Role::Matrix if ends_branch.iter().any(|end| spec.name.ends_with(end)) => {
                 (0.0, 1.0 / (2.0 * inputs * layers as f32).sqrt())
             }

@@ -3,9 +3,10 @@
 //! ```text
 //! Weights    a pass reads every matrix of the layers once, whatever the number of its tokens; the
 //!            head is computed for the last token of a test only. The embedding is one row: not counted
-//! KV cache   a pass reads, once, the positions that its queries see; what it writes is not counted
+//! KV cache   a pass reads, once, the keys of each head that its queries see, and their values; what it
+//!            writes is not counted
 //! Operations a multiply-add is two. `ops`: the matrices; `attention_ops`: scores and weighted values
-//!            of the positions seen, 4 * heads * head_dim for each and layer
+//!            of the keys seen, 4 * head_dim for each query head and layer
 //! ```
 //!
 //! These are the least that the computation needs: a kernel that reads or multiplies more is slower
@@ -40,11 +41,14 @@ impl Weights {
 pub struct Account {
     layers: Weights,
     head: Weights,
-    /// Of all layers.
-    kv_bytes_per_position: usize,
-    /// Of all layers.
-    attention_ops_per_position: usize,
-    mask: Mask,
+    heads: usize,
+    kv_heads: usize,
+    /// Of a key and its value.
+    kv_bytes: usize,
+    /// Of a key and its value, for one query.
+    attention_ops: usize,
+    /// And how many layers have it.
+    masks: Vec<(Mask, usize)>,
 }
 
 /// The cost of a token, on average over those of a test.
@@ -79,15 +83,22 @@ impl Account {
     }
 
     fn new(config: &Config, kv: KvType, layers: Weights, head: Weights) -> Self {
-        let queries = config.num_attention_heads * config.head_dim;
+        let shape = config.kv_shape();
+        let mut masks: Vec<(Mask, usize)> = Vec::new();
+        for mask in &shape.layers {
+            match masks.iter_mut().find(|(known, _)| known == mask) {
+                Some((_, layers)) => *layers += 1,
+                None => masks.push((*mask, 1)),
+            }
+        }
         Self {
             layers,
             head,
-            kv_bytes_per_position: config.kv_shape().bytes_per_position(kv),
-            attention_ops_per_position: 4 * queries * config.num_hidden_layers,
-            mask: Mask {
-                window: config.sliding_window,
-            },
+            heads: shape.heads,
+            kv_heads: shape.kv_heads,
+            kv_bytes: kv.bytes_per_key(shape.head_dim),
+            attention_ops: 4 * shape.head_dim,
+            masks,
         }
     }
 
@@ -121,17 +132,17 @@ impl Account {
         for first in (depth..depth + tokens).step_by(chunk) {
             let end = (first + chunk).min(depth + tokens);
             passes += 1;
-            read += end - self.mask.visible(first).start;
-            seen += (first..end)
-                .map(|p| self.mask.visible(p).len())
-                .sum::<usize>();
+            for (mask, layers) in &self.masks {
+                read += layers * mask.count_read(self.heads, self.kv_heads, first..end);
+                seen += layers * mask.count_seen(self.heads, first..end);
+            }
         }
         let a_token = |total: usize, each: usize| total as f64 * each as f64 / tokens as f64;
         Work {
             weight_bytes: a_token(passes, self.layers.bytes) + a_token(heads, self.head.bytes),
-            kv_bytes: a_token(read, self.kv_bytes_per_position),
+            kv_bytes: a_token(read, self.kv_bytes),
             ops: 2.0 * (self.layers.elements as f64 + a_token(heads, self.head.elements)),
-            attention_ops: a_token(seen, self.attention_ops_per_position),
+            attention_ops: a_token(seen, self.attention_ops),
         }
     }
 }
@@ -224,6 +235,26 @@ mod tests {
         let work = account(Format::Q4, Some(2047)).prefill(4000, 8, 512);
         assert_eq!(work.kv_bytes * 8.0, 2054.0 * 393_216.0);
         assert_eq!(work.attention_ops, 2047.0 * 393_216.0);
+    }
+
+    /// Half of the layers of Phi-3-small see all 8001 keys. The others see 961 in the block of position 8000
+    /// and the fifteen before it, and of the 110 blocks before those each head one in eight: 14 where the
+    /// first is one of the first six, else 13. The four heads of a KV head see four different ones.
+    #[test]
+    fn of_a_block_sparse_layer_only_what_is_seen_counts() {
+        let preset: phidias_models::synth::Preset = "phi-3-small-8k".parse().unwrap();
+        let config = preset.configuration(None).unwrap();
+        let none = Weights::default();
+        let work = Account::new(&config, KvType::F16, none, none).decode(8000, 1);
+        // Heads 1 mod 8 begin with block 6, heads 0 mod 8 with block 7; the other six with 0 to 5.
+        let strides = |head: usize| if head % 8 < 2 { 13 } else { 14 };
+        let seen: usize = (0..32).map(|head| 961 + 64 * strides(head)).sum();
+        let read = 8 * 961 + 64 * (0..32).map(strides).sum::<usize>();
+        assert_eq!(
+            work.attention_ops,
+            (16 * (32 * 8001 + seen) * 4 * 128) as f64
+        );
+        assert_eq!(work.kv_bytes, (16 * (8 * 8001 + read) * 512) as f64);
     }
 
     #[cfg(feature = "fable")]

@@ -15,6 +15,7 @@ use phidias_engine::checkpoint::Checkpoint;
 use phidias_engine::checkpoint::prepack::{Item, Prepack, Treatment, Values};
 use phidias_engine::kernels::cpu::peak::Number;
 use phidias_engine::kv_cache::{KvCache, KvShape, KvType};
+use phidias_engine::mask::BlockSparse;
 use phidias_engine::pool::Pool;
 use phidias_engine::tensor::{Buffer, DType, Linear, Matrix};
 use phidias_engine::{AlignedBytes, Bytes, Cancel, Kernels};
@@ -38,10 +39,91 @@ const CLIP_INNER: usize = 4096;
 const QKV: usize = 3 * HIDDEN;
 /// Tokens in the cache when a decoding step attends.
 const DEPTH: usize = 4096;
+/// Tokens before a chunk of a prompt, and before a decoding step, of 8k.
+const DEPTHS_8K: [usize; 2] = [8192 - CHUNK, 8192];
 /// Layers of the cache that are visited in turn: more bytes than a last cache holds.
 const CACHE_LAYERS: usize = 4;
 /// Tokens of a prompt, as a session computes them together.
 const CHUNK: usize = 512;
+
+/// A layer of attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layer {
+    /// Its name in the table; none for those of Phi-3.5-mini.
+    name: &'static str,
+    heads: Heads,
+    mask: Mask,
+}
+
+impl Layer {
+    /// Phi-3.5-mini's.
+    pub const MINI: Self = Self {
+        name: "",
+        heads: HEADS,
+        mask: Mask::CAUSAL,
+    };
+    /// Every second one of Phi-3-small.
+    pub const SMALL_DENSE: Self = Self {
+        name: "Phi-3-small, dense, ",
+        heads: Heads {
+            heads: 32,
+            kv_heads: 8,
+            head_dim: 128,
+            order: HeadOrder::Groups,
+        },
+        mask: Mask::CAUSAL,
+    };
+    /// The others.
+    pub const SMALL_SPARSE: Self = Self {
+        name: "Phi-3-small, block-sparse, ",
+        mask: Mask::BlockSparse(BlockSparse {
+            block: 64,
+            local_blocks: 16,
+            vert_stride: 8,
+            head_step: 1,
+        }),
+        ..Self::SMALL_DENSE
+    };
+
+    /// Keys that `n` queries from position `first` on see, those of all heads added up.
+    fn seen(&self, first: usize, n: usize) -> usize {
+        self.mask.count_seen(self.heads.heads, first..first + n)
+    }
+
+    /// Keys of all heads that are read for them.
+    fn read(&self, first: usize, n: usize) -> usize {
+        let Heads {
+            heads, kv_heads, ..
+        } = self.heads;
+        self.mask.count_read(heads, kv_heads, first..first + n)
+    }
+
+    /// Of what a dense layer computes and reads, where this one is not dense.
+    fn shares(&self, first: usize, n: usize) -> String {
+        let dense = Self {
+            mask: Mask::CAUSAL,
+            ..*self
+        };
+        let share = |of: usize, all: usize| 100.0 * of as f64 / all as f64;
+        match self.mask {
+            Mask::Causal { .. } => String::new(),
+            Mask::BlockSparse(_) => format!(
+                ": {:.0} % seen, {:.0} % read",
+                share(self.seen(first, n), dense.seen(first, n)),
+                share(self.read(first, n), dense.read(first, n)),
+            ),
+        }
+    }
+
+    fn cache_shape(&self) -> KvShape {
+        KvShape {
+            layers: vec![self.mask; CACHE_LAYERS],
+            heads: self.heads.heads,
+            kv_heads: self.heads.kv_heads,
+            head_dim: self.heads.head_dim,
+        }
+    }
+}
 
 /// An operation to be timed, at some numbers of tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,6 +159,8 @@ pub enum Operation {
     Gelu,
     /// Attention of tokens that follow `first` others.
     Attention {
+        /// Of this layer.
+        layer: Layer,
         /// What the cache stores.
         kv: KvType,
         /// Tokens before them.
@@ -115,16 +199,28 @@ pub fn all() -> Vec<Operation> {
     ]);
     for kv in KvType::ALL {
         list.push(Operation::Attention {
+            layer: Layer::MINI,
             kv,
             first: DEPTH,
             tokens: 1,
         });
     }
     list.push(Operation::Attention {
+        layer: Layer::MINI,
         kv: KvType::F16,
         first: 0,
         tokens: CHUNK,
     });
+    for (first, tokens) in DEPTHS_8K.into_iter().zip([CHUNK, 1]) {
+        for layer in [Layer::SMALL_DENSE, Layer::SMALL_SPARSE] {
+            list.push(Operation::Attention {
+                layer,
+                kv: KvType::F16,
+                first,
+                tokens,
+            });
+        }
+    }
     list
 }
 
@@ -170,7 +266,15 @@ impl Operation {
             Self::Gegelu => SMALL_INNER.to_string(),
             Self::QuickGelu => CLIP_INNER.to_string(),
             Self::Attention { first: 0, .. } => "a prompt from its beginning".into(),
-            Self::Attention { first, .. } => format!("at depth {first}"),
+            Self::Attention {
+                layer,
+                first,
+                tokens,
+                ..
+            } => {
+                let shares = layer.shares(first, tokens);
+                format!("{}at depth {first}{shares}", layer.name)
+            }
         }
     }
 
@@ -220,15 +324,14 @@ impl Operation {
             Self::QuickGelu => float(2 * n * CLIP_INNER * F32, 4 * n * CLIP_INNER),
             // |x|, limit, nine multiply-adds and a division, square, exp, two products, max, -
             Self::Gelu => float(2 * n * HIDDEN * F32, 27 * n * HIDDEN),
-            Self::Attention { kv, first, .. } => {
-                let shape = KvShape {
-                    layers: 1,
-                    ..CACHE_SHAPE
-                };
-                let seen: usize = (first..first + n).map(|p| p + 1).sum();
+            Self::Attention {
+                layer, kv, first, ..
+            } => {
+                let Heads { head_dim, .. } = layer.heads;
                 float(
-                    (first + n) * shape.bytes_per_position(kv) + 2 * n * HIDDEN * F32,
-                    4 * seen * HIDDEN,
+                    layer.read(first, n) * kv.bytes_per_key(head_dim)
+                        + 2 * n * layer.heads.queries() * F32,
+                    4 * layer.seen(first, n) * head_dim,
                 )
             }
         }
@@ -287,9 +390,14 @@ impl Operation {
             Self::SiluMul => prepared.columns = 2 * INNER,
             Self::Gegelu => prepared.columns = 2 * SMALL_INNER,
             Self::QuickGelu => prepared.columns = CLIP_INNER,
-            Self::Attention { kv, first, tokens } => {
-                prepared.columns = QKV;
-                prepared.cache = Some(cache(cpu, kv, first + tokens.max(CHECKED))?);
+            Self::Attention {
+                layer,
+                kv,
+                first,
+                tokens,
+            } => {
+                prepared.columns = layer.heads.columns();
+                prepared.cache = Some(cache(cpu, layer, kv, first + tokens.max(CHECKED))?);
             }
         }
         Ok(prepared)
@@ -348,7 +456,7 @@ impl Prepared {
                 self.weight = self.y.data().to_vec();
                 self.y.reshape(n, HIDDEN);
             }
-            Operation::Rope => self.rotations = rotations(n),
+            Operation::Rope => self.rotations = rotations(n, HEADS),
             Operation::SiluMul | Operation::Gegelu => self.y.reshape(n, self.columns / 2),
             Operation::QuickGelu | Operation::Gelu => self.y.reshape(n, self.columns),
             Operation::Quantize | Operation::Attention { .. } => {}
@@ -419,12 +527,12 @@ impl Prepared {
                 ops.linear(&self.matrices[call % self.matrices.len()], input, y);
             }
             Operation::Quantize => ops.input(x, &self.matrices[0].weight, input),
-            Operation::Attention { first, .. } => {
+            Operation::Attention { layer, first, .. } => {
                 let Some(cache) = &self.cache else { return };
-                let scale = 1.0 / (HEADS.head_dim as f32).sqrt();
+                let Layer { heads, mask, .. } = layer;
+                let scale = 1.0 / (heads.head_dim as f32).sqrt();
                 let layer = call % CACHE_LAYERS;
-                let mask = Mask { window: None };
-                ops.attention(x, HEADS, cache, layer, first, mask, scale, y);
+                ops.attention(x, heads, cache, layer, first, mask, scale, y);
             }
             // In [`Self::time`].
             Operation::RmsNorm
@@ -453,9 +561,9 @@ impl Prepared {
 }
 
 /// Rotations of `n` positions.
-fn rotations(n: usize) -> Rotations {
+fn rotations(n: usize, heads: Heads) -> Rotations {
     let mut rotations = Rotations::default();
-    fill(&mut rotations.cos, n, HEADS.head_dim / 2, 3);
+    fill(&mut rotations.cos, n, heads.head_dim / 2, 3);
     rotations.sin = rotations.cos.clone();
     let pairs = (rotations.cos.data_mut().iter_mut()).zip(rotations.sin.data_mut());
     for (cos, sin) in pairs {
@@ -464,24 +572,19 @@ fn rotations(n: usize) -> Rotations {
     rotations
 }
 
-const CACHE_SHAPE: KvShape = KvShape {
-    layers: CACHE_LAYERS,
-    kv_heads: HEADS.kv_heads,
-    head_dim: HEADS.head_dim,
-};
-
 /// A cache of so many positions of random keys and values.
-fn cache(cpu: &Cpu, kv: KvType, positions: usize) -> Result<KvCache, BenchError> {
-    let mut cache = KvCache::new(CACHE_SHAPE, kv);
+fn cache(cpu: &Cpu, of: Layer, kv: KvType, positions: usize) -> Result<KvCache, BenchError> {
+    let heads = of.heads;
+    let mut cache = KvCache::new(of.cache_shape(), kv);
     (cache.reserve(positions)).map_err(phidias_models::Error::from)?;
     let mut qkv = Buffer::default();
     for first in (0..positions).step_by(CHUNK) {
         let count = CHUNK.min(positions - first);
-        let rotations = rotations(count);
+        let rotations = rotations(count, heads);
         for layer in 0..CACHE_LAYERS {
-            fill(&mut qkv, count, QKV, (first + layer) as u64);
+            fill(&mut qkv, count, heads.columns(), (first + layer) as u64);
             let (qkv, cache) = (&mut qkv, &mut cache);
-            cpu.enter(|ops| ops.rope_and_store(qkv, HEADS, &rotations, cache, layer, first));
+            cpu.enter(|ops| ops.rope_and_store(qkv, heads, &rotations, cache, layer, first));
         }
     }
     cache.set_len(positions);
@@ -590,6 +693,21 @@ mod tests {
         let cost = find("attend_f16", "at depth").cost(1, 0);
         assert_eq!(cost.ops, 4097 * 4 * 3072);
         assert_eq!(cost.bytes, 4097 * 12288 + 2 * 4 * 3072);
+        // One head of Phi-3-small at position 8192 sees block 128 up to itself, the fifteen before it, and of
+        // the first 113 those whose number and its own make 7 modulo 8: 14, or 15 for head 7 (block 0).
+        let sparse = find("attend_f16", "Phi-3-small, block-sparse, at depth 8192");
+        let own = 15 * 64 + 1;
+        let dense = 8193.0;
+        let strides = |offset: usize| (0..113).filter(|k| k % 8 == 7 - offset % 8).count() * 64;
+        let seen: usize = (0..32).map(|h| own + strides(h)).sum();
+        assert_eq!(sparse.cost(1, 0).ops, seen * 4 * 128);
+        let read: usize = (0..8)
+            .map(|g| own + (0..4).map(|h| strides(4 * g + h)).sum::<usize>())
+            .sum();
+        assert_eq!(sparse.cost(1, 0).bytes, read * 512 + 2 * 4 * 4096);
+        let [seen, read] = [seen as f64 / 32.0, read as f64 / 8.0].map(|n| 100.0 * n / dense);
+        let shares = format!("{seen:.0} % seen, {read:.0} % read");
+        assert!(sparse.shape().ends_with(&shares), "{}", sparse.shape());
         let cost = find("attend_f16", "a prompt").cost(512, 0);
         assert_eq!(cost.ops, 512 * 513 / 2 * 4 * 3072);
         assert_eq!(find("rms_norm", "").cost(1, 0).bytes, 2 * 3072 * 4);

@@ -89,6 +89,10 @@ pub struct Running {
     /// keys' angles become right, but deeper layers keep what they saw before)
     #[arg(long, value_enum, default_value_t = RopeCrossing::Exact)]
     pub rope_crossing: RopeCrossing,
+    /// Give back the blocks of the KV cache that no later token can see (block-sparse layers, sliding
+    /// windows): the same answer in less memory; going back in a conversation computes it again
+    #[arg(long)]
+    pub drop_hidden_keys: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -324,7 +328,7 @@ pub struct Bench {
     /// Only the machine's own limits: read bandwidth, and multiply-adds in registers
     #[arg(long)]
     pub peaks: bool,
-    /// Only the kernels, each alone, at the shapes of Phi-3.5-mini
+    /// Only the kernels, each alone, at the shapes of Phi-3.5-mini and of Phi-3-small's attention
     #[arg(long, conflicts_with = "peaks")]
     pub kernels: bool,
     /// With --kernels: draw them as a roofline

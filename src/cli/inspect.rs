@@ -51,10 +51,19 @@ pub fn inspect(args: &Inspect, global: &Global) -> Result<()> {
             "num_key_value_heads": c.num_key_value_heads,
             "max_position_embeddings": c.max_position_embeddings,
             "sliding_window": c.sliding_window,
+            "block_sparse": c.block_sparse.map(|s| json!({
+                "block_size": s.layout.block,
+                "local_blocks": s.layout.local_blocks,
+                "vert_stride": s.layout.vert_stride,
+                "head_step": s.layout.head_step,
+                "dense_every": s.dense_every,
+            })),
             "plan": {
                 "context": plan.context,
                 "weights": plan.weights,
                 "kv_cache": plan.kv_cache,
+                "kv_hidden": plan.hidden,
+                "kv_dropped": plan.dropped,
                 "activations": plan.activations,
                 "total": plan.total(),
                 "available": machine.memory_available,
@@ -95,7 +104,25 @@ pub fn inspect(args: &Inspect, global: &Global) -> Result<()> {
             l.original_max_position_embeddings, l.short_multiplier
         )),
     )?;
+    if let Some(sparse) = c.block_sparse {
+        let layout = sparse.layout;
+        let dense = sparse.dense_every.map_or("no layer is dense".into(), |n| {
+            format!("dense every {n} layers")
+        });
+        writeln!(
+            out,
+            "  block-sparse attention: blocks of {}, the last {} and one of {}; {dense}",
+            layout.block, layout.local_blocks, layout.vert_stride
+        )?;
+    }
     writeln!(out, "  run as {}: {plan}", format)?;
+    if plan.hidden > plan.dropped {
+        writeln!(
+            out,
+            "  of the KV cache up to {} are seen by no later token (--drop-hidden-keys gives them back)",
+            Size(plan.hidden)
+        )?;
+    }
     if let Err(error) = plan.check(&machine) {
         writeln!(out, "  {error}")?;
     }

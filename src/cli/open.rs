@@ -5,7 +5,7 @@ use super::console::{Bar, Console, Unit, cancel_on_ctrl_c};
 use anyhow::{Context, Result, bail};
 use phidias::engine::machine::Machine;
 use phidias::engine::{Cancel, Isa, Kernels};
-use phidias::models::session::Prefill;
+use phidias::models::session::{Prefill, Recomputing};
 use phidias::models::{Crossing, Source};
 use phidias::{GenerateOptions, Model, OpenOptions, Session, SessionOptions, WeightFormat};
 use std::path::{Path, PathBuf};
@@ -151,6 +151,7 @@ impl Setup {
             },
             threads: self.threads,
             kernels: Some(self.kernels),
+            drop_hidden: running.drop_hidden_keys,
             ..SessionOptions::default()
         }
     }
@@ -162,15 +163,20 @@ impl Setup {
         move |p| {
             if p.done == p.total {
                 bar = None;
-                if p.recomputing {
-                    console.note(format_args!(
+                match p.recomputing {
+                    Some(Recomputing::Crossing) => console.note(format_args!(
                         "the sequence outgrew the model's original length: {} tokens computed again with the long factors",
                         p.total
-                    ));
+                    )),
+                    Some(Recomputing::Dropped) => console.note(format_args!(
+                        "the conversation went back to keys that were dropped: {} tokens computed again",
+                        p.total
+                    )),
+                    None => {}
                 }
                 return;
             }
-            let what = if p.recomputing {
+            let what = if p.recomputing.is_some() {
                 "computing the cache again"
             } else {
                 "reading the prompt"

@@ -5,6 +5,7 @@ use super::open::{Setup, generate_options};
 use anyhow::{Context, Result, bail};
 use phidias::Model;
 use phidias::engine::generate::{Event, FinishReason, GenerateOptions, Outcome, generate};
+use phidias::engine::memory::Size;
 use phidias::models::Text;
 use phidias::models::text::{Detokenizer, Special};
 use serde_json::{Value, json};
@@ -42,10 +43,18 @@ pub fn run(args: &Run, global: &Global) -> Result<()> {
     out.end(outcome.is_ok())?;
     let outcome = outcome?;
     if args.json {
-        let object = out.object(&outcome, &options.stop_strings);
+        let mut object = out.object(&outcome, &options.stop_strings);
+        object["kv_bytes"] = json!(session.cache().bytes());
+        object["kv_dropped_bytes"] = json!(session.cache().dropped_bytes());
         writeln!(io::stdout(), "{object}")?;
     }
     setup.console.note(summary(&outcome, &options));
+    if args.running.drop_hidden_keys {
+        let [held, dropped] = [session.cache().bytes(), session.cache().dropped_bytes()].map(Size);
+        setup
+            .console
+            .note(format_args!("KV cache: {held} held, {dropped} dropped"));
+    }
     Ok(())
 }
 

@@ -1,8 +1,8 @@
 //! Small models written from scratch, and the fixtures, for the tests of the whole.
 #![allow(dead_code, reason = "every test program uses another part")]
 
-use phidias::models::Config;
 use phidias::models::weights::Role;
+use phidias::models::{Config, Family};
 use phidias::{Model, OpenOptions, Session, SessionOptions, WeightFormat};
 use serde_json::{Map, Value, json};
 use std::fs;
@@ -111,6 +111,17 @@ pub fn config() -> Value {
     })
 }
 
+/// The configuration of a very small Phi-3-small: block-sparse, dense, block-sparse.
+pub fn small_config() -> Value {
+    json!({
+        "model_type": "phi3small", "vocab_size": 61, "hidden_size": 64, "ff_intermediate_size": 48,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 512, "layer_norm_epsilon": 1e-5, "hidden_act": "gegelu",
+        "gegelu_limit": 20.0, "blocksparse_block_size": 16, "blocksparse_num_local_blocks": 2,
+        "blocksparse_vert_stride": 5, "blocksparse_triton_kernel_block_size": 16,
+    })
+}
+
 /// Random weights for a configuration, in f32 or bf16 as `dtype` says.
 pub fn weights(config: &Value, dtype: &str, seed: u64) -> Vec<Tensor> {
     let parsed =
@@ -210,11 +221,12 @@ pub fn text_fixtures() -> Vec<PathBuf> {
         .filter(|folder| {
             let config = fs::read(folder.join("config.json")).unwrap_or_default();
             let config: Value = serde_json::from_slice(&config).unwrap_or_default();
-            config["model_type"] == "phi3"
+            let family = config["model_type"].as_str().and_then(Family::of);
+            family.is_some()
         })
         .collect();
     found.sort();
-    assert!(found.len() >= 4, "the fixtures are there");
+    assert!(found.len() >= 6, "the fixtures are there");
     found
 }
 

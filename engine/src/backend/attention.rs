@@ -1,7 +1,8 @@
 //! Rotation, the KV cache and attention.
 
 use super::Ops;
-use crate::kv_cache::{BLOCK, KvCache};
+use crate::kv_cache::KvCache;
+use crate::mask::{BLOCK, Mask};
 use crate::tensor::Buffer;
 use phidias_kernels::cpu::{AttentionState, AttentionTask, Kernels};
 use phidias_kernels::view::ColsMut;
@@ -93,24 +94,10 @@ impl Heads {
     }
 }
 
-/// Which keys a query sees: those at or before it, at most `window` of them (itself included).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Mask {
-    /// Keys that each query sees at most.
-    pub window: Option<usize>,
-}
-
-impl Mask {
-    /// The positions that the query at `position` sees.
-    #[must_use]
-    pub fn visible(&self, position: usize) -> Range<usize> {
-        let end = position + 1;
-        end.saturating_sub(self.window.unwrap_or(end))..end
-    }
-}
-
-/// Tokens whose queries are computed together by one thread.
+/// Queries that are computed together by one thread, at most: their state stays in the second cache.
 const QUERY_ROWS: usize = 64;
+/// The same where each head sees other blocks: of its queries alone, as many read a block together.
+const HEAD_ROWS: usize = 32;
 
 impl Ops<'_> {
     /// Rotates queries and keys of each row of `qkv` in place, row `t` by rotation `t`, and stores keys
@@ -165,22 +152,6 @@ impl Ops<'_> {
         let kernels = self.kernels;
         let n = qkv.rows();
         y.reshape(n, heads.queries());
-        let group = heads.group();
-        let rows = (QUERY_ROWS / group).max(1);
-        let (mut tiles, mut outs) = (Vec::new(), Vec::new());
-        for (chunk, y) in y.data_mut().chunks_mut(rows * heads.queries()).enumerate() {
-            let count = y.len() / heads.queries();
-            let columns = ColsMut::new(y, count, heads.queries()).chunks(group * heads.head_dim);
-            for (kv_head, part) in columns.into_iter().enumerate() {
-                let from = first + chunk * rows;
-                let tile = QueryTile {
-                    kv_head,
-                    positions: from..from + count,
-                };
-                tiles.push(tile);
-                outs.push(part);
-            }
-        }
         let layer = LayerCache {
             heads,
             cache,
@@ -189,45 +160,68 @@ impl Ops<'_> {
             mask,
             scale,
         };
-        let blocks = |tile: &QueryTile| layer.blocks(tile);
-        let longest = tiles.iter().map(|tile| blocks(tile).len()).max();
+        let group = heads.group();
+        let (mut tiles, mut outs) = (Vec::new(), Vec::new());
+        let (mut rest, mut from) = (y.data_mut(), first);
+        while from < first + n {
+            let end = layer.tile_end(from).min(first + n);
+            let (rows, others) = rest.split_at_mut((end - from) * heads.queries());
+            let columns = ColsMut::new(rows, end - from, heads.queries());
+            let parts = columns.chunks(group * heads.head_dim);
+            for (kv_head, part) in parts.into_iter().enumerate() {
+                tiles.push(layer.tile(kv_head, from..end));
+                outs.push(part);
+            }
+            (rest, from) = (others, end);
+        }
+        let longest = tiles.iter().map(|tile| tile.blocks.len()).max();
         if tiles.len() >= 4 * self.team.threads() || longest.unwrap_or(0) < 2 {
             // Long tiles first: the threads end together.
             let parts = tiles.iter().zip(outs).rev().collect();
             self.team.each_part(parts, |(tile, mut out)| {
                 SCRATCH.with_borrow_mut(|scratch| {
-                    layer.attend(kernels, qkv, tile, blocks(tile), scratch);
+                    layer.load(qkv, tile, scratch);
+                    scratch.state.reset(tile.rows(group), heads.head_dim);
+                    for &block in &tile.blocks {
+                        layer.attend(kernels, tile, block, 0, scratch);
+                    }
                     layer.finish(&scratch.state, &mut out);
                 });
             });
             return;
         }
         // Few heads, many threads, a long cache: each block on its own, then merged in their order,
-        // which is bit for bit what one thread does with them.
+        // which is bit for bit what one thread does with them. Small blocks are taken several at a time.
+        let several = BLOCK / mask.block();
         let mut states = Vec::new();
         for tile in &tiles {
-            states.extend(blocks(tile).map(|block| (tile, block, AttentionState::default())));
+            let pieces = tile.blocks.chunks(several);
+            states.extend(pieces.map(|blocks| (tile, blocks, AttentionState::default())));
         }
         let parts = states.iter_mut().collect();
-        self.team.each_part(parts, |(tile, block, state)| {
+        self.team.each_part(parts, |(tile, blocks, state)| {
             SCRATCH.with_borrow_mut(|scratch| {
-                layer.attend(kernels, qkv, tile, *block..*block + 1, scratch);
+                let rows = tile.rows(group);
+                layer.load(qkv, tile, scratch);
+                scratch.state.reset(rows * blocks.len(), heads.head_dim);
+                for (i, &block) in blocks.iter().enumerate() {
+                    layer.attend(kernels, tile, block, i * rows, scratch);
+                }
                 std::mem::swap(&mut scratch.state, state);
             });
         });
         let mut states = states.into_iter();
+        let mut merged = AttentionState::default();
         for (tile, mut out) in tiles.iter().zip(outs) {
-            let of_tile: Vec<_> = states.by_ref().take(blocks(tile).len()).collect();
-            let mut merged: Option<AttentionState> = None;
-            for (_, _, state) in of_tile {
-                match &mut merged {
-                    None => merged = Some(state),
-                    Some(merged) => merged.merge(kernels, &state),
+            let rows = tile.rows(group);
+            merged.reset(rows, heads.head_dim);
+            let pieces = tile.blocks.len().div_ceil(several);
+            for (_, blocks, state) in states.by_ref().take(pieces) {
+                for i in 0..blocks.len() {
+                    merged.merge(kernels, &state, i * rows);
                 }
             }
-            if let Some(state) = merged {
-                layer.finish(&state, &mut out);
-            }
+            layer.finish(&merged, &mut out);
         }
     }
 }
@@ -236,6 +230,15 @@ impl Ops<'_> {
 struct QueryTile {
     kv_head: usize,
     positions: Range<usize>,
+    /// The blocks of which one of the queries sees something, ascending.
+    blocks: Vec<usize>,
+}
+
+impl QueryTile {
+    /// Its queries, head by head: `[group, tokens]`.
+    fn rows(&self, group: usize) -> usize {
+        self.positions.len() * group
+    }
 }
 
 /// One layer of the cache, and how it is looked at.
@@ -250,60 +253,101 @@ struct LayerCache<'a> {
 }
 
 impl LayerCache<'_> {
-    /// The blocks that some query of the tile sees.
-    fn blocks(&self, tile: &QueryTile) -> Range<usize> {
-        let start = self.mask.visible(tile.positions.start).start;
-        start / BLOCK..tile.positions.end.div_ceil(BLOCK)
+    /// Where the tile that begins at position `from` ends. Where blocks of the mask matter, it lies in one.
+    fn tile_end(&self, from: usize) -> usize {
+        let group = self.heads.group();
+        if self.mask.differs_by_head() {
+            let rows = HEAD_ROWS.min(self.mask.block());
+            (from / rows + 1) * rows
+        } else {
+            from + (QUERY_ROWS / group).max(1)
+        }
     }
 
-    /// The state of the tile's queries after `blocks`, in `scratch.state`.
+    /// The query heads of a KV head.
+    fn group_of(&self, kv_head: usize) -> Range<usize> {
+        let group = self.heads.group();
+        kv_head * group..(kv_head + 1) * group
+    }
+
+    fn tile(&self, kv_head: usize, positions: Range<usize>) -> QueryTile {
+        let blocks = (self.mask).blocks(self.group_of(kv_head), positions.clone());
+        QueryTile {
+            kv_head,
+            blocks: blocks.collect(),
+            positions,
+        }
+    }
+
+    /// The queries of a tile head by head: `[group, tokens, head_dim]`.
+    fn load(&self, qkv: &Buffer, tile: &QueryTile, scratch: &mut Scratch) {
+        let d = self.heads.head_dim;
+        scratch.queries.clear();
+        for g in 0..self.heads.group() {
+            for position in tile.positions.clone() {
+                let row = qkv.row(position - self.first);
+                let queries = self.heads.queries_of(tile.kv_head, row);
+                scratch.queries.extend_from_slice(&queries[g * d..][..d]);
+            }
+        }
+    }
+
+    /// Adds a block to the state of the tile's queries, which begin at row `first` of `scratch.state`.
+    /// Heads that see nothing of it are left out.
     fn attend(
         &self,
         kernels: &Kernels,
-        qkv: &Buffer,
         tile: &QueryTile,
-        blocks: Range<usize>,
+        block: usize,
+        first: usize,
         scratch: &mut Scratch,
     ) {
-        let d = self.heads.head_dim;
-        let group = self.heads.group();
-        // Queries of the group's heads, token by token: [tokens * group, d].
-        scratch.queries.clear();
-        for position in tile.positions.clone() {
-            let row = qkv.row(position - self.first);
-            let queries = self.heads.queries_of(tile.kv_head, row);
-            scratch.queries.extend_from_slice(queries);
-        }
-        scratch.state.reset(tile.positions.len() * group, d);
-        for block in blocks {
-            let base = block * BLOCK;
-            scratch.visible.clear();
+        let (d, size) = (self.heads.head_dim, self.mask.block());
+        let base = block * size;
+        let stored = (tile.positions.end - base).min(size);
+        let (keys, values) = self.cache.block(self.layer, tile.kv_head, block, stored);
+        let visible = &mut scratch.visible;
+        visible.clear();
+        for head in self.group_of(tile.kv_head) {
             for position in tile.positions.clone() {
-                let seen = self.mask.visible(position);
-                let inside = |p: usize| p.clamp(base, base + BLOCK) - base;
-                let seen = inside(seen.start)..inside(seen.end);
-                scratch.visible.extend(std::iter::repeat_n(seen, group));
+                let seen = self.mask.seen(head, position, block);
+                visible.push(seen.start - base..seen.end - base);
             }
-            let stored = (tile.positions.end - base).min(BLOCK);
-            let (keys, values) = self.cache.block(self.layer, tile.kv_head, block, stored);
-            let task = AttentionTask {
-                queries: &scratch.queries,
-                visible: &scratch.visible,
-                keys,
-                values,
-                scale: self.scale,
-            };
-            kernels.attend(task, &mut scratch.state);
+        }
+        let tokens = tile.positions.len();
+        let sees = |head: usize| {
+            visible[head * tokens..][..tokens]
+                .iter()
+                .any(|r| !r.is_empty())
+        };
+        // Neighbouring heads that see it go together.
+        let mut head = 0;
+        while head < self.heads.group() {
+            let end = (head..self.heads.group()).find(|h| !sees(*h));
+            let end = end.unwrap_or(self.heads.group());
+            let rows = head * tokens..end * tokens;
+            if !rows.is_empty() {
+                let task = AttentionTask {
+                    first: first + rows.start,
+                    queries: &scratch.queries[rows.start * d..rows.end * d],
+                    visible: &visible[rows],
+                    keys,
+                    values,
+                    scale: self.scale,
+                };
+                kernels.attend(task, &mut scratch.state);
+            }
+            head = end + 1;
         }
     }
 
     /// Writes the attention of a tile's queries.
     fn finish(&self, state: &AttentionState, out: &mut ColsMut<'_>) {
-        let d = self.heads.head_dim;
-        let group = self.heads.group();
-        for t in 0..out.rows() {
-            for (g, head) in out.row(t).chunks_exact_mut(d).enumerate() {
-                state.finish(t * group + g, head);
+        let tokens = out.rows();
+        for t in 0..tokens {
+            let row = out.row(t).chunks_exact_mut(self.heads.head_dim);
+            for (g, head) in row.enumerate() {
+                state.finish(g * tokens + t, head);
             }
         }
     }
@@ -319,19 +363,4 @@ struct Scratch {
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_window_counts_the_query_itself() {
-        let mask = Mask { window: Some(3) };
-        assert_eq!(
-            [0, 1, 2, 3, 9].map(|p| mask.visible(p)),
-            [0..1, 0..2, 0..3, 1..4, 7..10]
-        );
-        assert_eq!(Mask { window: None }.visible(5), 0..6);
-    }
 }

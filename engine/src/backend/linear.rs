@@ -22,6 +22,13 @@ pub enum GateUp {
         /// `[inner, cols]`
         up: Linear,
     },
+    /// GEGELU: even rows of one matrix are the gate, odd rows are linear.
+    Interleaved {
+        /// `[2 * inner, cols]`
+        both: Linear,
+        /// Largest magnitude that either may have.
+        limit: f32,
+    },
 }
 
 impl GateUp {
@@ -29,7 +36,7 @@ impl GateUp {
     #[must_use]
     pub fn matrix(&self) -> &Matrix {
         match self {
-            Self::Stacked(both) => &both.weight,
+            Self::Stacked(both) | Self::Interleaved { both, .. } => &both.weight,
             Self::Pair { gate, .. } => &gate.weight,
         }
     }
@@ -38,7 +45,7 @@ impl GateUp {
     pub fn matrices(&self) -> impl Iterator<Item = &Matrix> {
         let second = match self {
             Self::Pair { up, .. } => Some(&up.weight),
-            Self::Stacked(_) => None,
+            Self::Stacked(_) | Self::Interleaved { .. } => None,
         };
         std::iter::once(self.matrix()).chain(second)
     }
@@ -47,7 +54,7 @@ impl GateUp {
     #[must_use]
     pub fn inner(&self) -> usize {
         match self {
-            Self::Stacked(both) => both.weight.rows() / 2,
+            Self::Stacked(both) | Self::Interleaved { both, .. } => both.weight.rows() / 2,
             Self::Pair { gate, .. } => gate.weight.rows(),
         }
     }
@@ -62,6 +69,14 @@ impl GateUp {
             let scratch = &mut scratch[..2 * n * width];
             let column = first - out.start;
             let (gate, up) = match self {
+                Self::Interleaved { both, limit } => {
+                    let rows = 2 * first..2 * (first + width);
+                    multiply(kernels, both, rows, x, ColsMut::new(scratch, n, 2 * width));
+                    for (t, row) in scratch.chunks_exact(2 * width).enumerate() {
+                        kernels.gegelu(row, *limit, &mut y.row(t)[column..][..width]);
+                    }
+                    continue;
+                }
                 Self::Pair { gate, up } => ((gate, first), (up, first)),
                 Self::Stacked(both) => ((both, first), (both, self.inner() + first)),
             };
@@ -80,7 +95,7 @@ impl GateUp {
     fn divides(&self) -> bool {
         match self {
             Self::Stacked(both) => self.inner().is_multiple_of(unit(&both.weight)),
-            Self::Pair { .. } => true,
+            Self::Pair { .. } | Self::Interleaved { .. } => true,
         }
     }
 }

@@ -6,7 +6,8 @@
 mod attention;
 mod linear;
 
-pub use attention::{HeadOrder, Heads, Mask, Rotations};
+pub use crate::mask::Mask;
+pub use attention::{HeadOrder, Heads, Rotations};
 pub use linear::GateUp;
 
 use crate::pool::{Pool, Team};
@@ -89,12 +90,22 @@ pub enum Norm {
         /// Epsilon.
         eps: f32,
     },
+    /// `(x - mean) / sqrt(variance + eps) * weight + bias`
+    Layer {
+        /// `[hidden]`
+        weight: Vec<f32>,
+        /// `[hidden]`
+        bias: Vec<f32>,
+        /// Epsilon.
+        eps: f32,
+    },
 }
 
 impl Norm {
     fn apply(&self, kernels: &Kernels, x: &[f32], y: &mut [f32]) {
         match self {
             Self::Rms { weight, eps } => kernels.rms_norm(x, weight, *eps, y),
+            Self::Layer { weight, bias, eps } => kernels.layer_norm(x, weight, bias, *eps, y),
         }
     }
 }

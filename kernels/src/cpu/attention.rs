@@ -58,6 +58,8 @@ impl Cached<'_> {
 /// One block of keys and values of one KV head, and the queries that look at it.
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionTask<'a> {
+    /// Which query of the state is the first of these.
+    pub first: usize,
     /// `[queries, head_dim]`, rotated.
     pub queries: &'a [f32],
     /// The keys of the block that each query may see, as a range within the block; `[queries]`.
@@ -161,22 +163,37 @@ impl AttentionState {
         }
     }
 
-    /// Merges the state of the same queries on later blocks, as if they had been attended to here.
+    /// Queries.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.max.len()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.max.is_empty()
+    }
+
+    /// Merges the state of the same queries on a later block, as if they had been attended to here; it is
+    /// that of the queries from `first` on in `later`, which can hold several blocks one after the other.
     ///
-    /// `later` must have seen one block only: then this is what [`Kernels::attend`] does with it, bit
+    /// These must have seen one block only: then this is what [`Kernels::attend`] does with it, bit
     /// for bit, and blocks can be computed by different threads.
     /// # Panics
     /// When the states are of different queries.
-    pub fn merge(&mut self, kernels: &Kernels, later: &Self) {
-        assert_eq!(
-            (self.max.len(), self.head_dim),
-            (later.max.len(), later.head_dim),
-            "queries and head_dim of the states"
+    pub fn merge(&mut self, kernels: &Kernels, later: &Self, first: usize) {
+        assert_eq!(self.head_dim, later.head_dim, "head_dim of the states");
+        assert!(
+            first + self.len() <= later.len(),
+            "queries {first} to {} of {}",
+            first + self.len(),
+            later.len()
         );
         let d = self.head_dim;
         for i in 0..self.max.len() {
-            let acc = &later.acc[i * d..][..d];
-            let (max, sum) = (later.max[i], later.sum[i]);
+            let acc = &later.acc[(first + i) * d..][..d];
+            let (max, sum) = (later.max[first + i], later.sum[first + i]);
             if max == f32::NEG_INFINITY && sum == 0.0 {
                 continue; // that query saw no key of the block
             }
@@ -226,7 +243,12 @@ impl Kernels {
             "keys in whole panels, and values"
         );
         assert_eq!(task.queries.len(), n * d, "{n} queries of {d}");
-        assert_eq!(state.max.len(), n, "queries of the state and of the task");
+        let rows = task.first..task.first + n;
+        assert!(
+            rows.end <= state.len(),
+            "queries {rows:?} of {}",
+            state.len()
+        );
         for r in task.visible {
             assert!(
                 r.start <= r.end && r.end <= keys,
@@ -237,9 +259,9 @@ impl Kernels {
         state.scratch.resize(GROUP * (padded + width), 0.0);
         let (scores, block) = state.scratch.split_at_mut(GROUP * padded);
         let s = StateMut {
-            max: &mut state.max,
-            sum: &mut state.sum,
-            acc: &mut state.acc,
+            max: &mut state.max[rows.clone()],
+            sum: &mut state.sum[rows.clone()],
+            acc: &mut state.acc[rows.start * d..rows.end * d],
             scores,
             block,
         };

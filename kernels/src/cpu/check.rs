@@ -1485,6 +1485,7 @@ impl<T: Stored> Scene<T> {
                 .map(|v| inside(v.start)..inside(v.end))
                 .collect();
             let task = AttentionTask {
+                first: 0,
                 queries: &queries,
                 visible: &visible,
                 keys: T::cached(&keys, &key_steps),
@@ -1492,11 +1493,12 @@ impl<T: Stored> Scene<T> {
                 scale: self.scale,
             };
             if split {
-                // Each block on its own, then merged: what several threads do.
+                // Each block on its own, beside another one, then merged: what several threads do.
                 let mut alone = AttentionState::default();
-                alone.reset(range.len(), d);
-                k.attend(task, &mut alone);
-                state.merge(k, &alone);
+                alone.reset(2 * range.len() + 1, d);
+                let first = range.len() + 1;
+                k.attend(AttentionTask { first, ..task }, &mut alone);
+                state.merge(k, &alone, first);
             } else {
                 guarded(|| k.attend(task, &mut state));
             }

@@ -22,6 +22,7 @@ pub struct Rope {
     short: Frequencies,
     /// And the length beyond which they hold.
     long: Option<(Frequencies, usize)>,
+    position_scale: f32,
 }
 
 /// The frequencies of one regime.
@@ -53,10 +54,12 @@ impl Rope {
                 .collect();
             Frequencies { each, multiplier }
         };
+        let position_scale = config.rope.position_scale;
         match &config.rope.long {
             None => Self {
                 short: frequencies(None, 1.0),
                 long: None,
+                position_scale,
             },
             Some(long) => Self {
                 short: frequencies(Some(&long.short_factor), long.short_multiplier),
@@ -64,6 +67,7 @@ impl Rope {
                     frequencies(Some(&long.long_factor), long.long_multiplier),
                     long.original_max_position_embeddings,
                 )),
+                position_scale,
             },
         }
     }
@@ -99,7 +103,7 @@ impl Rope {
         out.cos.reshape(n, each.len());
         out.sin.reshape(n, each.len());
         for t in 0..n {
-            let position = (first + t) as f32;
+            let position = (first + t) as f32 * self.position_scale;
             for (i, frequency) in each.iter().enumerate() {
                 // The angle in f32, as the reference has it; its cosine and sine to full precision.
                 let (sin, cos) = f64::from(position * frequency).sin_cos();
@@ -119,7 +123,7 @@ impl Rope {
         let rescale = to.multiplier / from.multiplier;
         let frequencies = from.each.iter().zip(&to.each);
         for ((x, y), (from, to)) in a.iter_mut().zip(b).zip(frequencies) {
-            let position = position as f32;
+            let position = position as f32 * self.position_scale;
             let (sin, cos) = (f64::from(position * to) - f64::from(position * from)).sin_cos();
             let (sin, cos) = (sin as f32 * rescale, cos as f32 * rescale);
             (*x, *y) = (*x * cos - *y * sin, *y * cos + *x * sin);

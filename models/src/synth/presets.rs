@@ -1,5 +1,6 @@
 //! The published shapes.
 
+use crate::family::Family;
 use crate::format::WeightFormat;
 use serde_json::{Map, Value, json};
 use std::fmt;
@@ -8,17 +9,19 @@ use std::str::FromStr;
 /// A model of the family: its name and what differs in its `config.json`.
 ///
 /// Source: the `config.json` of `microsoft/Phi-3-mini-4k-instruct`, `Phi-3-mini-128k-instruct`,
-/// `Phi-3-medium-4k-instruct`, `Phi-3-medium-128k-instruct` and `Phi-3.5-mini-instruct` on
-/// <https://huggingface.co>.
+/// `Phi-3-medium-4k-instruct`, `Phi-3-medium-128k-instruct`, `Phi-3.5-mini-instruct`,
+/// `Phi-3-small-8k-instruct` and `Phi-3-small-128k-instruct` on <https://huggingface.co>.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Preset {
     pub(super) name: &'static str,
+    pub(super) family: Family,
     pub(super) hidden_size: usize,
     pub(super) intermediate_size: usize,
     pub(super) layers: usize,
     pub(super) heads: usize,
     pub(super) kv_heads: usize,
     pub(super) max_position_embeddings: usize,
+    pub(super) original_positions: usize,
     pub(super) sliding_window: usize,
     /// Key in `longrope.json`, for those that extend the original length.
     pub(super) factors: Option<&'static str>,
@@ -26,12 +29,14 @@ pub struct Preset {
 
 const MINI_4K: Preset = Preset {
     name: "phi-3-mini-4k",
+    family: Family::Phi3,
     hidden_size: 3072,
     intermediate_size: 8192,
     layers: 32,
     heads: 32,
     kv_heads: 32,
-    max_position_embeddings: ORIGINAL_POSITIONS,
+    max_position_embeddings: 4096,
+    original_positions: 4096,
     sliding_window: 2047,
     factors: None,
 };
@@ -68,20 +73,49 @@ const MINI_35: Preset = Preset {
     ..MINI_128K
 };
 
-const ORIGINAL_POSITIONS: usize = 4096;
+pub(super) const SMALL_8K: Preset = Preset {
+    name: "phi-3-small-8k",
+    family: Family::Phi3Small,
+    hidden_size: 4096,
+    intermediate_size: 14_336,
+    layers: 32,
+    heads: 32,
+    kv_heads: 8,
+    max_position_embeddings: 8192,
+    original_positions: 8192,
+    ..MINI_4K
+};
+
+const SMALL_128K: Preset = Preset {
+    name: "phi-3-small-128k",
+    max_position_embeddings: 131_072,
+    factors: Some("3.5-mini"),
+    ..SMALL_8K
+};
+
 const BOS: u32 = 1;
 const PAD: u32 = 32_000;
+/// Phi-3-small's end of a text, which is its beginning too, and of a turn.
+const SMALL_ENDS: [u32; 2] = [100_257, 100_266];
 
 /// LongRoPE factors, one for each pair of dimensions of a head of 96.
 ///
 /// `mini-128k` and `3.5-mini` are the published numbers (the former as revised in July 2024).
-/// Phi-3-medium-128k's were not at hand; it gets those of 3.5-mini, stretched from 48 to 64 by
-/// linear interpolation. They are as smooth and as large, and no speed depends on them.
+/// Those of Phi-3-medium-128k and Phi-3-small-128k were not at hand; they get those of 3.5-mini, stretched
+/// from 48 to 64 by linear interpolation. They are as smooth and as large, and no speed depends on them.
 const LONGROPE: &str = include_str!("longrope.json");
 
 impl Preset {
     /// Every preset there is.
-    pub const ALL: [Self; 5] = [MINI_4K, MINI_128K, MEDIUM_4K, MEDIUM_128K, MINI_35];
+    pub const ALL: [Self; 7] = [
+        MINI_4K,
+        MINI_128K,
+        MEDIUM_4K,
+        MEDIUM_128K,
+        MINI_35,
+        SMALL_8K,
+        SMALL_128K,
+    ];
 
     /// Its name on the command line.
     #[must_use]
@@ -97,6 +131,64 @@ impl Preset {
 
     /// `config.json`, with the fields of the published ones.
     pub(super) fn config(&self, layers: usize, format: WeightFormat) -> Value {
+        let dtype = match format {
+            WeightFormat::F32 => "float32",
+            _ => "bfloat16",
+        };
+        match self.family {
+            Family::Phi3 => self.phi3(layers, dtype),
+            Family::Phi3Small => self.phi3small(layers, dtype),
+        }
+    }
+
+    fn phi3small(&self, layers: usize, dtype: &str) -> Value {
+        let mut rope_scaling = self.rope_scaling();
+        if rope_scaling.is_object() {
+            rope_scaling["original_max_position_embeddings"] = self.original_positions.into();
+        }
+        json!({
+            "architectures": ["Phi3SmallForCausalLM"],
+            "attention_dropout_prob": 0.0,
+            "blocksparse_block_size": 64,
+            "blocksparse_homo_head_pattern": false,
+            "blocksparse_num_local_blocks": 16,
+            "blocksparse_triton_kernel_block_size": 64,
+            "blocksparse_vert_stride": 8,
+            "bos_token_id": SMALL_ENDS[0],
+            "dense_attention_every_n_layers": 2,
+            "embedding_dropout_prob": 0.1,
+            "eos_token_id": SMALL_ENDS[0],
+            "ff_dim_multiplier": null,
+            "ff_intermediate_size": self.intermediate_size,
+            "ffn_dropout_prob": 0.1,
+            "gegelu_limit": 20.0,
+            "gegelu_pad_to_256": true,
+            "hidden_act": "gegelu",
+            "hidden_size": self.hidden_size,
+            "initializer_range": 0.02,
+            "layer_norm_epsilon": 1e-5,
+            "max_position_embeddings": self.max_position_embeddings,
+            "model_type": "phi3small",
+            "mup_attn_multiplier": 1.0,
+            "mup_embedding_multiplier": 10.0,
+            "mup_use_scaling": true,
+            "mup_width_multiplier": 8.0,
+            "num_attention_heads": self.heads,
+            "num_hidden_layers": layers,
+            "num_key_value_heads": self.kv_heads,
+            "pad_sequence_to_multiple_of_64": true,
+            "reorder_and_upcast_attn": false,
+            "rope_embedding_base": 1_000_000,
+            "rope_position_scale": 1.0,
+            "rope_scaling": rope_scaling,
+            "torch_dtype": dtype,
+            "transformers_version": "4.38.1",
+            "use_cache": true,
+            "vocab_size": 100_352,
+        })
+    }
+
+    fn phi3(&self, layers: usize, dtype: &str) -> Value {
         json!({
             "architectures": ["Phi3ForCausalLM"],
             "attention_bias": false,
@@ -113,7 +205,7 @@ impl Preset {
             "num_attention_heads": self.heads,
             "num_hidden_layers": layers,
             "num_key_value_heads": self.kv_heads,
-            "original_max_position_embeddings": ORIGINAL_POSITIONS,
+            "original_max_position_embeddings": self.original_positions,
             "pad_token_id": PAD,
             "resid_pdrop": 0.0,
             "rms_norm_eps": 1e-5,
@@ -121,7 +213,7 @@ impl Preset {
             "rope_theta": 10_000.0,
             "sliding_window": self.sliding_window,
             "tie_word_embeddings": false,
-            "torch_dtype": if format == WeightFormat::F32 { "float32" } else { "bfloat16" },
+            "torch_dtype": dtype,
             "transformers_version": "4.41.2",
             "use_cache": true,
             "vocab_size": 32_064,
@@ -157,14 +249,22 @@ impl Preset {
 }
 
 /// `generation_config.json`: an answer ends with `<|end|>`, a new turn or the end of the text.
-pub(super) fn generation() -> Value {
-    json!({
-        "_from_model_config": true,
-        "bos_token_id": BOS,
-        "eos_token_id": [32_007, 32_001, 32_000],
-        "pad_token_id": PAD,
-        "transformers_version": "4.41.2",
-    })
+pub(super) fn generation(family: Family) -> Value {
+    match family {
+        Family::Phi3 => json!({
+            "_from_model_config": true,
+            "bos_token_id": BOS,
+            "eos_token_id": [32_007, 32_001, PAD],
+            "pad_token_id": PAD,
+            "transformers_version": "4.41.2",
+        }),
+        Family::Phi3Small => json!({
+            "_from_model_config": true,
+            "bos_token_id": SMALL_ENDS[0],
+            "eos_token_id": SMALL_ENDS,
+            "transformers_version": "4.38.1",
+        }),
+    }
 }
 
 impl fmt::Display for Preset {

@@ -1,3 +1,4 @@
+use super::presets::SMALL_8K;
 use super::vocabulary::Form;
 use super::*;
 use crate::model::{Model, OpenOptions, Source, Text};
@@ -112,7 +113,8 @@ fn values_have_the_mean_and_deviation_that_was_asked() {
         role: Role::Matrix,
     };
     let mut values = vec![0.0; 1024 * 256];
-    let drawn = Drawn::new(&spec, 4, 7);
+    let config = TINY.configuration(None).unwrap();
+    let drawn = Drawn::new(&spec, &config, 7);
     assert!(drawn.widen(0, &mut values));
     let n = values.len() as f64;
     let moment = |p| {
@@ -155,6 +157,34 @@ fn logits_spread_and_depend_on_the_prompt() {
         winners.insert(argmax(&logits));
     }
     assert!(winners.len() >= 4, "{winners:?}");
+}
+
+/// Small in every dimension but the vocabulary: block-sparse layers of two blocks and more.
+#[test]
+fn phi_3_small_answers_and_never_with_an_id_that_is_no_token() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("m");
+    let preset = Preset {
+        hidden_size: 128,
+        intermediate_size: 224,
+        layers: 2,
+        heads: 4,
+        kv_heads: 2,
+        ..SMALL_8K
+    };
+    synthesize(preset, &out, SynthOptions::default()).unwrap();
+    let model = Arc::new(Model::open(&out, OpenOptions::default()).unwrap());
+    assert_eq!(*model.stop_tokens(), [100_257, 100_266].into());
+    let prompt: Vec<u32> = (0..150).map(|i| i * 661).collect();
+    let logits = logits(&model, &prompt);
+    let (tokens, rest) = logits.split_at(100_256);
+    let n = tokens.len() as f64;
+    let variance = tokens.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / n;
+    assert!((1.0..36.0).contains(&variance), "{variance}");
+    let unused: Vec<_> = (0..rest.len()).filter(|i| rest[*i] == f32::MIN).collect();
+    assert_eq!(unused.len(), 1 + 3 + 2 + 85);
+    assert_eq!((unused[0], unused[1], unused[90]), (0, 2, 95));
+    assert!(argmax(&logits) < 100_267);
 }
 
 /// Texts come back, and English has less than a token for two bytes.
@@ -219,10 +249,14 @@ fn presets_have_the_published_sizes() {
         let preset: Preset = name.parse().unwrap();
         let json = pretty(&preset.config(preset.layers, WeightFormat::Bf16));
         let config = Config::from_json(Path::new(name), &json).unwrap();
-        assert_eq!(config.rope.long.is_some(), !name.ends_with("4k"));
+        let original = name.ends_with("-4k") || name.ends_with("-8k");
+        assert_eq!(config.rope.long.is_some(), !original);
         if let Some(long) = &config.rope.long {
             assert_eq!(long.long_factor.len(), config.head_dim / 2);
-            assert_eq!(long.original_max_position_embeddings, 4096);
+            assert_eq!(
+                long.original_max_position_embeddings,
+                preset.original_positions
+            );
         }
         (config.family.specs(&config).iter())
             .map(|s| s.shape.iter().product::<usize>())
@@ -233,6 +267,9 @@ fn presets_have_the_published_sizes() {
     }
     for name in ["phi-3-medium-4k", "phi-3-medium-128k"] {
         assert_eq!(parameters(name), 13_960_238_080);
+    }
+    for name in ["phi-3-small-8k", "phi-3-small-128k"] {
+        assert_eq!(parameters(name), 7_392_272_384);
     }
     let preset: Preset = "phi-3.5-mini".parse().unwrap();
     let config = preset.config(1, WeightFormat::Bf16);
