@@ -83,14 +83,24 @@ impl Heads {
         }
     }
 
-    /// The queries of a KV head in a row of the projection.
-    fn queries_of<'a>(&self, kv_head: usize, row: &'a [f32]) -> &'a [f32] {
+    /// Queries, key and value of a KV head in a row of the projection.
+    pub(super) fn of<'a>(&self, kv_head: usize, row: &'a [f32]) -> [&'a [f32]; 3] {
         let (d, group) = (self.head_dim, self.group());
-        let stride = match self.order {
-            HeadOrder::Parts => group * d,
-            HeadOrder::Groups => (group + 2) * d,
+        let (queries, key, value) = match self.order {
+            HeadOrder::Parts => {
+                let keys = self.queries() + kv_head * d;
+                (kv_head * group * d, keys, keys + self.keys())
+            }
+            HeadOrder::Groups => {
+                let start = kv_head * (group + 2) * d;
+                (start, start + group * d, start + (group + 1) * d)
+            }
         };
-        &row[kv_head * stride..][..group * d]
+        [
+            &row[queries..][..group * d],
+            &row[key..][..d],
+            &row[value..][..d],
+        ]
     }
 }
 

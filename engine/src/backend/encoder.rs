@@ -1,0 +1,174 @@
+//! What an encoder needs beside a decoder's operations: an activation, and attention without a mask.
+
+use super::linear::multiply;
+use super::{Heads, Input, Ops, assert_columns};
+use crate::tensor::{Buffer, Linear};
+use phidias_kernels::cpu::{AttentionState, AttentionTask, Cached, KEY_PANEL, Kernels};
+use phidias_kernels::view::{ColsMut, Elements};
+use std::cell::RefCell;
+use std::ops::Range;
+
+/// An activation of single values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `x * sigmoid(1.702 x)`
+    QuickGelu,
+    /// `x * Phi(x)`, Phi the distribution of the Gaussian: the exact form, by the error function.
+    Gelu,
+}
+
+impl Activation {
+    fn apply(self, kernels: &Kernels, x: &mut [f32]) {
+        match self {
+            Self::QuickGelu => kernels.quick_gelu(x),
+            Self::Gelu => kernels.gelu(x),
+        }
+    }
+}
+
+/// Queries whose scores are computed together by one thread.
+const QUERY_ROWS: usize = 64;
+
+/// Keys that are merged together: those of a picture's 577 patches at once.
+const KEY_ROWS: usize = 640;
+
+impl Ops<'_> {
+    /// `y = activation(x w^T + bias)`, applied while the products are in the cache.
+    /// # Panics
+    /// When `x` was not made for a matrix like `w`.
+    pub fn activated_linear(
+        &self,
+        w: &Linear,
+        activation: Activation,
+        x: &Input,
+        y: &mut Buffer,
+    ) {
+        let kernels = self.kernels;
+        assert_columns(x.cols, &w.weight);
+        y.reshape(x.rows(), w.weight.rows());
+        let parts = self.split(y.columns_mut(), super::linear::unit(&w.weight));
+        self.team.each_part(parts, |(rows, mut y)| {
+            multiply(kernels, w, rows, x, y.reborrow());
+            (0..y.rows()).for_each(|t| activation.apply(kernels, y.row(t)));
+        });
+    }
+
+    /// Attention of every token with every token of its sequence. `qkv` holds sequences of `tokens`
+    /// rows one after the other; `y` is `[rows, heads * head_dim]`.
+    /// # Panics
+    /// When the rows are not whole sequences of projected heads.
+    pub fn full_attention(
+        &self,
+        qkv: &Buffer,
+        heads: Heads,
+        tokens: usize,
+        scale: f32,
+        y: &mut Buffer,
+    ) {
+        let kernels = self.kernels;
+        assert_eq!(qkv.cols(), heads.columns(), "columns of the projections");
+        assert_eq!(qkv.rows() % tokens, 0, "{} rows of {tokens}", qkv.rows());
+        let (cols, width) = (heads.queries(), heads.group() * heads.head_dim);
+        y.reshape(qkv.rows(), cols);
+        let mut parts = Vec::new();
+        for (sequence, y) in y.data_mut().chunks_mut(tokens * cols).enumerate() {
+            let rows = sequence * tokens..(sequence + 1) * tokens;
+            let columns = ColsMut::new(y, tokens, cols).chunks(width);
+            let parts_of = columns.into_iter().enumerate();
+            parts.extend(parts_of.map(|(kv_head, y)| (rows.clone(), kv_head, y)));
+        }
+        self.team.each_part(parts, |(rows, kv_head, mut y)| {
+            SCRATCH.with_borrow_mut(|s| {
+                s.gather(qkv, heads, rows.clone(), kv_head);
+                for first in (0..tokens).step_by(QUERY_ROWS) {
+                    let queries = first..tokens.min(first + QUERY_ROWS);
+                    s.attend(kernels, qkv, heads, rows.start, queries, kv_head, scale);
+                    for (i, t) in (first..).zip(0..s.count) {
+                        for (g, head) in y.row(i).chunks_exact_mut(heads.head_dim).enumerate() {
+                            s.state.finish(t * heads.group() + g, head);
+                        }
+                    }
+                }
+            });
+        });
+    }
+}
+
+/// Keys and values of one head of one sequence, and some queries.
+#[derive(Default)]
+struct Scratch {
+    head_dim: usize,
+    /// `[panels][head_dim][16]`
+    keys: Vec<f32>,
+    /// `[tokens][head_dim]`
+    values: Vec<f32>,
+    /// `[count * group][head_dim]`
+    queries: Vec<f32>,
+    visible: Vec<Range<usize>>,
+    /// Tokens that the queries are of.
+    count: usize,
+    state: AttentionState,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+impl Scratch {
+    /// Copies keys and values of a head into the order of the kernels.
+    fn gather(&mut self, qkv: &Buffer, heads: Heads, rows: Range<usize>, kv_head: usize) {
+        let d = heads.head_dim;
+        self.head_dim = d;
+        self.keys.clear();
+        self.keys
+            .resize(rows.len().next_multiple_of(KEY_PANEL) * d, 0.0);
+        self.values.clear();
+        for (t, row) in rows.enumerate() {
+            let [_, key, value] = heads.of(kv_head, qkv.row(row));
+            let panel = &mut self.keys[t / KEY_PANEL * KEY_PANEL * d..];
+            for (e, k) in key.iter().enumerate() {
+                panel[e * KEY_PANEL + t % KEY_PANEL] = *k;
+            }
+            self.values.extend_from_slice(value);
+        }
+    }
+
+    /// Attention of the tokens `queries` of the sequence that begins at row `start`.
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "one operation, every argument of its own type"
+    )]
+    fn attend(
+        &mut self,
+        kernels: &Kernels,
+        qkv: &Buffer,
+        heads: Heads,
+        start: usize,
+        queries: Range<usize>,
+        kv_head: usize,
+        scale: f32,
+    ) {
+        let d = self.head_dim;
+        let n = queries.len() * heads.group();
+        self.count = queries.len();
+        self.queries.clear();
+        for t in queries {
+            let [own, _, _] = heads.of(kv_head, qkv.row(start + t));
+            self.queries.extend_from_slice(own);
+        }
+        self.state.reset(n, d);
+        let keys = self.keys.chunks(KEY_ROWS * d);
+        for (keys, values) in keys.zip(self.values.chunks(KEY_ROWS * d)) {
+            self.visible.clear();
+            self.visible.resize(n, 0..values.len() / d);
+            let task = AttentionTask {
+                queries: &self.queries,
+                visible: &self.visible,
+                keys: Cached::Floats(Elements::F32(keys)),
+                values: Cached::Floats(Elements::F32(values)),
+                scale,
+            };
+            kernels.attend(task, &mut self.state);
+        }
+    }
+}
