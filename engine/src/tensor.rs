@@ -149,6 +149,19 @@ impl Matrix {
         })
     }
 
+    /// Floats of any number of dimensions as a matrix: the first one by all others. `None` when the tensor
+    /// has none, or is packed.
+    #[must_use]
+    pub fn flattened(tensor: &Tensor) -> Option<Self> {
+        let (&rows, rest) = tensor.shape().split_first()?;
+        tensor.elements()?;
+        Some(Self {
+            tensor: tensor.clone(),
+            rows,
+            cols: rest.iter().product(),
+        })
+    }
+
     /// Rows, the outputs of the layer.
     #[must_use]
     pub fn rows(&self) -> usize {

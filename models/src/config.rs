@@ -5,6 +5,7 @@
 
 use crate::family::Family;
 use crate::image::layout::MAX_CROPS;
+use crate::weights::Spec;
 use phidias_engine::backend::{HeadOrder, Heads, Mask};
 use phidias_engine::kv_cache::KvShape;
 use phidias_engine::mask::BlockSparse;
@@ -142,6 +143,17 @@ pub struct GenerationConfig {
     pub repetition_penalty: Option<f32>,
 }
 
+/// What `preprocessor_config.json` of a vision model says.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PreprocessorConfig {
+    /// Most tiles a picture is cut into, the global view not counted.
+    pub num_crops: usize,
+    /// Subtracted from red, green and blue of 0 to 1.
+    pub image_mean: [f32; 3],
+    /// What is left is divided by this.
+    pub image_std: [f32; 3],
+}
+
 /// What the families call the fields that they share.
 pub(crate) struct Keys {
     /// Width of the MLP.
@@ -175,7 +187,16 @@ pub(crate) struct Fields<'a> {
     map: &'a Map<String, Value>,
 }
 
-impl Fields<'_> {
+impl<'a> Fields<'a> {
+    /// The fields of a whole file.
+    pub(crate) fn new(path: &'a Path, map: &'a Map<String, Value>) -> Self {
+        Self {
+            path,
+            prefix: "",
+            map,
+        }
+    }
+
     pub(crate) fn value(&self, field: &str) -> Option<&Value> {
         self.map.get(field).filter(|v| !v.is_null())
     }
@@ -312,7 +333,7 @@ impl Fields<'_> {
     }
 }
 
-fn parse(path: &Path, text: &[u8]) -> Result<Map<String, Value>> {
+pub(crate) fn parse(path: &Path, text: &[u8]) -> Result<Map<String, Value>> {
     let bad = |reason: String| ConfigError::Json {
         path: path.to_owned(),
         reason,
@@ -425,6 +446,12 @@ impl Config {
             bos_token_id: f.ids("bos_token_id")?.first().copied(),
             eos_token_ids,
         })
+    }
+
+    /// Every tensor that a checkpoint of it has.
+    #[must_use]
+    pub fn specs(&self) -> Vec<Spec> {
+        self.family.specs(self)
     }
 
     /// Its attention heads.

@@ -45,8 +45,7 @@ impl Family {
     }
 
     /// Every tensor that a checkpoint of this configuration has.
-    #[must_use]
-    pub fn specs(self, config: &Config) -> Vec<Spec> {
+    pub(crate) fn specs(self, config: &Config) -> Vec<Spec> {
         match self {
             Self::Phi3 => phi3::specs(config),
             Self::Phi3Small => phi3small::specs(config),

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`config`] | `config.json`, checked once |
 //! | [`blocks`] | attention, MLP, rotary embedding, head |
+//! | [`clip`] | the encoder of the vision models |
 //! | [`transformer`] | the decoder, a layer on a screen |
 //! | [`family`] | the families by `model_type`; `phi3` has mini, medium and 3.5-mini, `phi3small` has small |
 //! | [`weights`] | names, shapes and roles of tensors |
@@ -19,6 +20,7 @@
 #![forbid(unsafe_code)]
 
 pub mod blocks;
+pub mod clip;
 pub mod config;
 pub mod error;
 #[cfg(feature = "fable")]
@@ -36,6 +38,7 @@ pub mod text;
 pub mod transformer;
 pub mod weights;
 
+pub use clip::Clip;
 pub use config::{Config, GenerationConfig};
 pub use error::Error;
 pub use family::Family;

@@ -171,7 +171,7 @@ impl Source {
     /// A format that the folder cannot be run in, tensors that are not as the configuration says.
     pub fn planned(&self, format: Option<WeightFormat>) -> Result<(WeightFormat, usize), Error> {
         let format = self.choose(format)?;
-        Weights::check(&self.config, &self.checkpoint)?;
+        Weights::check(&self.config.specs(), &self.checkpoint)?;
         let bytes = match self.conversion(format) {
             Some(entries) => Prepack::plan(&self.checkpoint, entries)?.bytes(),
             None => self.checkpoint.bytes(),
@@ -192,7 +192,7 @@ impl Source {
     pub(crate) fn entries(&self, format: WeightFormat) -> Option<Vec<Entry>> {
         let mut changed = false;
         let mut entries = Vec::new();
-        let mut specs = self.config.family.specs(&self.config);
+        let mut specs = self.config.specs();
         if self.config.tie_word_embeddings && format.packed().is_some() {
             let shape = vec![self.config.vocab_size, self.config.hidden_size];
             specs.push(Spec {
@@ -209,15 +209,7 @@ impl Source {
                 spec.name.clone()
             };
             let stored = self.checkpoint.get(&source).map(|t| t.dtype());
-            let treatment = match (spec.role, format.packed()) {
-                (Role::Matrix, Some(packed)) => Treatment::Pack(packed),
-                (Role::Matrix, None)
-                    if format == WeightFormat::Bf16 && stored == Some(DType::F32) =>
-                {
-                    Treatment::Cast(DType::Bf16)
-                }
-                _ => Treatment::Keep,
-            };
+            let treatment = treatment(spec.role, stored, format);
             changed |= treatment != Treatment::Keep;
             entries.push(Entry {
                 name: spec.name,
@@ -226,6 +218,17 @@ impl Source {
             });
         }
         changed.then_some(entries)
+    }
+}
+
+/// What becomes of a tensor of some role, stored as it is, in `format`.
+pub(crate) fn treatment(role: Role, stored: Option<DType>, format: WeightFormat) -> Treatment {
+    match (role, format.packed()) {
+        (Role::Matrix, Some(packed)) => Treatment::Pack(packed),
+        (Role::Matrix, None) if format == WeightFormat::Bf16 && stored == Some(DType::F32) => {
+            Treatment::Cast(DType::Bf16)
+        }
+        _ => Treatment::Keep,
     }
 }
 
@@ -254,7 +257,7 @@ impl Model {
         mut options: OpenOptions<'_>,
     ) -> Result<Self, Error> {
         let format = source.choose(options.format)?;
-        Weights::check(&source.config, &source.checkpoint)?;
+        Weights::check(&source.config.specs(), &source.checkpoint)?;
         let stop_tokens = stop_tokens(&source, text.as_ref())?;
         let stored = source.stored_format();
         let entries = if stored.packed().is_some() {
@@ -270,7 +273,7 @@ impl Model {
                 quantized(&source.checkpoint, &plan, format, &mut options, &mut note)?
             }
         };
-        let weights = Weights::check(&source.config, &checkpoint)?;
+        let weights = Weights::check(&source.config.specs(), &checkpoint)?;
         let transformer = source.config.family.load(&source.config, &weights)?;
         Ok(Self {
             path: source.checkpoint.path().to_owned(),

@@ -199,9 +199,9 @@ pub fn quantize_folder(
             found: found.name(),
         });
     }
-    Weights::check(&source.config, &source.checkpoint)?;
+    Weights::check(&source.config.specs(), &source.checkpoint)?;
     let keep = || {
-        (source.config.family.specs(&source.config))
+        (source.config.specs())
             .into_iter()
             .map(|s| Entry {
                 source: s.name.clone(),

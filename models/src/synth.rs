@@ -79,7 +79,7 @@ pub fn synthesize(preset: Preset, out: &Path, options: SynthOptions<'_>) -> Resu
     let layers = preset.checked(options.layers)?;
     let config_json = pretty(&preset.config(layers, options.format));
     let config = Config::from_json(&out.join("config.json"), &config_json)?;
-    let drawn: Vec<(Spec, Drawn)> = (config.family.specs(&config).into_iter())
+    let drawn: Vec<(Spec, Drawn)> = (config.specs().into_iter())
         .map(|spec| {
             let drawn = Drawn::new(&spec, &config, options.seed);
             (spec, drawn)
@@ -167,7 +167,7 @@ struct Drawn {
 
 impl Drawn {
     fn new(spec: &Spec, config: &Config, seed: u64) -> Self {
-        let inputs = *spec.shape.last().expect("a shape has dimensions") as f32;
+        let inputs = spec.shape[1..].iter().product::<usize>() as f32;
         let layers = config.num_hidden_layers;
         let ends_branch = ["o_proj.weight", "down_proj.weight", "dense.weight"];
         let head = 3.0 * config.logits_divisor / inputs.sqrt();
@@ -180,7 +180,7 @@ impl Drawn {
             Role::Matrix if ends_branch.iter().any(|end| spec.name.ends_with(end)) => {
                 (0.0, 1.0 / (2.0 * inputs * layers as f32).sqrt())
             }
-            Role::Matrix => (0.0, 1.0 / inputs.sqrt()),
+            Role::Matrix | Role::Patch => (0.0, 1.0 / inputs.sqrt()),
         };
         let key = (spec.name.bytes()).fold(mix(seed), |key, byte| mix(key ^ u64::from(byte)));
         Self {

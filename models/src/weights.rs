@@ -22,6 +22,9 @@ pub enum Role {
     Norm,
     /// Added to outputs: tiny; kept.
     Bias,
+    /// The convolution that turns a picture's patches into tokens: four dimensions and hardly any of the
+    /// encoder's work; kept.
+    Patch,
 }
 
 /// A tensor of the model: name, shape, role.
@@ -56,7 +59,7 @@ pub(crate) fn ends(c: &Config) -> Vec<Spec> {
     specs
 }
 
-/// A checkpoint in which every tensor of a configuration was found, in its shape.
+/// A checkpoint in which every tensor of a model was found, in its shape.
 #[derive(Clone, Copy, Debug)]
 pub struct Weights<'a> {
     checkpoint: &'a Checkpoint,
@@ -67,9 +70,9 @@ type Result<T> = std::result::Result<T, CheckpointError>;
 impl<'a> Weights<'a> {
     /// Looks for every tensor.
     /// # Errors
-    /// One that is missing or has another shape than the configuration says.
-    pub fn check(config: &Config, checkpoint: &'a Checkpoint) -> Result<Self> {
-        (config.family.specs(config).iter())
+    /// One that is missing or has another shape than it should.
+    pub fn check(specs: &[Spec], checkpoint: &'a Checkpoint) -> Result<Self> {
+        (specs.iter())
             .try_for_each(|spec| checkpoint.tensor(&spec.name, &spec.shape).map(|_| ()))?;
         Ok(Self { checkpoint })
     }
@@ -86,10 +89,41 @@ impl<'a> Weights<'a> {
         Ok(Matrix::new(self.tensor(name)?).expect("a matrix among the specs"))
     }
 
-    /// The tensor of that name, of one dimension, as f32.
-    fn vector(&self, name: &str) -> Result<Vec<f32>> {
-        let len = self.tensor(name)?.shape().iter().product();
-        self.checkpoint.vector(name, len)
+    /// The tensor of that name as a matrix of its first dimension by all others.
+    pub(crate) fn flattened(&self, name: &str) -> Result<Matrix> {
+        Ok(Matrix::flattened(self.tensor(name)?).expect("floats among the specs"))
+    }
+
+    /// All elements of the tensor of that name as f32.
+    pub(crate) fn values(&self, name: &str) -> Result<Vec<f32>> {
+        let tensor = self.tensor(name)?;
+        let mut values = vec![0.0; tensor.shape().iter().product()];
+        if tensor.widen(0, &mut values) {
+            return Ok(values);
+        }
+        Err(CheckpointError::DType {
+            path: self.checkpoint.path().to_owned(),
+            tensor: name.to_owned(),
+            expected: "F32, F16 or BF16",
+            found: tensor.dtype(),
+        })
+    }
+
+    /// `{name}.weight` and `{name}.bias`
+    pub(crate) fn biased(&self, name: &str) -> Result<Linear> {
+        Ok(Linear {
+            weight: self.matrix(&format!("{name}.weight"))?,
+            bias: Some(self.values(&format!("{name}.bias"))?),
+        })
+    }
+
+    /// `{name}.weight` and `{name}.bias`
+    pub(crate) fn layer_norm(&self, name: &str, eps: f32) -> Result<Norm> {
+        Ok(Norm::Layer {
+            weight: self.values(&format!("{name}.weight"))?,
+            bias: self.values(&format!("{name}.bias"))?,
+            eps,
+        })
     }
 
     /// `{name}.weight`
@@ -111,7 +145,7 @@ impl<'a> Weights<'a> {
     /// `{name}.weight`
     pub(crate) fn rms_norm(&self, name: &str, eps: f32) -> Result<Norm> {
         Ok(Norm::Rms {
-            weight: self.vector(&format!("{name}.weight"))?,
+            weight: self.values(&format!("{name}.weight"))?,
             eps,
         })
     }

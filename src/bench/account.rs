@@ -170,7 +170,7 @@ mod tests {
     fn account(format: Format, window: Option<usize>) -> Account {
         let config = config(window);
         let (mut layers, mut head) = (Weights::default(), Weights::default());
-        for spec in config.family.specs(&config) {
+        for spec in config.specs() {
             if spec.role == Role::Matrix {
                 let to = if spec.name == HEAD {
                     &mut head

@@ -127,7 +127,7 @@ pub fn weights(config: &Value, dtype: &str, seed: u64) -> Vec<Tensor> {
     let parsed =
         Config::from_json(Path::new("config.json"), config.to_string().as_bytes()).unwrap();
     let mut random = Random(seed);
-    (parsed.family.specs(&parsed).iter())
+    (parsed.specs().iter())
         .map(|spec| {
             let fan_in = *spec.shape.last().unwrap() as f32;
             let values: Vec<f32> = (0..spec.shape.iter().product::<usize>())

@@ -258,7 +258,7 @@ fn presets_have_the_published_sizes() {
                 preset.original_positions
             );
         }
-        (config.family.specs(&config).iter())
+        (config.specs().iter())
             .map(|s| s.shape.iter().product::<usize>())
             .sum::<usize>()
     };
