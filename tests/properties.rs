@@ -691,7 +691,7 @@ fn an_original_length_off_by_one_is_noticed() {
 fn matrices(model: &Model) -> Vec<(String, Linear)> {
     let (config, t) = (model.config(), model.transformer());
     let mut names = vec![HEAD.to_owned()];
-    let specs = config.family.specs(config).into_iter();
+    let specs = config.specs().into_iter();
     names.extend(
         specs
             .filter(|spec| spec.role == Role::Matrix && spec.name != HEAD)
@@ -815,7 +815,7 @@ fn quantized_models_agree_with_their_dequantized_weights() {
             ));
             let checkpoint = phidias::engine::checkpoint::Checkpoint::open(&folder).unwrap();
             let config = model.config();
-            for spec in config.family.specs(config) {
+            for spec in config.specs() {
                 if matches!(spec.role, Role::Norm | Role::Bias) {
                     let values = checkpoint.vector(&spec.name, spec.shape[0]).unwrap();
                     tensors.push(Tensor::f32(&spec.name, &spec.shape, &values));

@@ -5,6 +5,7 @@
 
 use crate::family::Family;
 use crate::image::layout::MAX_CROPS;
+use crate::vision::VisionConfig;
 use crate::weights::Spec;
 use phidias_engine::backend::{HeadOrder, Heads, Mask};
 use phidias_engine::kv_cache::KvShape;
@@ -83,6 +84,8 @@ pub struct Config {
     pub unused_ids: Vec<Range<usize>>,
     /// Largest magnitude that GEGELU takes; infinite where there is none.
     pub gegelu_limit: f32,
+    /// The side of a vision model that sees pictures.
+    pub vision: Option<VisionConfig>,
     /// Whether `lm_head` is the embedding table.
     pub tie_word_embeddings: bool,
     /// First token of a text.
@@ -143,17 +146,6 @@ pub struct GenerationConfig {
     pub repetition_penalty: Option<f32>,
 }
 
-/// What `preprocessor_config.json` of a vision model says.
-#[derive(Clone, Debug, PartialEq)]
-pub struct PreprocessorConfig {
-    /// Most tiles a picture is cut into, the global view not counted.
-    pub num_crops: usize,
-    /// Subtracted from red, green and blue of 0 to 1.
-    pub image_mean: [f32; 3],
-    /// What is left is divided by this.
-    pub image_std: [f32; 3],
-}
-
 /// What the families call the fields that they share.
 pub(crate) struct Keys {
     /// Width of the MLP.
@@ -197,7 +189,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    pub(crate) fn value(&self, field: &str) -> Option<&Value> {
+    pub(crate) fn value(&self, field: &str) -> Option<&'a Value> {
         self.map.get(field).filter(|v| !v.is_null())
     }
 
@@ -217,6 +209,18 @@ impl<'a> Fields<'a> {
             expected: expected.into(),
             found,
         })
+    }
+
+    /// The fields of an object among these; `prefix` is its whole path, with a dot.
+    pub(crate) fn object(&self, prefix: &'static str, field: &str) -> Result<Fields<'a>> {
+        match self.value(field) {
+            Some(Value::Object(map)) => Ok(Fields {
+                path: self.path,
+                prefix,
+                map,
+            }),
+            _ => self.wrong(field, "an object"),
+        }
     }
 
     pub(crate) fn count(&self, field: &str, range: RangeInclusive<usize>) -> Result<Option<usize>> {
@@ -442,6 +446,7 @@ impl Config {
             logits_divisor: 1.0,
             unused_ids: Vec::new(),
             gegelu_limit: f32::INFINITY,
+            vision: None,
             tie_word_embeddings: f.flag("tie_word_embeddings")?.unwrap_or(keys.tied),
             bos_token_id: f.ids("bos_token_id")?.first().copied(),
             eos_token_ids,
@@ -613,6 +618,17 @@ impl GenerationConfig {
             min_p: number("min_p", 0.0..=1.0)?,
             repetition_penalty: number("repetition_penalty", 1e-3..=1e3)?,
         })
+    }
+}
+
+/// What the published folders of Phi-3-vision say.
+impl Default for PreprocessorConfig {
+    fn default() -> Self {
+        Self {
+            num_crops: 16,
+            image_mean: Self::CLIP_MEAN,
+            image_std: Self::CLIP_STD,
+        }
     }
 }
 

@@ -1,7 +1,9 @@
 //! Why a model does not open or does not run.
 
 use crate::config::ConfigError;
+use crate::family::Family;
 use crate::format::WeightFormat;
+use crate::image::ImageError;
 use crate::text::TextError;
 use phidias_engine::checkpoint::CheckpointError;
 use phidias_engine::kv_cache::KvOutOfMemory;
@@ -25,6 +27,10 @@ pub enum Error {
     Text(#[from] TextError),
     #[error("{}: the folder has no tokenizer.json or .tiktoken file, so it takes token ids only (--tokens)", path.display())]
     NoTokenizer { path: PathBuf },
+    #[error("{}: a {family} model reads text only; pictures need a phi3_v model", path.display())]
+    NoVision { path: PathBuf, family: Family },
+    #[error(transparent)]
+    Image(#[from] ImageError),
     #[error("{}: holds {found} weights and cannot be run as {asked}; name the original folder", path.display())]
     Format {
         path: PathBuf,

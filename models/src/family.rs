@@ -4,7 +4,7 @@
 use crate::config::{Config, ConfigError, Fields};
 use crate::transformer::Transformer;
 use crate::weights::{Spec, Weights};
-use crate::{phi3, phi3small};
+use crate::{phi3, phi3small, phi3v};
 use phidias_engine::checkpoint::CheckpointError;
 use std::fmt;
 
@@ -15,11 +15,13 @@ pub enum Family {
     Phi3,
     /// Phi-3-small.
     Phi3Small,
+    /// Phi-3-vision and Phi-3.5-vision.
+    Phi3V,
 }
 
 impl Family {
     /// Every family there is.
-    pub const ALL: [Self; 2] = [Self::Phi3, Self::Phi3Small];
+    pub const ALL: [Self; 3] = [Self::Phi3, Self::Phi3Small, Self::Phi3V];
 
     /// Its `model_type`.
     #[must_use]
@@ -27,6 +29,7 @@ impl Family {
         match self {
             Self::Phi3 => "phi3",
             Self::Phi3Small => "phi3small",
+            Self::Phi3V => "phi3_v",
         }
     }
 
@@ -41,6 +44,7 @@ impl Family {
         match self {
             Self::Phi3 => phi3::configure(fields),
             Self::Phi3Small => phi3small::configure(fields),
+            Self::Phi3V => phi3v::configure(fields),
         }
     }
 
@@ -49,17 +53,18 @@ impl Family {
         match self {
             Self::Phi3 => phi3::specs(config),
             Self::Phi3Small => phi3small::specs(config),
+            Self::Phi3V => phi3v::specs(config),
         }
     }
 
-    /// Takes the weights of a checkpoint; nothing is copied but norms and biases.
+    /// Takes the decoder's weights of a checkpoint; nothing is copied but norms and biases.
     pub(crate) fn load(
         self,
         config: &Config,
         weights: &Weights<'_>,
     ) -> Result<Transformer, CheckpointError> {
         match self {
-            Self::Phi3 => phi3::load(config, weights),
+            Self::Phi3 | Self::Phi3V => phi3::load(config, weights),
             Self::Phi3Small => phi3small::load(config, weights),
         }
     }

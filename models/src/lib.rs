@@ -4,7 +4,7 @@
 //! |---|---|
 //! | [`config`] | `config.json`, checked once |
 //! | [`blocks`] | attention, MLP, rotary embedding, head |
-//! | [`clip`] | the encoder of the vision models |
+//! | [`clip`], [`vision`], [`image`] | the encoder of the vision models; from a picture to rows among the tokens; pixels |
 //! | [`transformer`] | the decoder, a layer on a screen |
 //! | [`family`] | the families by `model_type`; `phi3` has mini, medium and 3.5-mini, `phi3small` has small |
 //! | [`weights`] | names, shapes and roles of tensors |
@@ -31,11 +31,13 @@ pub mod image;
 pub mod model;
 mod phi3;
 mod phi3small;
+mod phi3v;
 pub mod quantize;
 pub mod session;
 pub mod synth;
 pub mod text;
 pub mod transformer;
+pub mod vision;
 pub mod weights;
 
 pub use clip::Clip;

@@ -1,11 +1,13 @@
 //! A model: configuration, weights, tokenizer, opened from a folder.
 
-use crate::config::{Config, GenerationConfig};
+use crate::config::{Config, GenerationConfig, PreprocessorConfig};
 use crate::error::Error;
 use crate::format::WeightFormat;
+use crate::image::ImageProcessor;
 use crate::quantize::quantized;
 use crate::text::{Builtin, ChatTemplate, TextError, Tokenizer};
 use crate::transformer::Transformer;
+use crate::vision::Vision;
 use crate::weights::{EMBED, HEAD, Role, Spec, Weights};
 use phidias_engine::checkpoint::Checkpoint;
 use phidias_engine::checkpoint::prepack::{Entry, Prepack, Treatment};
@@ -40,6 +42,7 @@ pub struct Model {
     generation: GenerationConfig,
     format: WeightFormat,
     transformer: Transformer,
+    vision: Option<(Vision, ImageProcessor)>,
     text: Option<Text>,
     stop_tokens: BTreeSet<u32>,
     weight_bytes: usize,
@@ -93,6 +96,8 @@ pub struct Source {
     pub config: Config,
     /// Generation defaults.
     pub generation: GenerationConfig,
+    /// How pictures are prepared, for models that see them.
+    pub preprocessor: Option<PreprocessorConfig>,
     /// Tensors.
     pub checkpoint: Checkpoint,
 }
@@ -115,6 +120,7 @@ impl Source {
         Ok(Self {
             config,
             generation,
+            preprocessor: PreprocessorConfig::open(folder)?,
             checkpoint: Checkpoint::open(folder)?,
         })
     }
@@ -132,6 +138,7 @@ impl Source {
         Ok(Self {
             config: Config::from_json(&path("config.json"), config)?,
             generation: GenerationConfig::from_json(&path("generation_config.json"), generation)?,
+            preprocessor: None,
             checkpoint: Checkpoint::from_bytes(
                 &path("model.safetensors").to_string_lossy(),
                 weights,
@@ -275,6 +282,14 @@ impl Model {
         };
         let weights = Weights::check(&source.config.specs(), &checkpoint)?;
         let transformer = source.config.family.load(&source.config, &weights)?;
+        let vision = match &source.config.vision {
+            None => None,
+            Some(config) => {
+                let preprocessor = source.preprocessor.unwrap_or_default();
+                let vision = Vision::load(config, &weights)?;
+                Some((vision, ImageProcessor::new(&preprocessor)))
+            }
+        };
         Ok(Self {
             path: source.checkpoint.path().to_owned(),
             weight_bytes: checkpoint.bytes(),
@@ -282,6 +297,7 @@ impl Model {
             generation: source.generation,
             format,
             transformer,
+            vision,
             text,
             stop_tokens,
             note,
@@ -327,6 +343,18 @@ impl Model {
     #[must_use]
     pub fn transformer(&self) -> &Transformer {
         &self.transformer
+    }
+    /// Its side that sees pictures, and what prepares them.
+    /// # Errors
+    /// [`Error::NoVision`] for a model that reads text only.
+    pub fn vision(&self) -> Result<(&Vision, &ImageProcessor), Error> {
+        match &self.vision {
+            Some((vision, processor)) => Ok((vision, processor)),
+            None => Err(Error::NoVision {
+                path: self.path.clone(),
+                family: self.config.family,
+            }),
+        }
     }
     /// Bytes of all weights.
     #[must_use]

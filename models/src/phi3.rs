@@ -16,9 +16,14 @@ use phidias_engine::checkpoint::CheckpointError;
 const NORM: &str = "model.norm";
 
 pub(crate) fn configure(f: &Fields<'_>) -> Result<Config, ConfigError> {
+    configure_as(f, Family::Phi3)
+}
+
+/// The same fields for a family that has this one's decoder.
+pub(crate) fn configure_as(f: &Fields<'_>, family: Family) -> Result<Config, ConfigError> {
     Config::common(
         f,
-        Family::Phi3,
+        family,
         &Keys {
             intermediate_size: "intermediate_size",
             norm_eps: "rms_norm_eps",

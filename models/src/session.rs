@@ -7,12 +7,13 @@ use crate::error::Error;
 use crate::format::WeightFormat;
 use crate::model::Model;
 use crate::text::{Detokenizer, TextError};
-use crate::transformer::{Cancelled, Observer, Pass, Workspace};
+use crate::transformer::{Cancelled, Observer, Pass, Placed, Workspace};
 use phidias_engine::backend::{Cpu, Ops};
 use phidias_engine::generate::{Detokenize, Sequence};
 use phidias_engine::kv_cache::{KvCache, KvType};
 use phidias_engine::memory::MemoryPlan;
 use phidias_engine::pool::Pool;
+use phidias_engine::tensor::Buffer;
 use phidias_engine::{Cancel, Kernels};
 use std::sync::Arc;
 
@@ -135,13 +136,27 @@ pub enum Recomputing {
     Dropped,
 }
 
+/// A part of a prompt.
+#[derive(Clone, Debug)]
+pub enum Piece {
+    /// Ids of text.
+    Text(Vec<u32>),
+    /// The features of a picture, `[tokens, hidden]`.
+    Picture(Arc<Buffer>),
+}
+
+/// What stands among the ids where pictures are; the reference looks up the same one there.
+pub const PLACEHOLDER: u32 = 0;
+
 /// A sequence, its cache and the device it runs on.
 pub struct Session {
     model: Arc<Model>,
     cpu: Cpu,
     cache: KvCache,
-    /// The whole sequence; `ids[..cache.len()]` are in the cache.
+    /// The whole sequence; `ids[..cache.len()]` are in the cache. [`PLACEHOLDER`] where pictures stand.
     ids: Vec<u32>,
+    /// The pictures of the sequence, in order.
+    pictures: Vec<Placed>,
     /// The factors the cached keys were rotated with.
     regime: Regime,
     context: usize,
@@ -173,6 +188,7 @@ impl Session {
             cpu: Cpu::new(kernels, pool),
             cache: KvCache::new(model.config().kv_shape(), kv_type),
             ids: Vec::new(),
+            pictures: Vec::new(),
             regime: Regime::Short,
             context: plan.context,
             chunk: options.chunk.max(1),
@@ -241,6 +257,10 @@ impl Session {
     /// Forgets the tokens from `len` on.
     pub fn truncate(&mut self, len: usize) {
         self.ids.truncate(len);
+        self.pictures.retain(|picture| picture.start < len);
+        if let Some(last) = self.pictures.last_mut() {
+            last.len = last.len.min(len - last.start);
+        }
         self.cache.truncate(len);
     }
 
@@ -249,8 +269,56 @@ impl Session {
     /// No tokens, a token outside the vocabulary, a sequence beyond the context, no memory for the
     /// cache, cancellation. The sequence is then what it was before.
     pub fn extend(&mut self, tokens: &[u32]) -> Result<&[f32], Error> {
-        self.run(tokens, Want::Last, &mut |_, _, _| {})?;
+        self.run(tokens, Vec::new(), Want::Last, &mut |_, _, _| {})?;
         Ok(self.head.logits.row(0))
+    }
+
+    /// Appends text and pictures and returns the logits after the last position, `[vocab]`.
+    /// # Errors
+    /// As [`Session::extend`].
+    /// # Panics
+    /// When features are not as wide as the model.
+    pub fn extend_pieces(&mut self, pieces: &[Piece]) -> Result<&[f32], Error> {
+        let (tokens, pictures) = self.place(pieces);
+        self.run(&tokens, pictures, Want::Last, &mut |_, _, _| {})?;
+        Ok(self.head.logits.row(0))
+    }
+
+    /// Appends text and pictures and hands out the logits after each position; `observe` sees the values
+    /// inside the forward pass.
+    /// # Errors
+    /// As [`Session::extend`].
+    /// # Panics
+    /// As [`Session::extend_pieces`].
+    pub fn extend_pieces_observed(
+        &mut self,
+        pieces: &[Piece],
+        mut each: impl FnMut(usize, &[f32]),
+        observe: Observer<'_>,
+    ) -> Result<(), Error> {
+        let (tokens, pictures) = self.place(pieces);
+        self.run(&tokens, pictures, Want::Each(&mut each), observe)
+    }
+
+    /// The ids of some pieces, and where their pictures will stand.
+    fn place(&self, pieces: &[Piece]) -> (Vec<u32>, Vec<Placed>) {
+        let (mut tokens, mut pictures) = (Vec::new(), Vec::new());
+        for piece in pieces {
+            match piece {
+                Piece::Text(ids) => tokens.extend_from_slice(ids),
+                Piece::Picture(rows) => {
+                    let hidden = self.model.config().hidden_size;
+                    assert_eq!(rows.cols(), hidden, "columns of the features, hidden_size");
+                    pictures.push(Placed {
+                        start: self.ids.len() + tokens.len(),
+                        len: rows.rows(),
+                        rows: Arc::clone(rows),
+                    });
+                    tokens.resize(tokens.len() + rows.rows(), PLACEHOLDER);
+                }
+            }
+        }
+        (tokens, pictures)
     }
 
     /// Appends tokens and hands out the logits after each of them: `each(position, logits)`.
@@ -261,7 +329,7 @@ impl Session {
         tokens: &[u32],
         mut each: impl FnMut(usize, &[f32]),
     ) -> Result<(), Error> {
-        self.run(tokens, Want::Each(&mut each), &mut |_, _, _| {})
+        self.run(tokens, Vec::new(), Want::Each(&mut each), &mut |_, _, _| {})
     }
 
     /// [`Session::extend_all`] that also shows the values inside the forward pass.
@@ -273,10 +341,16 @@ impl Session {
         mut each: impl FnMut(usize, &[f32]),
         observe: Observer<'_>,
     ) -> Result<(), Error> {
-        self.run(tokens, Want::Each(&mut each), observe)
+        self.run(tokens, Vec::new(), Want::Each(&mut each), observe)
     }
 
-    fn run(&mut self, tokens: &[u32], want: Want<'_>, observe: Observer<'_>) -> Result<(), Error> {
+    fn run(
+        &mut self,
+        tokens: &[u32],
+        pictures: Vec<Placed>,
+        want: Want<'_>,
+        observe: Observer<'_>,
+    ) -> Result<(), Error> {
         let vocab = self.model.config().vocab_size;
         if tokens.is_empty() {
             return Err(Error::NoTokens);
@@ -296,6 +370,7 @@ impl Session {
             self.cache.reserve(total)?;
         }
         self.ids.extend_from_slice(tokens);
+        self.pictures.extend(pictures);
         let result = self.advance(before, want, observe);
         if result.is_err() {
             self.truncate(before);
@@ -347,6 +422,7 @@ impl Session {
             let pass = |ops: &Ops<'_>| {
                 let pass = Pass {
                     ops,
+                    pictures: &self.pictures,
                     cache,
                     cancel: &self.cancel,
                     observe: &mut *observe,

@@ -115,6 +115,8 @@ pub fn synthesize(preset: Preset, out: &Path, options: SynthOptions<'_>) -> Resu
                 pretty(&presets::generation(preset.family)),
             ),
         ];
+        let preprocessor = preset.preprocessor().as_ref().map(pretty);
+        files.extend(preprocessor.map(|bytes| ("preprocessor_config.json", bytes)));
         let form = vocabulary::Form::of(config.vocab_size);
         files.extend(vocabulary::files(form, preset.max_position_embeddings));
         for (name, bytes) in files {

@@ -8,6 +8,7 @@ use phidias_engine::Cancel;
 use phidias_engine::backend::{Input, Norm, Ops, Rotations};
 use phidias_engine::kv_cache::KvCache;
 use phidias_engine::tensor::{Buffer, Matrix};
+use std::sync::Arc;
 
 /// One layer.
 #[derive(Clone, Debug)]
@@ -92,10 +93,35 @@ pub enum Point {
 /// Looks at the values of a forward pass: the place, the position of the first row, the rows.
 pub type Observer<'a> = &'a mut (dyn FnMut(Point, usize, &Buffer) + Send);
 
+/// Rows that stand in the places of embedded tokens: the features of a picture.
+#[derive(Clone, Debug)]
+pub struct Placed {
+    /// Position of the first one.
+    pub start: usize,
+    /// How many of them count.
+    pub len: usize,
+    /// `[.., hidden]`
+    pub rows: Arc<Buffer>,
+}
+
+impl Placed {
+    /// Writes the rows at positions `first ..` over those of `x`.
+    fn overwrite(&self, first: usize, x: &mut Buffer) {
+        let from = self.start.max(first);
+        let to = (self.start + self.len).min(first + x.rows());
+        for position in from..to {
+            let row = self.rows.row(position - self.start);
+            x.row_mut(position - first).copy_from_slice(row);
+        }
+    }
+}
+
 /// What a forward pass runs on.
 pub struct Pass<'a> {
     /// The operations of the device.
     pub ops: &'a Ops<'a>,
+    /// Rows that stand in the places of embedded tokens.
+    pub pictures: &'a [Placed],
     /// Keys and values so far; those of the pass are added.
     pub cache: &'a mut KvCache,
     /// Stops the pass.
@@ -122,6 +148,7 @@ impl Transformer {
     ) -> Result<(), Cancelled> {
         let Pass {
             ops,
+            pictures,
             cache,
             cancel,
             observe,
@@ -133,6 +160,9 @@ impl Transformer {
         ops.embed(&self.embed_tokens, ids, multiplier, &mut w.x);
         w.branch.reshape(w.x.rows(), w.x.cols());
         w.branch.data_mut().fill(0.0);
+        for picture in pictures {
+            picture.overwrite(first, &mut w.x);
+        }
         observe(Point::Embed, first, &w.x);
         for (l, layer) in self.layers.iter().enumerate() {
             if cancel.is_cancelled() {

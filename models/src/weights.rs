@@ -134,27 +134,10 @@ impl<'a> Weights<'a> {
         })
     }
 
-    /// `{name}.weight`, `{name}.bias`
-    pub(crate) fn biased(&self, name: &str) -> Result<Linear> {
-        Ok(Linear {
-            weight: self.matrix(&format!("{name}.weight"))?,
-            bias: Some(self.vector(&format!("{name}.bias"))?),
-        })
-    }
-
     /// `{name}.weight`
     pub(crate) fn rms_norm(&self, name: &str, eps: f32) -> Result<Norm> {
         Ok(Norm::Rms {
             weight: self.values(&format!("{name}.weight"))?,
-            eps,
-        })
-    }
-
-    /// `{name}.weight`, `{name}.bias`
-    pub(crate) fn layer_norm(&self, name: &str, eps: f32) -> Result<Norm> {
-        Ok(Norm::Layer {
-            weight: self.vector(&format!("{name}.weight"))?,
-            bias: self.vector(&format!("{name}.bias"))?,
             eps,
         })
     }

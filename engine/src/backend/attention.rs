@@ -296,7 +296,7 @@ impl LayerCache<'_> {
         for g in 0..self.heads.group() {
             for position in tile.positions.clone() {
                 let row = qkv.row(position - self.first);
-                let queries = self.heads.queries_of(tile.kv_head, row);
+                let [queries, _, _] = self.heads.of(tile.kv_head, row);
                 scratch.queries.extend_from_slice(&queries[g * d..][..d]);
             }
         }

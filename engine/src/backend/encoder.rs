@@ -36,13 +36,7 @@ impl Ops<'_> {
     /// `y = activation(x w^T + bias)`, applied while the products are in the cache.
     /// # Panics
     /// When `x` was not made for a matrix like `w`.
-    pub fn activated_linear(
-        &self,
-        w: &Linear,
-        activation: Activation,
-        x: &Input,
-        y: &mut Buffer,
-    ) {
+    pub fn activated_linear(&self, w: &Linear, activation: Activation, x: &Input, y: &mut Buffer) {
         let kernels = self.kernels;
         assert_columns(x.cols, &w.weight);
         y.reshape(x.rows(), w.weight.rows());
@@ -162,6 +156,7 @@ impl Scratch {
             self.visible.clear();
             self.visible.resize(n, 0..values.len() / d);
             let task = AttentionTask {
+                first: 0,
                 queries: &self.queries,
                 visible: &self.visible,
                 keys: Cached::Floats(Elements::F32(keys)),

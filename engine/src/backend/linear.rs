@@ -156,7 +156,11 @@ impl Ops<'_> {
     }
 
     /// Divides the weight rows that make the columns of `y` in pieces of whole `unit`s.
-    pub(super) fn split<'y>(&self, y: ColsMut<'y>, unit: usize) -> Vec<(Range<usize>, ColsMut<'y>)> {
+    pub(super) fn split<'y>(
+        &self,
+        y: ColsMut<'y>,
+        unit: usize,
+    ) -> Vec<(Range<usize>, ColsMut<'y>)> {
         let rows = y.cols();
         let units = rows.div_ceil(unit);
         let pieces = self.team.pieces(units);
@@ -174,7 +178,13 @@ impl Ops<'_> {
 }
 
 /// `y = x w^T + bias` for some rows of `w`, which begin with a panel if it is packed.
-pub(super) fn multiply(kernels: &Kernels, w: &Linear, rows: Range<usize>, x: &Input, mut y: ColsMut<'_>) {
+pub(super) fn multiply(
+    kernels: &Kernels,
+    w: &Linear,
+    rows: Range<usize>,
+    x: &Input,
+    mut y: ColsMut<'_>,
+) {
     match (w.weight.view(), &x.kind) {
         (MatrixView::Packed(packed), InputKind::Quantized(x)) => {
             let panels = rows.start / PANEL_ROWS..rows.end.div_ceil(PANEL_ROWS);

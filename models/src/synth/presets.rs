@@ -1,5 +1,6 @@
 //! The published shapes.
 
+use crate::config::PreprocessorConfig;
 use crate::family::Family;
 use crate::format::WeightFormat;
 use serde_json::{Map, Value, json};
@@ -10,7 +11,8 @@ use std::str::FromStr;
 ///
 /// Source: the `config.json` of `microsoft/Phi-3-mini-4k-instruct`, `Phi-3-mini-128k-instruct`,
 /// `Phi-3-medium-4k-instruct`, `Phi-3-medium-128k-instruct`, `Phi-3.5-mini-instruct`,
-/// `Phi-3-small-8k-instruct` and `Phi-3-small-128k-instruct` on <https://huggingface.co>.
+/// `Phi-3-small-8k-instruct`, `Phi-3-small-128k-instruct`, `Phi-3-vision-128k-instruct` and
+/// `Phi-3.5-vision-instruct` on <https://huggingface.co>.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Preset {
     pub(super) name: &'static str,
@@ -93,6 +95,19 @@ const SMALL_128K: Preset = Preset {
     ..SMALL_8K
 };
 
+const VISION: Preset = Preset {
+    name: "phi-3-vision",
+    family: Family::Phi3V,
+    sliding_window: 131_072,
+    ..MINI_128K
+};
+
+const VISION_35: Preset = Preset {
+    name: "phi-3.5-vision",
+    factors: Some("3.5-mini"),
+    ..VISION
+};
+
 const BOS: u32 = 1;
 const PAD: u32 = 32_000;
 /// Phi-3-small's end of a text, which is its beginning too, and of a turn.
@@ -102,12 +117,12 @@ const SMALL_ENDS: [u32; 2] = [100_257, 100_266];
 ///
 /// `mini-128k` and `3.5-mini` are the published numbers (the former as revised in July 2024).
 /// Those of Phi-3-medium-128k and Phi-3-small-128k were not at hand; they get those of 3.5-mini, stretched
-/// from 48 to 64 by linear interpolation. They are as smooth and as large, and no speed depends on them.
+/// from 48 to 64 by linear interpolation. The vision models have those of the text models beside them. They are as smooth and as large, and no speed depends on them.
 const LONGROPE: &str = include_str!("longrope.json");
 
 impl Preset {
     /// Every preset there is.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 9] = [
         MINI_4K,
         MINI_128K,
         MEDIUM_4K,
@@ -115,6 +130,8 @@ impl Preset {
         MINI_35,
         SMALL_8K,
         SMALL_128K,
+        VISION,
+        VISION_35,
     ];
 
     /// Its name on the command line.
@@ -138,6 +155,7 @@ impl Preset {
         match self.family {
             Family::Phi3 => self.phi3(layers, dtype),
             Family::Phi3Small => self.phi3small(layers, dtype),
+            Family::Phi3V => self.phi3v(layers, dtype),
         }
     }
 
@@ -185,6 +203,41 @@ impl Preset {
             "transformers_version": "4.38.1",
             "use_cache": true,
             "vocab_size": 100_352,
+        })
+    }
+
+    fn phi3v(&self, layers: usize, dtype: &str) -> Value {
+        let mut config = self.phi3(layers, dtype);
+        config["architectures"] = json!(["Phi3VForCausalLM"]);
+        config["model_type"] = json!("phi3_v");
+        config["embd_layer"] = json!({
+            "embedding_cls": "image",
+            "hd_transform_order": "sub_glb",
+            "projection_cls": "mlp",
+            "use_hd_transform": true,
+            "with_learnable_separator": true,
+        });
+        config["img_processor"] = json!({
+            "image_dim_out": 1024,
+            "model_name": "openai/clip-vit-large-patch14-336",
+            "name": "clip_vision_model",
+            "num_img_tokens": 144,
+        });
+        config
+    }
+
+    /// `preprocessor_config.json`, for those that see pictures.
+    pub(super) fn preprocessor(&self) -> Option<Value> {
+        let own = PreprocessorConfig::default();
+        (self.family == Family::Phi3V).then(|| {
+            json!({
+                "image_mean": own.image_mean,
+                "image_processor_type": "Phi3VImageProcessor",
+                "image_std": own.image_std,
+                "num_crops": own.num_crops,
+                "num_img_tokens": 144,
+                "processor_class": "Phi3VProcessor",
+            })
         })
     }
 
@@ -251,7 +304,7 @@ impl Preset {
 /// `generation_config.json`: an answer ends with `<|end|>`, a new turn or the end of the text.
 pub(super) fn generation(family: Family) -> Value {
     match family {
-        Family::Phi3 => json!({
+        Family::Phi3 | Family::Phi3V => json!({
             "_from_model_config": true,
             "bos_token_id": BOS,
             "eos_token_id": [32_007, 32_001, PAD],

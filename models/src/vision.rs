@@ -1,0 +1,252 @@
+//! From a picture to rows that stand among the embedded tokens.
+//!
+//! ```text
+//! crops      the global view and the tiles, each through CLIP: [24, 24, C]
+//! merge      every 2 x 2 patches become one row: [12, 12, 4C], channels ordered (dy, dx, c)
+//! lines      the tiles lie side by side: 12h lines of 12w rows, `sub_GN` at the end of each;
+//!            the global view: 12 lines of 12 rows, `sub_GN` at the end of each; `glb_GN` between them
+//! project    Linear(4C, H), GELU, Linear(H, H), of all rows, separators included
+//! ```
+//!
+//! Crops go through the encoder a few at a time: that bounds the memory, and changes nothing.
+
+use crate::clip::{self, Clip, ClipConfig};
+use crate::image::{CROP_LEN, Processed};
+use crate::transformer::Cancelled;
+use crate::weights::{Role, Spec, Weights};
+use phidias_engine::Cancel;
+use phidias_engine::backend::{Activation, Cpu, Input};
+use phidias_engine::checkpoint::CheckpointError;
+use phidias_engine::tensor::{Buffer, Linear};
+
+/// Patches on each side of a crop.
+pub const GRID: usize = 24;
+/// Rows on each side of a crop after the merge.
+const SIDE: usize = GRID / 2;
+/// Rows of a crop, separators not counted.
+pub const TILE_TOKENS: usize = SIDE * SIDE;
+/// Crops that are encoded together.
+pub const SLICE: usize = 4;
+
+/// Which part of a picture comes first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PartOrder {
+    /// `sub_glb`: the tiles, then the global view.
+    TilesFirst,
+    /// `glb_sub`
+    GlobalFirst,
+}
+
+/// The picture side of a vision model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct VisionConfig {
+    /// Its encoder.
+    pub clip: ClipConfig,
+    /// Order of the parts of a picture.
+    pub order: PartOrder,
+}
+
+const PREFIX: &str = "model.vision_embed_tokens.";
+const ENCODER: &str = "model.vision_embed_tokens.img_processor.vision_model.";
+
+impl VisionConfig {
+    /// Columns of merged rows.
+    fn merged(&self) -> usize {
+        4 * self.clip.hidden_size
+    }
+
+    /// Every tensor beside the decoder, of width `hidden`.
+    pub(crate) fn specs(&self, hidden: usize) -> Vec<Spec> {
+        let merged = self.merged();
+        let spec =
+            |name: &str, shape: &[usize], role| Spec::new(format!("{PREFIX}{name}"), shape, role);
+        let mut specs = vec![
+            spec("glb_GN", &[1, 1, merged], Role::Embedding),
+            spec("sub_GN", &[1, 1, 1, merged], Role::Embedding),
+            spec("img_projection.0.weight", &[hidden, merged], Role::Matrix),
+            spec("img_projection.0.bias", &[hidden], Role::Bias),
+            spec("img_projection.2.weight", &[hidden, hidden], Role::Matrix),
+            spec("img_projection.2.bias", &[hidden], Role::Bias),
+        ];
+        specs.extend(self.clip.specs(ENCODER));
+        specs
+    }
+
+    /// Bytes of f32 that encoding a picture of `crops` crops takes at most, beside its features.
+    #[must_use]
+    pub fn activation_bytes(&self, hidden: usize, crops: usize) -> usize {
+        let c = &self.clip;
+        let slice = SLICE.min(crops) * c.tokens();
+        // x, normed, branch, heads; projections; the MLP; the inputs of the matrices.
+        let encoder = slice * (4 * c.hidden_size + 3 * c.hidden_size + 2 * c.intermediate_size);
+        let rows = crops * (TILE_TOKENS + SIDE) + 1;
+        let projector = rows * (2 * self.merged() + 2 * hidden);
+        4 * (encoder + SLICE.min(crops) * CROP_LEN + projector)
+    }
+}
+
+/// Encoder, separators and projector.
+#[derive(Clone, Debug)]
+pub struct Vision {
+    clip: Clip,
+    order: PartOrder,
+    /// `glb_GN`, `[4C]`
+    between_parts: Vec<f32>,
+    /// `sub_GN`, `[4C]`
+    end_of_line: Vec<f32>,
+    /// `img_projection.0` and `.2`
+    projection: [Linear; 2],
+}
+
+/// What encoding works with, kept from picture to picture.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    clip: clip::Scratch,
+    pixels: Vec<f32>,
+    /// `[tokens, 4C]`
+    rows: Buffer,
+    wide: Buffer,
+    input: Input,
+}
+
+impl Vision {
+    pub(crate) fn load(
+        config: &VisionConfig,
+        weights: &Weights<'_>,
+    ) -> Result<Self, CheckpointError> {
+        let name = |name: &str| format!("{PREFIX}{name}");
+        Ok(Self {
+            clip: Clip::load(&config.clip, weights, ENCODER)?,
+            order: config.order,
+            between_parts: weights.values(&name("glb_GN"))?,
+            end_of_line: weights.values(&name("sub_GN"))?,
+            projection: [
+                weights.biased(&name("img_projection.0"))?,
+                weights.biased(&name("img_projection.2"))?,
+            ],
+        })
+    }
+
+    /// Its encoder.
+    #[must_use]
+    pub fn clip(&self) -> &Clip {
+        &self.clip
+    }
+
+    /// The features of a picture, `[tokens, hidden]`; `progress` hears of the crops that are done.
+    /// # Errors
+    /// [`Cancelled`], looked at between slices of crops.
+    pub fn encode(
+        &self,
+        cpu: &Cpu,
+        picture: &Processed,
+        cancel: &Cancel,
+        progress: &mut dyn FnMut(usize, usize),
+        s: &mut Scratch,
+    ) -> Result<Buffer, Cancelled> {
+        let merged = self.between_parts.len();
+        s.rows.reshape(picture.tokens(), merged);
+        let places = self.separators(picture, &mut s.rows);
+        let crops = picture.crops();
+        for first in (0..crops).step_by(SLICE) {
+            if cancel.is_cancelled() {
+                return Err(Cancelled);
+            }
+            let slice = first..crops.min(first + SLICE);
+            s.pixels.resize(slice.len() * CROP_LEN, 0.0);
+            for (crop, out) in slice.clone().zip(s.pixels.chunks_exact_mut(CROP_LEN)) {
+                picture.crop(crop, out);
+            }
+            self.features(cpu, &s.pixels, &mut s.clip);
+            for (i, crop) in slice.clone().enumerate() {
+                self.merge(&s.clip, i, &places.of(crop), &mut s.rows);
+            }
+            progress(slice.end, crops);
+        }
+        let mut features = Buffer::default();
+        let [first, second] = &self.projection;
+        cpu.enter(|ops| {
+            ops.input(&s.rows, &first.weight, &mut s.input);
+            ops.activated_linear(first, Activation::Gelu, &s.input, &mut s.wide);
+            ops.input(&s.wide, &second.weight, &mut s.input);
+            ops.linear(second, &s.input, &mut features);
+        });
+        Ok(features)
+    }
+
+    /// The encoder's hidden states before its last layer, of some crops.
+    fn features(&self, cpu: &Cpu, pixels: &[f32], s: &mut clip::Scratch) {
+        let depth = self.clip.config().num_hidden_layers.saturating_sub(1);
+        cpu.enter(|ops| self.clip.forward(ops, pixels, depth, s, &mut |_, _| {}));
+    }
+
+    /// Writes every separator, and tells where the crops go.
+    fn separators(&self, picture: &Processed, rows: &mut Buffer) -> Places {
+        let grid = picture.grid();
+        let (lines, columns) = (grid.rows * SIDE, grid.cols * SIDE);
+        let (tiles, global) = (lines * (columns + 1), SIDE * (SIDE + 1));
+        let (tiles_at, between, global_at) = match self.order {
+            PartOrder::TilesFirst => (0, tiles, tiles + 1),
+            PartOrder::GlobalFirst => (global + 1, global, 0),
+        };
+        rows.row_mut(between).copy_from_slice(&self.between_parts);
+        for (first, lines, columns) in [(tiles_at, lines, columns), (global_at, SIDE, SIDE)] {
+            for line in 1..=lines {
+                let end = first + line * (columns + 1) - 1;
+                rows.row_mut(end).copy_from_slice(&self.end_of_line);
+            }
+        }
+        Places {
+            tiles_at,
+            global_at,
+            tiles_across: grid.cols,
+        }
+    }
+
+    /// Merges crop `i` of the encoder's last call.
+    fn merge(&self, s: &clip::Scratch, i: usize, at: &Lines, rows: &mut Buffer) {
+        let c = self.clip.config();
+        // Without the class token.
+        let first = i * c.tokens() + 1;
+        for y in 0..SIDE {
+            for x in 0..SIDE {
+                let row = rows.row_mut(at.first + y * at.stride + x);
+                for (part, out) in row.chunks_exact_mut(c.hidden_size).enumerate() {
+                    let patch = (2 * y + part / 2) * GRID + 2 * x + part % 2;
+                    out.copy_from_slice(s.hidden().row(first + patch));
+                }
+            }
+        }
+    }
+}
+
+/// Where the parts of a picture begin.
+struct Places {
+    tiles_at: usize,
+    global_at: usize,
+    tiles_across: usize,
+}
+
+/// Where the lines of a crop go: the row of its first one, and from one to the next.
+struct Lines {
+    first: usize,
+    stride: usize,
+}
+
+impl Places {
+    /// Crop 0 is the global view, the tiles follow row by row.
+    fn of(&self, crop: usize) -> Lines {
+        let Some(tile) = crop.checked_sub(1) else {
+            return Lines {
+                first: self.global_at,
+                stride: SIDE + 1,
+            };
+        };
+        let stride = self.tiles_across * SIDE + 1;
+        let (row, column) = (tile / self.tiles_across, tile % self.tiles_across);
+        Lines {
+            first: self.tiles_at + row * SIDE * stride + column * SIDE,
+            stride,
+        }
+    }
+}
