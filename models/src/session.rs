@@ -5,6 +5,7 @@ use crate::blocks::rope::Regime;
 use crate::config::Config;
 use crate::error::Error;
 use crate::format::WeightFormat;
+use crate::image::Processed;
 use crate::model::Model;
 use crate::text::{Detokenizer, TextError};
 use crate::transformer::{Cancelled, Observer, Pass, Placed, Workspace};
@@ -47,8 +48,38 @@ pub struct SessionOptions {
     /// Give back the blocks of the cache that no later query sees. Results do not change; going back to where
     /// such a block was seen computes the sequence again.
     pub drop_hidden: bool,
+    /// Pictures that will be encoded.
+    pub pictures: PictureMemory,
     /// Refuse a plan that does not fit in memory.
     pub check_memory: bool,
+}
+
+/// What decides the memory that pictures take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PictureMemory {
+    /// Crops of the largest one.
+    pub crops: usize,
+    /// Positions of all of them.
+    pub rows: usize,
+}
+
+impl PictureMemory {
+    /// That of some pictures.
+    #[must_use]
+    pub fn of(pictures: &[Processed]) -> Self {
+        Self {
+            crops: pictures.iter().map(Processed::crops).max().unwrap_or(0),
+            rows: pictures.iter().map(Processed::tokens).sum(),
+        }
+    }
+
+    /// Bytes: features stay, what the encoder works with is gone before the decoder starts.
+    fn bytes(self, c: &Config, decoder: usize) -> usize {
+        let encoder = c.vision.as_ref().map_or(0, |vision| {
+            vision.activation_bytes(c.hidden_size, self.crops)
+        });
+        4 * self.rows * c.hidden_size + encoder.max(decoder)
+    }
 }
 
 impl Default for SessionOptions {
@@ -61,6 +92,7 @@ impl Default for SessionOptions {
             threads: None,
             kernels: None,
             drop_hidden: false,
+            pictures: PictureMemory::default(),
             check_memory: true,
         }
     }
@@ -100,7 +132,7 @@ pub fn memory_plan(
         kv_cache: shape.bytes(kind, context) - dropped,
         hidden,
         dropped,
-        activations: activation_bytes(config, chunk),
+        activations: (options.pictures).bytes(config, activation_bytes(config, chunk)),
         context,
     })
 }
@@ -269,56 +301,33 @@ impl Session {
     /// No tokens, a token outside the vocabulary, a sequence beyond the context, no memory for the
     /// cache, cancellation. The sequence is then what it was before.
     pub fn extend(&mut self, tokens: &[u32]) -> Result<&[f32], Error> {
-        self.run(tokens, Vec::new(), Want::Last, &mut |_, _, _| {})?;
+        self.run(tokens, Want::Last, &mut |_, _, _| {})?;
         Ok(self.head.logits.row(0))
     }
 
-    /// Appends text and pictures and returns the logits after the last position, `[vocab]`.
-    /// # Errors
-    /// As [`Session::extend`].
+    /// The ids of some pieces that are to be appended next, with [`PLACEHOLDER`]s where pictures stand.
+    /// The pictures are taken note of; [`Session::extend`] and its siblings put them in their places, and
+    /// [`Session::truncate`] forgets those that were not reached.
     /// # Panics
     /// When features are not as wide as the model.
-    pub fn extend_pieces(&mut self, pieces: &[Piece]) -> Result<&[f32], Error> {
-        let (tokens, pictures) = self.place(pieces);
-        self.run(&tokens, pictures, Want::Last, &mut |_, _, _| {})?;
-        Ok(self.head.logits.row(0))
-    }
-
-    /// Appends text and pictures and hands out the logits after each position; `observe` sees the values
-    /// inside the forward pass.
-    /// # Errors
-    /// As [`Session::extend`].
-    /// # Panics
-    /// As [`Session::extend_pieces`].
-    pub fn extend_pieces_observed(
-        &mut self,
-        pieces: &[Piece],
-        mut each: impl FnMut(usize, &[f32]),
-        observe: Observer<'_>,
-    ) -> Result<(), Error> {
-        let (tokens, pictures) = self.place(pieces);
-        self.run(&tokens, pictures, Want::Each(&mut each), observe)
-    }
-
-    /// The ids of some pieces, and where their pictures will stand.
-    fn place(&self, pieces: &[Piece]) -> (Vec<u32>, Vec<Placed>) {
-        let (mut tokens, mut pictures) = (Vec::new(), Vec::new());
+    pub fn attach(&mut self, pieces: &[Piece]) -> Vec<u32> {
+        let mut ids = Vec::new();
         for piece in pieces {
             match piece {
-                Piece::Text(ids) => tokens.extend_from_slice(ids),
+                Piece::Text(text) => ids.extend_from_slice(text),
                 Piece::Picture(rows) => {
                     let hidden = self.model.config().hidden_size;
                     assert_eq!(rows.cols(), hidden, "columns of the features, hidden_size");
-                    pictures.push(Placed {
-                        start: self.ids.len() + tokens.len(),
+                    self.pictures.push(Placed {
+                        start: self.ids.len() + ids.len(),
                         len: rows.rows(),
                         rows: Arc::clone(rows),
                     });
-                    tokens.resize(tokens.len() + rows.rows(), PLACEHOLDER);
+                    ids.resize(ids.len() + rows.rows(), PLACEHOLDER);
                 }
             }
         }
-        (tokens, pictures)
+        ids
     }
 
     /// Appends tokens and hands out the logits after each of them: `each(position, logits)`.
@@ -329,7 +338,7 @@ impl Session {
         tokens: &[u32],
         mut each: impl FnMut(usize, &[f32]),
     ) -> Result<(), Error> {
-        self.run(tokens, Vec::new(), Want::Each(&mut each), &mut |_, _, _| {})
+        self.run(tokens, Want::Each(&mut each), &mut |_, _, _| {})
     }
 
     /// [`Session::extend_all`] that also shows the values inside the forward pass.
@@ -341,16 +350,10 @@ impl Session {
         mut each: impl FnMut(usize, &[f32]),
         observe: Observer<'_>,
     ) -> Result<(), Error> {
-        self.run(tokens, Vec::new(), Want::Each(&mut each), observe)
+        self.run(tokens, Want::Each(&mut each), observe)
     }
 
-    fn run(
-        &mut self,
-        tokens: &[u32],
-        pictures: Vec<Placed>,
-        want: Want<'_>,
-        observe: Observer<'_>,
-    ) -> Result<(), Error> {
+    fn run(&mut self, tokens: &[u32], want: Want<'_>, observe: Observer<'_>) -> Result<(), Error> {
         let vocab = self.model.config().vocab_size;
         if tokens.is_empty() {
             return Err(Error::NoTokens);
@@ -370,7 +373,6 @@ impl Session {
             self.cache.reserve(total)?;
         }
         self.ids.extend_from_slice(tokens);
-        self.pictures.extend(pictures);
         let result = self.advance(before, want, observe);
         if result.is_err() {
             self.truncate(before);

@@ -1,5 +1,6 @@
 //! The command line as types.
 
+use super::pictures::Pictures;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use phidias::WeightFormat;
 use phidias::engine::Isa;
@@ -31,6 +32,8 @@ pub enum Command {
     Inspect(Inspect),
     /// Write the logits after every token of a prompt to a safetensors file
     Logits(Logits),
+    /// Write what a vision model's decoder sees of a picture to a safetensors file
+    Embed(Embed),
     /// Write a folder with random weights in a published model's exact shapes
     Synth(Synth),
     /// Measure perplexity and bits per byte, and how far another format or model is away
@@ -170,6 +173,8 @@ pub struct Run {
     /// Read the prompt from a file
     #[arg(short, long, value_name = "FILE", conflicts_with = "prompt")]
     pub file: Option<PathBuf>,
+    #[command(flatten)]
+    pub pictures: Pictures,
     /// Continue the prompt as it is, without the chat template
     #[arg(long)]
     pub raw: bool,
@@ -241,6 +246,8 @@ pub struct Logits {
         allow_hyphen_values = true
     )]
     pub prompt: Option<String>,
+    #[command(flatten)]
+    pub pictures: Pictures,
     /// Take the prompt as it is, without the chat template
     #[arg(long)]
     pub raw: bool,
@@ -249,6 +256,20 @@ pub struct Logits {
     pub out: PathBuf,
     #[command(flatten)]
     pub running: Running,
+}
+
+#[derive(Debug, Args)]
+pub struct Embed {
+    /// Folder or Hugging Face id
+    pub model: String,
+    #[command(flatten)]
+    pub picture: Pictures,
+    /// safetensors file to write: features [tokens, hidden] f32
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
+    /// f32, bf16, q8 or q4 [default: as stored; q4 when that is over 1 GiB]
+    #[arg(long, value_name = "F")]
+    pub format: Option<WeightFormat>,
 }
 
 #[derive(Debug, Args)]

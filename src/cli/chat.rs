@@ -32,7 +32,7 @@ pub fn chat(args: &Chat, global: &Global) -> Result<()> {
         conversation.system(Some(system.clone()))?;
     }
     let options = generate_options(&model, &args.sampling, setup.console);
-    let session = setup.session(&model, &args.running)?;
+    let session = setup.session(&model, &args.running, &[])?;
     let mut chat = Talk {
         setup,
         session,
@@ -56,7 +56,9 @@ pub fn chat(args: &Chat, global: &Global) -> Result<()> {
                     Err(error) => eprintln!("{error}"),
                 }
             }
-            ("/image", _) => eprintln!("/image: this model reads text only"),
+            ("/image", _) => eprintln!(
+                "/image: pictures go with `phidias run --image`; chat does not take them yet"
+            ),
             (command, _) if command.starts_with('/') => {
                 eprintln!("{command}: no such command; /help lists them")
             }

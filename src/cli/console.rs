@@ -19,6 +19,7 @@ pub struct Console {
 pub enum Unit {
     Bytes,
     Tokens,
+    Crops,
 }
 
 impl Console {
@@ -38,6 +39,7 @@ impl Console {
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
         let template = match unit {
             Unit::Bytes => "{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta}",
+            Unit::Crops => "{msg} [{bar:30}] {pos}/{len} crops {eta}",
             Unit::Tokens => "{msg} [{bar:30}] {pos}/{len} tokens {per_sec} {eta}",
         };
         bar.set_style(

@@ -3,8 +3,9 @@
 use super::args::{Global, Logits};
 use super::files::{is_device, temporary_beside};
 use super::open::Setup;
-use super::run::prompt_ids;
-use anyhow::{Context, Result};
+use super::pictures;
+use anyhow::{Context, Result, bail};
+use phidias::models::text::Segment;
 use phidias::{Session, WeightFormat};
 use serde_json::json;
 use std::fs::{File, OpenOptions};
@@ -22,21 +23,27 @@ pub fn logits(args: &Logits, global: &Global) -> Result<()> {
         WeightFormat::F32
     };
     let model = setup.open(&origin, Some(args.running.format.unwrap_or(default)))?;
-    let ids = match &args.prompt {
-        Some(prompt) => prompt_ids(&model, prompt, args.raw)?,
-        None => args.tokens.clone(),
+    let pictures = args.pictures.open(&model)?;
+    let segments = match &args.prompt {
+        Some(prompt) => pictures::segments(&model, prompt, args.raw, &pictures)?,
+        None if !pictures.is_empty() => {
+            bail!("--image stands beside -p, whose text holds its place")
+        }
+        None => vec![Segment::Text(args.tokens.clone())],
     };
-    let mut session = setup.session(&model, &args.running)?;
+    let named = named_ids(&segments);
+    let mut session = setup.session(&model, &args.running, &pictures)?;
+    let ids = pictures::attach(&setup, &mut session, segments, &pictures)?;
     let name = || args.out.display().to_string();
     if is_device(&args.out) {
         let mut file = OpenOptions::new()
             .write(true)
             .open(&args.out)
             .with_context(name)?;
-        write(&mut session, &ids, &mut file)?.with_context(name)?;
+        write(&mut session, &ids, &named, &mut file)?.with_context(name)?;
     } else {
         let mut file = temporary_beside(&args.out).with_context(name)?;
-        write(&mut session, &ids, file.as_file_mut())?.with_context(name)?;
+        write(&mut session, &ids, &named, file.as_file_mut())?.with_context(name)?;
         file.persist(&args.out)
             .map_err(|e| e.error)
             .with_context(name)?;
@@ -49,8 +56,22 @@ pub fn logits(args: &Logits, global: &Global) -> Result<()> {
     Ok(())
 }
 
+/// The ids as the reference names them: picture n is -n, at every position that it takes.
+fn named_ids(segments: &[Segment]) -> Vec<i64> {
+    let ids = segments.iter().flat_map(|segment| match segment {
+        Segment::Text(ids) => ids.iter().map(|id| i64::from(*id)).collect(),
+        Segment::Image { index, tokens } => vec![-1 - *index as i64; *tokens],
+    });
+    ids.collect()
+}
+
 /// Writes the whole file: what the model says as an error of the outer result, the writer's inside.
-fn write(session: &mut Session, ids: &[u32], file: &mut File) -> Result<io::Result<()>> {
+fn write(
+    session: &mut Session,
+    ids: &[u32],
+    named: &[i64],
+    file: &mut File,
+) -> Result<io::Result<()>> {
     let mut out = BufWriter::new(file);
     let mut written = out.write_all(&header(ids.len(), session.model().config().vocab_size));
     let mut put = |bytes: &[u8]| {
@@ -58,7 +79,7 @@ fn write(session: &mut Session, ids: &[u32], file: &mut File) -> Result<io::Resu
             written = out.write_all(bytes);
         }
     };
-    ids.iter().for_each(|id| put(&i64::from(*id).to_le_bytes()));
+    named.iter().for_each(|id| put(&id.to_le_bytes()));
     session.extend_all(ids, |_, logits| {
         logits.iter().for_each(|v| put(&v.to_le_bytes()))
     })?;

@@ -9,6 +9,7 @@ mod files;
 mod inspect;
 mod logits;
 mod open;
+mod pictures;
 mod quantize;
 mod run;
 mod synth;
@@ -27,6 +28,7 @@ pub fn run(arguments: Arguments) -> Result<()> {
         Command::Logits(args) => logits::logits(&args, &global),
         Command::Synth(args) => synth::synth(&args, &global),
         Command::Eval(args) => eval::eval(&args, &global),
+        Command::Embed(args) => pictures::embed(&args, &global),
         Command::Bench(args) => bench::bench(&args, &global),
     }
 }

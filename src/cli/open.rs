@@ -3,9 +3,12 @@
 use super::args::{Device, Global, RopeCrossing, Running, Sampling};
 use super::console::{Bar, Console, Unit, cancel_on_ctrl_c};
 use anyhow::{Context, Result, bail};
+use phidias::engine::backend::Cpu;
 use phidias::engine::machine::Machine;
+use phidias::engine::pool::Pool;
 use phidias::engine::{Cancel, Isa, Kernels};
-use phidias::models::session::{Prefill, Recomputing};
+use phidias::models::image::Processed;
+use phidias::models::session::{PictureMemory, Prefill, Recomputing};
 use phidias::models::{Crossing, Source};
 use phidias::{GenerateOptions, Model, OpenOptions, Session, SessionOptions, WeightFormat};
 use std::path::{Path, PathBuf};
@@ -114,8 +117,16 @@ impl Setup {
     }
 
     /// Starts a session and prints what it runs on and what it will take.
-    pub fn session(&self, model: &Arc<Model>, running: &Running) -> Result<Session> {
-        let options = self.session_options(running);
+    pub fn session(
+        &self,
+        model: &Arc<Model>,
+        running: &Running,
+        pictures: &[Processed],
+    ) -> Result<Session> {
+        let options = SessionOptions {
+            pictures: PictureMemory::of(pictures),
+            ..self.session_options(running)
+        };
         let plan = Session::plan(model, &options)?;
         let threads = options
             .threads
@@ -139,6 +150,12 @@ impl Setup {
         session.set_cancel(self.cancel.clone());
         session.set_progress(self.prefill_progress());
         Ok(session)
+    }
+
+    /// What a model is computed on where no session is.
+    pub fn cpu(&self) -> Result<Cpu> {
+        let pool = Pool::new(self.threads).map_err(phidias::Error::from)?;
+        Ok(Cpu::new(self.kernels, Arc::new(pool)))
     }
 
     pub fn session_options(&self, running: &Running) -> SessionOptions {

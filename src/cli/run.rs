@@ -2,6 +2,7 @@
 
 use super::args::{Global, Run};
 use super::open::{Setup, generate_options};
+use super::pictures;
 use anyhow::{Context, Result, bail};
 use phidias::Model;
 use phidias::engine::generate::{Event, FinishReason, GenerateOptions, Outcome, generate};
@@ -19,10 +20,12 @@ pub fn run(args: &Run, global: &Global) -> Result<()> {
     let (model, from_stdin) = positional(&args.model)?;
     let prompt = prompt(args, from_stdin)?;
     let model = setup.open(&setup.locate(model)?, args.running.format)?;
-    let ids = prompt_ids(&model, &prompt, args.raw)?;
+    let pictures = args.pictures.open(&model)?;
+    let segments = pictures::segments(&model, &prompt, args.raw, &pictures)?;
     let mut options = generate_options(&model, &args.sampling, setup.console);
     options.sampling.logprobs = args.logprobs;
-    let mut session = setup.session(&model, &args.running)?;
+    let mut session = setup.session(&model, &args.running, &pictures)?;
+    let ids = pictures::attach(&setup, &mut session, segments, &pictures)?;
     let mut detokenizer = detokenizer(model.text()?, &ids, args.raw)?;
     let mut out = Output {
         stdout: io::stdout(),
@@ -95,15 +98,6 @@ fn prompt(args: &Run, from_stdin: bool) -> Result<String> {
             "{name}: the prompt is not UTF-8: the byte at {at} does not belong to a character"
         )
     })
-}
-
-/// The prompt's tokens: in the chat template, or as it is.
-pub fn prompt_ids(model: &Model, prompt: &str, raw: bool) -> Result<Vec<u32>> {
-    if !raw {
-        return Ok(phidias::question_ids(model, prompt)?);
-    }
-    let tokenizer = &model.text()?.tokenizer;
-    Ok(tokenizer.encode(prompt, tokenizer.default_bos())?)
 }
 
 /// A chat answer is a text of its own; a raw one continues the prompt.

@@ -1,0 +1,143 @@
+//! Pictures of the command line, and the prompts they stand in.
+
+use super::console::{Bar, Unit};
+use super::open::Setup;
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use phidias::models::image::{Picture, Processed, frames};
+use phidias::models::session::Piece;
+use phidias::models::text::{GenerationPrompt, Message, Segment, encode_with_images};
+use phidias::models::vision::Scratch;
+use phidias::{Model, Session};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+#[derive(Debug, Args)]
+pub struct Pictures {
+    /// A picture (PNG, JPEG, WebP, GIF), or a folder of frames; may be given several times. The prompt
+    /// holds <|image_1|>, <|image_2|>, ... where they belong
+    #[arg(long = "image", value_name = "FILE")]
+    pub images: Vec<PathBuf>,
+    /// Tiles that each picture may be cut into [default: the model's; its authors give 4 to frames]
+    #[arg(long, value_name = "N", requires = "images")]
+    pub num_crops: Option<usize>,
+}
+
+impl Pictures {
+    /// Reads and prepares them.
+    pub fn open(&self, model: &Model) -> Result<Vec<Processed>> {
+        if self.images.is_empty() {
+            return Ok(Vec::new());
+        }
+        let (_, processor) = model.vision()?;
+        let mut processor = processor.clone();
+        if let Some(crops) = self.num_crops {
+            processor = processor.with_num_crops(crops)?;
+        }
+        let mut files = Vec::new();
+        for image in &self.images {
+            match image.is_dir() {
+                true => files.extend(frames::list(image)?),
+                false => files.push(image.clone()),
+            }
+        }
+        (files.iter())
+            .map(|file| Ok(processor.process(&Picture::open(file)?)?))
+            .collect()
+    }
+}
+
+/// The pieces of a prompt, in the chat template or as it is, with pictures in the places of their tags.
+pub fn segments(
+    model: &Model,
+    prompt: &str,
+    raw: bool,
+    pictures: &[Processed],
+) -> Result<Vec<Segment>> {
+    let text = model.text()?;
+    let rendered = match raw {
+        true => prompt.to_owned(),
+        false => {
+            let question = Message::user(prompt);
+            text.template.render(&[question], GenerationPrompt::Add)?
+        }
+    };
+    let tokens: Vec<_> = pictures.iter().map(Processed::tokens).collect();
+    Ok(encode_with_images(&text.tokenizer, &rendered, &tokens)?)
+}
+
+/// Encodes the pictures and appends the prompt to the session's next tokens; gives its ids.
+pub fn attach(
+    setup: &Setup,
+    session: &mut Session,
+    segments: Vec<Segment>,
+    pictures: &[Processed],
+) -> Result<Vec<u32>> {
+    let (positions, context) = (
+        segments.iter().map(Segment::len).sum::<usize>(),
+        session.context(),
+    );
+    if positions > context && !pictures.is_empty() {
+        bail!(
+            "the prompt takes {positions} positions, its {} pictures included; the context holds {context} (--ctx makes room, --num-crops makes pictures smaller)",
+            pictures.len()
+        );
+    }
+    let (mut scratch, mut features) = (Scratch::default(), Vec::new());
+    let mut bar: Bar = setup.console.bar("looking", Unit::Crops);
+    let total: usize = pictures.iter().map(Processed::crops).sum();
+    let mut before = 0;
+    let model = Arc::clone(session.model());
+    for picture in pictures {
+        let (vision, _) = model.vision()?;
+        let mut progress = |done, _| bar.set((before + done) as u64, Some(total as u64));
+        let cpu = session.cpu();
+        let rows = vision.encode(cpu, picture, &setup.cancel, &mut progress, &mut scratch);
+        features.push(Arc::new(rows.map_err(phidias::Error::from)?));
+        before += picture.crops();
+    }
+    let pieces: Vec<_> = (segments.into_iter())
+        .map(|segment| match segment {
+            Segment::Text(ids) => Piece::Text(ids),
+            Segment::Image { index, .. } => Piece::Picture(Arc::clone(&features[index])),
+        })
+        .collect();
+    Ok(session.attach(&pieces))
+}
+
+/// `phidias embed`: what the decoder sees of a picture.
+pub fn embed(args: &super::args::Embed, global: &super::args::Global) -> Result<()> {
+    let setup = Setup::new(global)?;
+    let model = setup.open(&setup.locate(Some(&args.model))?, args.format)?;
+    let (vision, _) = model.vision()?;
+    let [picture] = &args.picture.open(&model)?[..] else {
+        bail!("--image: expected one picture");
+    };
+    let cpu = setup.cpu()?;
+    let mut bar = setup.console.bar("looking", Unit::Crops);
+    let mut progress = |done: usize, total: usize| bar.set(done as u64, Some(total as u64));
+    let mut scratch = Scratch::default();
+    let features = vision.encode(&cpu, picture, &setup.cancel, &mut progress, &mut scratch);
+    let features = features.map_err(phidias::Error::from)?;
+    let bytes = features.data().len() * size_of::<f32>();
+    let shape = [features.rows(), features.cols()];
+    let header = serde_json::json!({
+        "features": { "dtype": "F32", "shape": shape, "data_offsets": [0, bytes] },
+    });
+    let mut header = header.to_string().into_bytes();
+    header.resize(header.len().next_multiple_of(8), b' ');
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.append(&mut header);
+    file.extend(features.data().iter().flat_map(|v| v.to_le_bytes()));
+    super::files::write(&args.out, &file).with_context(|| args.out.display().to_string())?;
+    let grid = picture.grid();
+    setup.console.note(format_args!(
+        "{}: {} rows of {}, from {} x {} tiles and the global view",
+        args.out.display(),
+        shape[0],
+        shape[1],
+        grid.rows,
+        grid.cols
+    ));
+    Ok(())
+}
