@@ -4,7 +4,6 @@ use super::args::{Global, Run};
 use super::open::{Setup, generate_options};
 use super::pictures;
 use anyhow::{Context, Result, bail};
-use phidias::Model;
 use phidias::engine::generate::{Event, FinishReason, GenerateOptions, Outcome, generate};
 use phidias::engine::memory::Size;
 use phidias::models::Text;
