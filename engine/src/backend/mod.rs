@@ -4,10 +4,12 @@
 //! result depends on its own row only, never on how the work was divided.
 
 mod attention;
+mod experts;
 mod linear;
 
 pub use crate::mask::Mask;
 pub use attention::{HeadOrder, Heads, Rotations};
+pub use experts::{Expert, ExpertScratch, PICKS, Pick, Routes};
 pub use linear::GateUp;
 
 use crate::pool::{Pool, Team};
