@@ -3,9 +3,10 @@
 
 use crate::config::{Config, ConfigError, Fields};
 use crate::transformer::Transformer;
-use crate::weights::{Spec, Weights};
-use crate::{phi3, phi3small};
+use crate::weights::{Role, Spec, Weights};
+use crate::{phi3, phi3small, phimoe};
 use phidias_engine::checkpoint::CheckpointError;
+use std::collections::HashSet;
 use std::fmt;
 
 /// A family of models.
@@ -15,11 +16,13 @@ pub enum Family {
     Phi3,
     /// Phi-3-small.
     Phi3Small,
+    /// Phi-3.5-MoE.
+    PhiMoe,
 }
 
 impl Family {
     /// Every family there is.
-    pub const ALL: [Self; 2] = [Self::Phi3, Self::Phi3Small];
+    pub const ALL: [Self; 3] = [Self::Phi3, Self::Phi3Small, Self::PhiMoe];
 
     /// Its `model_type`.
     #[must_use]
@@ -27,6 +30,7 @@ impl Family {
         match self {
             Self::Phi3 => "phi3",
             Self::Phi3Small => "phi3small",
+            Self::PhiMoe => "phimoe",
         }
     }
 
@@ -41,6 +45,7 @@ impl Family {
         match self {
             Self::Phi3 => phi3::configure(fields),
             Self::Phi3Small => phi3small::configure(fields),
+            Self::PhiMoe => phimoe::configure(fields),
         }
     }
 
@@ -50,7 +55,15 @@ impl Family {
         match self {
             Self::Phi3 => phi3::specs(config),
             Self::Phi3Small => phi3small::specs(config),
+            Self::PhiMoe => phimoe::specs(config),
         }
+    }
+
+    /// The names of those of experts.
+    pub(crate) fn experts(self, config: &Config) -> HashSet<String> {
+        let specs = self.specs(config).into_iter();
+        let experts = specs.filter(|spec| spec.role == Role::Expert);
+        experts.map(|spec| spec.name).collect()
     }
 
     /// Takes the weights of a checkpoint; nothing is copied but norms and biases.
@@ -62,6 +75,7 @@ impl Family {
         match self {
             Self::Phi3 => phi3::load(config, weights),
             Self::Phi3Small => phi3small::load(config, weights),
+            Self::PhiMoe => phimoe::load(config, weights),
         }
     }
 }

@@ -3,9 +3,9 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`config`] | `config.json`, checked once |
-//! | [`blocks`] | attention, MLP, rotary embedding, head |
+//! | [`blocks`] | attention, MLP, mixture of experts, rotary embedding, head |
 //! | [`transformer`] | the decoder, a layer on a screen |
-//! | [`family`] | the families by `model_type`; `phi3` has mini, medium and 3.5-mini, `phi3small` has small |
+//! | [`family`] | the families by `model_type`; `phi3` has mini, medium and 3.5-mini, `phi3small` small, `phimoe` 3.5-MoE |
 //! | [`weights`] | names, shapes and roles of tensors |
 //! | [`model`] | opening a folder |
 //! | [`format`](mod@format), [`quantize`] | what the matrices are multiplied in; writing them so |
@@ -29,6 +29,7 @@ pub mod image;
 pub mod model;
 mod phi3;
 mod phi3small;
+mod phimoe;
 pub mod quantize;
 pub mod session;
 pub mod synth;
@@ -40,5 +41,5 @@ pub use config::{Config, GenerationConfig};
 pub use error::Error;
 pub use family::Family;
 pub use format::WeightFormat;
-pub use model::{Model, OpenOptions, Source, Text};
+pub use model::{Model, OpenOptions, Residency, Source, Text, WeightBytes};
 pub use session::{Crossing, Session, SessionOptions};
