@@ -11,6 +11,7 @@ mod logits;
 mod open;
 mod quantize;
 mod run;
+mod stats;
 mod synth;
 
 use anyhow::Result;

@@ -2,6 +2,7 @@
 
 use super::args::{Global, Run};
 use super::open::{Setup, generate_options};
+use super::stats::{self, routing};
 use anyhow::{Context, Result, bail};
 use phidias::Model;
 use phidias::engine::generate::{Event, FinishReason, GenerateOptions, Outcome, generate};
@@ -19,6 +20,7 @@ pub fn run(args: &Run, global: &Global) -> Result<()> {
     let (model, from_stdin) = positional(&args.model)?;
     let prompt = prompt(args, from_stdin)?;
     let model = setup.open(&setup.locate(model)?, args.running.format)?;
+    stats::check(args.stats, &model)?;
     let ids = prompt_ids(&model, &prompt, args.raw)?;
     let mut options = generate_options(&model, &args.sampling, setup.console);
     options.sampling.logprobs = args.logprobs;
@@ -42,11 +44,17 @@ pub fn run(args: &Run, global: &Global) -> Result<()> {
     );
     out.end(outcome.is_ok())?;
     let outcome = outcome?;
+    let routing = args.stats.map(|_| routing(&session.take_routing()));
     if args.json {
         let mut object = out.object(&outcome, &options.stop_strings);
         object["kv_bytes"] = json!(session.cache().bytes());
         object["kv_dropped_bytes"] = json!(session.cache().dropped_bytes());
+        if let Some(routing) = routing {
+            object["routing"] = routing;
+        }
         writeln!(io::stdout(), "{object}")?;
+    } else if let Some(routing) = routing {
+        eprintln!("{routing}");
     }
     setup.console.note(summary(&outcome, &options));
     if args.running.drop_hidden_keys {
@@ -54,6 +62,9 @@ pub fn run(args: &Run, global: &Global) -> Result<()> {
         setup
             .console
             .note(format_args!("KV cache: {held} held, {dropped} dropped"));
+    }
+    if model.config().moe.is_some() {
+        setup.tell_residency(&model);
     }
     Ok(())
 }
