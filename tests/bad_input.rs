@@ -867,6 +867,212 @@ fn a_block_sparse_layout_that_cannot_be() {
     }
 }
 
+// --------------------------------------------------------------------------- mixture of experts
+
+const EXPERT: &str = "model.layers.1.block_sparse_moe.experts.3.w3.weight";
+const ROUTER: &str = "model.layers.0.block_sparse_moe.gate.weight";
+
+/// A mixture whose tensors were changed.
+fn refused_mixture(change: impl FnOnce(&mut Vec<Tensor>), parts: &[&str]) -> Error {
+    let folder = TempDir::new().unwrap();
+    let mut tensors = weights(&moe_config(), "F32", 1);
+    change(&mut tensors);
+    write_model(folder.path(), &moe_config(), &tensors);
+    refused(folder.path(), None, parts)
+}
+
+#[test]
+fn a_good_mixture_is_accepted() {
+    let folder = TempDir::new().unwrap();
+    let config = moe_config();
+    write_model(folder.path(), &config, &weights(&config, "BF16", 1));
+    for format in WeightFormat::ALL {
+        let model = open(folder.path(), format);
+        let logits = all_logits(&model, SessionOptions::default(), &[1, 2, 3]);
+        assert!(logits.iter().flatten().all(|v| v.is_finite()), "{format}");
+    }
+    // A checkpoint without biases, as its configuration says.
+    let mut config = config;
+    for field in ["attention_bias", "lm_head_bias"] {
+        config[field] = json!(false);
+    }
+    let tensors = weights(&config, "F32", 1);
+    assert!(
+        !tensors
+            .iter()
+            .any(|t| t.name.contains("proj.bias") || t.name == "lm_head.bias")
+    );
+    write_model(folder.path(), &config, &tensors);
+    open(folder.path(), WeightFormat::F32);
+}
+
+#[test]
+fn a_mixture_that_cannot_be() {
+    let folder = TempDir::new().unwrap();
+    write_model(
+        folder.path(),
+        &moe_config(),
+        &weights(&moe_config(), "F32", 1),
+    );
+    for (field, value, expected) in [
+        (
+            "num_experts_per_tok",
+            json!(5),
+            "at most num_local_experts, 4",
+        ),
+        ("num_experts_per_tok", json!(3), "2 (sparsemixer picks two)"),
+        ("num_experts_per_tok", json!(1), "2 (sparsemixer picks two)"),
+        ("num_experts_per_tok", json!(0), "an integer from 1 to 1024"),
+        ("num_experts_per_tok", Value::Null, "is missing"),
+        ("num_local_experts", json!(0), "an integer from 1 to 1024"),
+        (
+            "num_local_experts",
+            json!(1),
+            "at most num_local_experts, 1",
+        ),
+        (
+            "num_local_experts",
+            json!(1_u64 << 40),
+            "an integer from 1 to 1024",
+        ),
+        (
+            "num_local_experts",
+            json!("16"),
+            "an integer from 1 to 1024",
+        ),
+        ("router_jitter_noise", json!(-0.01), "a number from 0 to 1"),
+        ("router_jitter_noise", json!(1.5), "a number from 0 to 1"),
+        ("router_jitter_noise", json!("x"), "a number from 0 to 1"),
+        ("attention_bias", json!(1), "true or false"),
+        ("lm_head_bias", json!("yes"), "true or false"),
+        ("hidden_act", json!("gelu"), "silu"),
+    ] {
+        let mut config = moe_config();
+        config[field] = value;
+        fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+        // The field that is wrong is the one that asks for more than there are.
+        let named = match (field, &config["num_local_experts"]) {
+            ("num_local_experts", one) if *one == json!(1) => "num_experts_per_tok",
+            _ => field,
+        };
+        let error = refused(folder.path(), None, &["config.json", named, expected]);
+        assert!(matches!(error, Error::Config(_)), "{error}");
+    }
+}
+
+#[test]
+fn a_mixture_with_missing_or_misshapen_tensors() {
+    let remove = |name: &'static str| move |t: &mut Vec<Tensor>| t.retain(|t| t.name != name);
+    for name in [
+        EXPERT,
+        ROUTER,
+        "model.layers.1.self_attn.k_proj.bias",
+        "model.layers.0.input_layernorm.bias",
+        "model.norm.bias",
+        "lm_head.bias",
+    ] {
+        refused_mixture(remove(name), &[name, "is missing"]);
+    }
+    let reshape = |name: &'static str, shape: &'static [usize]| {
+        move |tensors: &mut Vec<Tensor>| {
+            let values = vec![0.5; shape.iter().product()];
+            *find(tensors, name) = Tensor::f32(name, shape, &values);
+        }
+    };
+    // A router of another number of experts; transposed; an expert of another width; a bias too long.
+    refused_mixture(reshape(ROUTER, &[5, 32]), &[ROUTER, "[5, 32]", "[4, 32]"]);
+    refused_mixture(reshape(ROUTER, &[32, 4]), &[ROUTER, "[32, 4]", "[4, 32]"]);
+    refused_mixture(
+        reshape(EXPERT, &[47, 32]),
+        &[EXPERT, "[47, 32]", "[48, 32]"],
+    );
+    let bias = "model.layers.0.self_attn.q_proj.bias";
+    refused_mixture(reshape(bias, &[33]), &[bias, "[33]", "[32]"]);
+}
+
+/// Two matrices that take the same rows must take them in the same form: a packed file could mix them.
+#[test]
+fn matrices_of_one_input_in_two_formats() {
+    for (name, first) in [
+        ("model.layers.1.self_attn.v_proj.weight", "q4"),
+        (EXPERT, "q4"),
+    ] {
+        let folder = TempDir::new().unwrap();
+        let source = folder.path().join("f32");
+        write_model(&source, &moe_config(), &weights(&moe_config(), "F32", 1));
+        let [a, b] = [WeightFormat::Q4, WeightFormat::Q8].map(|format| {
+            let out = folder.path().join(format.name());
+            quantize_folder(&source, &out, format, &mut options(format)).unwrap();
+            fs::read(out.join(WEIGHTS)).unwrap()
+        });
+        // One tensor of the second file in the place of the first one's.
+        let header_of = |bytes: &[u8]| -> (Value, usize) {
+            let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+            (
+                serde_json::from_slice(&bytes[8..8 + length]).unwrap(),
+                8 + length,
+            )
+        };
+        let ((header_a, data_a), (header_b, data_b)) = (header_of(&a), header_of(&b));
+        let mut tensors = Vec::new();
+        for (tensor, info) in header_a.as_object().unwrap() {
+            if tensor == "__metadata__" {
+                continue;
+            }
+            let from_b = tensor == name;
+            let (info, bytes, data) = match from_b {
+                true => (&header_b[tensor], &b, data_b),
+                false => (info, &a, data_a),
+            };
+            let at = |i: usize| data + info["data_offsets"][i].as_u64().unwrap() as usize;
+            tensors.push((tensor, info.clone(), &bytes[at(0)..at(1)]));
+        }
+        tensors.sort_by_key(|(name, _, bytes)| (bytes.len() % 64 != 0, *name));
+        let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
+        for (tensor, mut info, bytes) in tensors {
+            info["data_offsets"] = json!([data.len(), data.len() + bytes.len()]);
+            header.insert(tensor.clone(), info);
+            data.extend_from_slice(bytes);
+        }
+        let mut notes = header_a["__metadata__"].clone();
+        let key = "phidias.packed";
+        let table =
+            |v: &Value| -> Value { serde_json::from_str(v[key].as_str().unwrap()).unwrap() };
+        let mut mixed = table(&notes);
+        mixed[name] = table(&header_b["__metadata__"])[name].clone();
+        notes[key] = json!(mixed.to_string());
+        header.insert("__metadata__".into(), notes);
+        let mut header = Value::Object(header).to_string();
+        while !(header.len() + 8).is_multiple_of(64) {
+            header.push(' ');
+        }
+        fs::write(source.join(WEIGHTS), raw(&header, &data)).unwrap();
+        let error = refused(
+            &source,
+            None,
+            &[name, "is q8", &format!("expected {first}")],
+        );
+        let expected = matches!(error, Error::Checkpoint(CheckpointError::DType { .. }));
+        assert!(expected, "{error}");
+    }
+}
+
+/// Weights that are no numbers send tokens somewhere, and the logits are none; nothing panics.
+#[test]
+fn a_router_of_no_numbers() {
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let folder = TempDir::new().unwrap();
+        let mut tensors = weights(&moe_config(), "F32", 1);
+        *find(&mut tensors, ROUTER) = Tensor::f32(ROUTER, &[4, 32], &[bad; 128]);
+        write_model(folder.path(), &moe_config(), &tensors);
+        for format in WeightFormat::ALL {
+            let model = open(folder.path(), format);
+            let logits = all_logits(&model, SessionOptions::default(), &[1, 2, 3, 4, 5]);
+            assert!(logits.iter().flatten().any(|v| v.is_nan()), "{format}");
+        }
+    }
+}
+
 // ------------------------------------------------------------------------------ the sequence
 
 #[test]
@@ -955,7 +1161,7 @@ fn a_context_that_does_not_fit_in_memory() {
     let per_position = 1024 * 2 * 2 * 8 * 4;
     let plan = Session::plan(&model, &options(1 << 24)).unwrap();
     assert_eq!(plan.kv_cache, per_position << 24);
-    assert_eq!(plan.weights, model.weight_bytes());
+    assert_eq!(plan.weights, model.weight_bytes().all);
     let error = Session::new(Arc::clone(&model), &options(1 << 24)).err();
     let Some(Error::Memory(error)) = error else {
         panic!("{error:?}");

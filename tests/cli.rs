@@ -3,6 +3,8 @@
 //! Everything runs on the built-in demonstration model or on the fixtures; nothing needs a network.
 #![cfg(feature = "fable")]
 
+mod common;
+
 use phidias::engine::Isa;
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -736,6 +738,181 @@ fn eval_compares_formats() {
     assert_eq!(
         (same["kl_mean"].as_f64(), same["top1_agreement"].as_f64()),
         (Some(0.0), Some(1.0))
+    );
+}
+
+/// A small mixture of experts with the demonstration model's tokenizer.
+fn mixture(folder: &Path) -> String {
+    let mut config = common::moe_config();
+    config["vocab_size"] = 4096.into();
+    let path = folder.join("mixture");
+    common::write_model(&path, &config, &common::weights(&config, "BF16", 5));
+    let fable = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/fable");
+    for file in ["tokenizer.json", "tokenizer_config.json"] {
+        fs::copy(fable.join(file), path.join(file)).unwrap();
+    }
+    path.to_str().unwrap().to_owned()
+}
+
+/// Tokens of all experts, for each layer.
+fn tokens_of_layers(routing: &Value) -> Vec<u64> {
+    let layers = routing["tokens_per_expert"].as_array().unwrap();
+    assert_eq!(
+        layers.len(),
+        routing["expert_reads"].as_array().unwrap().len()
+    );
+    let sum = |layer: &Value| {
+        let experts = layer.as_array().unwrap();
+        assert_eq!(experts.len(), 4);
+        experts.iter().map(|n| n.as_u64().unwrap()).sum()
+    };
+    layers.iter().map(sum).collect()
+}
+
+#[test]
+fn statistics_tell_where_the_tokens_went() {
+    let home = home();
+    let model = mixture(home.path());
+    let prompt = [
+        "run",
+        &model,
+        "-p",
+        "A fox met a goose.",
+        "--raw",
+        "-n",
+        "4",
+    ];
+    let with = |more: &[&str]| succeed(home.path(), &[&prompt, more].concat());
+    let object: Value = serde_json::from_str(&with(&["--json", "--stats", "json"]).out).unwrap();
+    // The last token of an answer is not computed with; two experts for each of the others.
+    let tokens = |name: &str| object[name].as_u64().unwrap();
+    let computed = tokens("prompt_tokens") + tokens("generated_tokens") - 1;
+    assert_eq!(tokens_of_layers(&object["routing"]), [2 * computed; 2]);
+    // Without --json: on stderr, and also when nothing else is said there.
+    let quiet = with(&["--stats", "json", "--quiet"]);
+    let routing: Value = serde_json::from_str(&quiet.err).unwrap();
+    assert_eq!(routing, object["routing"]);
+    assert!(!with(&["--quiet"]).err.contains("expert"));
+    // On a text.
+    let text = home.path().join("text");
+    fs::write(
+        &text,
+        "Once upon a time there was a king who had three sons.",
+    )
+    .unwrap();
+    let text = text.to_str().unwrap();
+    let eval = succeed(
+        home.path(),
+        &["eval", &model, "--text", text, "--json", "--stats", "json"],
+    );
+    let object: Value = serde_json::from_str(&eval.out).unwrap();
+    let scored = object["tokens"].as_u64().unwrap();
+    assert!(
+        tokens_of_layers(&object["routing"])
+            .iter()
+            .all(|n| *n >= 2 * scored)
+    );
+    let words = ["--stats", "has no experts"];
+    fail(
+        home.path(),
+        1,
+        &["run", "-p", "x", "--stats", "json"],
+        &words,
+    );
+    fail(
+        home.path(),
+        1,
+        &["eval", "--text", text, "--stats", "json"],
+        &words,
+    );
+}
+
+#[test]
+fn a_mixture_is_inspected_quantized_and_benched() {
+    let home = home();
+    let model = mixture(home.path());
+    let packed = home.path().join("q4");
+    let packed = packed.to_str().unwrap();
+    succeed(home.path(), &["quantize", &model, packed, "--format", "q4"]);
+    let text = succeed(home.path(), &["inspect", packed]).out;
+    for words in ["phimoe", "4 experts (2 for a token) of MLP 48", "a token)"] {
+        assert!(text.contains(words), "{words}: {text}");
+    }
+    let object: Value =
+        serde_json::from_str(&succeed(home.path(), &["inspect", packed, "--json"]).out).unwrap();
+    let plan = |name: &str| object["plan"][name].as_u64().unwrap();
+    assert_eq!(plan("working_set"), plan("pageable") / 2, "two of four");
+    assert!(plan("pageable") > 0 && plan("pageable") < plan("weights"));
+    assert_eq!(object["num_local_experts"], 4);
+    assert_eq!(object["num_experts_per_tok"], 2);
+    assert_eq!(object["plan"]["runs"], true);
+    let ran = succeed(home.path(), &["run", packed, "-p", "x", "--raw", "-n", "2"]);
+    if cfg!(target_os = "linux") {
+        // At the start and after the answer.
+        assert_eq!(ran.err.matches("resident: ").count(), 2, "{}", ran.err);
+    }
+    let bench = [
+        "bench",
+        packed,
+        "-p",
+        "8",
+        "-n",
+        "2",
+        "-r",
+        "1",
+        "--json",
+        "--rough-peaks",
+        "--threads",
+        "1",
+    ];
+    let out = succeed(home.path(), &bench).out;
+    let records: Vec<Value> = out
+        .lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect();
+    let bytes = |i: usize| records[i]["weight_bytes_per_token"].as_u64().unwrap();
+    // Of the experts half is read for a token; the head and the rest wholly. The embedding, the norms and
+    // the biases (less than 64 KiB here, and the table of 4096 rows of 32 in bf16) are not counted.
+    let all = plan("weights") - 4096 * 32 * 2;
+    let decode = bytes(1);
+    assert!(decode <= all - plan("pageable") / 2 && decode + 65_536 > all - plan("pageable") / 2);
+    // Eight tokens share what they read.
+    assert!(bytes(0) < decode / 4, "{} {decode}", bytes(0));
+}
+
+#[test]
+fn a_plan_beyond_memory_runs_only_when_that_is_wanted() {
+    let home = home();
+    let mut config = common::config();
+    config["num_hidden_layers"] = 1024.into();
+    config["intermediate_size"] = 2.into();
+    config["max_position_embeddings"] = (1 << 24).into();
+    let path = home.path().join("deep");
+    common::write_model(&path, &config, &common::weights(&config, "BF16", 1));
+    let (path, out) = (path.to_str().unwrap(), home.path().join("logits"));
+    let out = out.to_str().unwrap();
+    // Keys and values of 16 million positions: two terabytes.
+    let asked = [
+        "logits", path, "--tokens", "1,2", "--out", out, "--ctx", "16777216",
+    ];
+    fail(
+        home.path(),
+        1,
+        &asked,
+        &["not enough memory", "2048.00 GiB", "--allow-swap"],
+    );
+    assert!(!Path::new(out).exists());
+    let wanted = succeed(home.path(), &[&asked[..], &["--allow-swap"]].concat());
+    assert!(
+        wanted.err.contains("--allow-swap: not enough memory"),
+        "{}",
+        wanted.err
+    );
+    assert!(Path::new(out).exists());
+    let inspected = succeed(home.path(), &["inspect", path, "--ctx", "16777216"]).out;
+    assert!(
+        inspected.contains("--allow-swap runs it all the same"),
+        "{inspected}"
     );
 }
 

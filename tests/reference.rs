@@ -4,6 +4,8 @@
 //! Runs on `tests/fixtures`, and on the folder that `PHIDIAS_FIXTURES` names when it is set.
 //! Nothing here is keyed to known values: a fixture is whatever its own files say.
 
+use phidias::engine::backend::{Cpu, Pick, Routes};
+use phidias::engine::pool::Pool;
 use phidias::engine::tensor::Buffer;
 use phidias::engine::{Isa, Kernels};
 use phidias::models::transformer::Point;
@@ -185,13 +187,13 @@ fn hidden_states() {
         }
         let mut observe = |point: Point, first: usize, rows: &Buffer| {
             let name = match point {
-                Point::Embed => "embed".to_owned(),
-                Point::AttentionOut(l) => format!("layer{l}_attn_out"),
-                Point::MlpOut(l) => format!("layer{l}_mlp_out"),
-                Point::LayerOut(l) => format!("layer{l}_out"),
-                Point::FinalNorm => "final_norm".to_owned(),
+                Point::Embed => prefix.clone() + "embed",
+                Point::AttentionOut(l) => format!("{prefix}layer{l}_attn_out"),
+                Point::RouterScores(l) => format!("{prompt}.layer{l}.router_logits"),
+                Point::MlpOut(l) => format!("{prefix}layer{l}_mlp_out"),
+                Point::LayerOut(l) => format!("{prefix}layer{l}_out"),
+                Point::FinalNorm => prefix.clone() + "final_norm",
             };
-            let name = prefix.clone() + &name;
             // Families with a factor on the embedding name it as what comes after that.
             let scaled = format!("{name}_scaled");
             let given = |name: &String| expected.tensors.contains_key(name);
@@ -233,4 +235,113 @@ fn greedy_continuations() {
             next = vec![id];
         }
     });
+}
+
+/// The routes of rows of scores, `[tokens, experts]`.
+fn routes(scores: &Buffer, jitter: f32) -> Routes {
+    let cpu = Cpu::new(Kernels::best(), Arc::new(Pool::new(Some(1)).unwrap()));
+    let mut routes = Routes::default();
+    cpu.enter(|ops| ops.route(scores, jitter, &mut routes));
+    routes
+}
+
+/// The same experts in the same order, and weights that differ by the last place of an f32 at most: the
+/// reference sums in f32, and exponentials of f32 arguments differ by their last place.
+fn assert_picks(picks: &[Pick; 2], experts: &[u32], weights: &[f32], what: &str) {
+    for (pick, (expert, weight)) in picks.iter().zip(experts.iter().zip(weights)) {
+        assert_eq!(pick.expert, *expert as usize, "{what}: expert");
+        let error = (pick.weight - weight).abs();
+        assert!(
+            error <= 4.0 * f32::EPSILON * weight,
+            "{what}: weight {} for {weight}",
+            pick.weight
+        );
+    }
+}
+
+/// What is usual elsewhere, and wrong here: the two largest, their softmax.
+fn renormalized(scores: &[f32]) -> [f32; 2] {
+    let mut sorted = scores.to_vec();
+    sorted.sort_by(|a, b| b.total_cmp(a));
+    let second = (sorted[1] - sorted[0]).exp();
+    [1.0 / (1.0 + second), second / (1.0 + second)]
+}
+
+#[test]
+fn sparsemixer_picks_and_weighs_as_published() {
+    let mut rows = 0;
+    for root in fixture_roots() {
+        let folder = root.join("ops");
+        if !folder.exists() {
+            continue;
+        }
+        let expected = Expected::read(&folder);
+        let (shape, values) = &expected.tensors["sparsemixer.router_logits"];
+        let experts = &expected.ids["sparsemixer.experts"];
+        let mut scores = Buffer::default();
+        scores.reshape(shape[0], shape[1]);
+        scores.data_mut().copy_from_slice(values);
+        let routes = routes(&scores, 0.01);
+        let (mut renormalized_errors, mut not_one) = (Vec::new(), 0);
+        for (t, picks) in routes.picks().iter().enumerate() {
+            let weights = expected.row("sparsemixer.weights", t);
+            let what = format!("{}, row {t}", folder.display());
+            assert_picks(picks, &experts[2 * t..2 * t + 2], weights, &what);
+            renormalized_errors.push(relative_error(&renormalized(scores.row(t)), weights));
+            not_one += usize::from((weights[0] + weights[1] - 1.0).abs() > 0.1);
+            rows += 1;
+        }
+        // A router of the usual kind would be off by far more than any tolerance here, nearly everywhere.
+        renormalized_errors.sort_by(f64::total_cmp);
+        assert!(renormalized_errors[renormalized_errors.len() / 4] > 0.1);
+        assert!(not_one > routes.picks().len() / 2);
+    }
+    assert!(rows > 0, "no fixture of the router");
+}
+
+/// In the models themselves: the scores that their layers compute, and where these send the tokens. And
+/// the weights that are wrong here would move a layer's output far beyond the tolerance.
+#[test]
+fn tokens_go_to_the_experts_of_the_reference() {
+    let mut checked = 0;
+    each_case(|case, expected, prompt, mut session| {
+        let Some(moe) = session.model().config().moe else {
+            return;
+        };
+        if !expected
+            .ids
+            .contains_key(&format!("{prompt}.layer0.selected_experts"))
+        {
+            return;
+        }
+        let mut observe = |point: Point, first: usize, scores: &Buffer| {
+            let Point::RouterScores(l) = point else {
+                return;
+            };
+            let experts = &expected.ids[&format!("{prompt}.layer{l}.selected_experts")];
+            for (t, picks) in routes(scores, moe.jitter).picks().iter().enumerate() {
+                let position = first + t;
+                let weights = expected.row(&format!("{prompt}.layer{l}.routing_weights"), position);
+                let experts = &experts[2 * position..2 * position + 2];
+                let what = format!("{case}, layer {l}, position {position}");
+                // The scores are those of a model that differs by up to the tolerance: a weight between
+                // those near it moves as much as a score, whose sizes are some units.
+                for (pick, (expert, weight)) in picks.iter().zip(experts.iter().zip(weights)) {
+                    assert_eq!(pick.expert, *expert as usize, "{what}");
+                    let error = f64::from((pick.weight - weight).abs());
+                    assert!(
+                        error <= 10.0 * TOLERANCE,
+                        "{what}: {} for {weight}",
+                        pick.weight
+                    );
+                }
+                checked += 1;
+            }
+        };
+        let ids = &expected.ids[&format!("{prompt}.input_ids")];
+        session
+            .extend_observed(ids, |_, _| {}, &mut observe)
+            .unwrap();
+    });
+    assert!(checked > 0, "no routes in the fixtures");
 }

@@ -59,6 +59,23 @@ impl Bytes {
     pub fn is_mapped(&self) -> bool {
         !matches!(*self.storage, Storage::Owned(_))
     }
+
+    /// Asks the system to read the pages of a mapped file ahead; returns before they are there.
+    pub fn will_need(&self) {
+        if let Storage::Mapped(map) = &*self.storage {
+            map.will_need(self.range.clone());
+        }
+    }
+
+    /// Which share of a mapped file's bytes is in memory, from `samples` pages spread over them; `None`
+    /// where the system does not tell, and for bytes that are not of a file.
+    #[must_use]
+    pub fn resident_share(&self, samples: usize) -> Option<f64> {
+        match &*self.storage {
+            Storage::Mapped(map) => map.resident_share(self.range.clone(), samples),
+            Storage::Owned(_) | Storage::Static(_) => None,
+        }
+    }
 }
 
 impl From<Map> for Bytes {

@@ -8,6 +8,11 @@ use std::fmt;
 pub struct MemoryPlan {
     /// Weights: pages of mapped files, or owned memory.
     pub weights: usize,
+    /// Of `weights`: pages of mapped files that a token reads few of, as those of experts. They may be
+    /// more than the memory; the disk is read then.
+    pub pageable: usize,
+    /// Of `pageable`: what one token reads.
+    pub working_set: usize,
     /// The KV cache when the context is full, without what is dropped.
     pub kv_cache: usize,
     /// What no later query sees of a full cache: as much could be dropped.
@@ -18,6 +23,15 @@ pub struct MemoryPlan {
     pub activations: usize,
     /// Positions the cache was planned for.
     pub context: usize,
+}
+
+/// How a plan fits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fit {
+    /// All of it.
+    Whole,
+    /// All but the pageable weights, and of those what a token reads: the disk is read for the others.
+    WithDisk,
 }
 
 /// A plan that does not fit.
@@ -38,8 +52,7 @@ impl fmt::Display for DoesNotFit {
             self.plan,
             Size(available)
         )?;
-        let rest =
-            available.saturating_sub(self.plan.weights.saturating_add(self.plan.activations));
+        let rest = available.saturating_sub(self.plan.least().saturating_sub(self.plan.kv_cache));
         let per_position = self.plan.kv_cache / self.plan.context.max(1);
         match rest.checked_div(per_position) {
             Some(fits) if fits >= 256 => write!(f, "; a context of {} fits", fits / 256 * 256),
@@ -59,16 +72,25 @@ impl MemoryPlan {
             .saturating_add(self.activations)
     }
 
+    /// The bytes without which no token can be computed at a reasonable speed: all but the pageable
+    /// weights that a token does not read.
+    #[must_use]
+    pub fn least(&self) -> usize {
+        let rest = self.pageable.saturating_sub(self.working_set);
+        self.total().saturating_sub(rest)
+    }
+
     /// Compares the plan with the machine; a machine that does not tell is taken to be large enough.
     /// # Errors
     /// [`DoesNotFit`] with the numbers.
-    pub fn check(&self, machine: &Machine) -> Result<(), DoesNotFit> {
+    pub fn check(&self, machine: &Machine) -> Result<Fit, DoesNotFit> {
         match machine.memory_available {
-            Some(available) if self.total() as u64 > available => Err(DoesNotFit {
+            Some(available) if self.least() as u64 > available => Err(DoesNotFit {
                 plan: *self,
                 available,
             }),
-            _ => Ok(()),
+            Some(available) if self.total() as u64 > available => Ok(Fit::WithDisk),
+            _ => Ok(Fit::Whole),
         }
     }
 }
@@ -77,11 +99,12 @@ impl fmt::Display for MemoryPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [weights, kv, activations, total] =
             [self.weights, self.kv_cache, self.activations, self.total()].map(Size);
-        write!(
-            f,
-            "weights {weights} + KV cache {kv} (context {}",
-            self.context
-        )?;
+        write!(f, "weights {weights}")?;
+        if self.pageable > 0 {
+            let [experts, a_token] = [self.pageable, self.working_set].map(Size);
+            write!(f, " (experts {experts}, {a_token} a token)")?;
+        }
+        write!(f, " + KV cache {kv} (context {}", self.context)?;
         if self.dropped > 0 {
             write!(f, ", {} dropped", Size(self.dropped))?;
         }
@@ -130,7 +153,7 @@ mod tests {
             "not enough memory: weights 2.00 GiB + KV cache 48.00 GiB (context 131072) + activations 0 B = 50.00 GiB; \
              8.00 GiB can be had; a context of 16384 fits"
         );
-        assert!(plan.check(&Machine::default()).is_ok());
+        assert_eq!(plan.check(&Machine::default()), Ok(Fit::Whole));
         let dropping = MemoryPlan {
             kv_cache: 36 * gib,
             hidden: 12 * gib,
@@ -141,6 +164,40 @@ mod tests {
             dropping.to_string(),
             "weights 2.00 GiB + KV cache 36.00 GiB (context 131072, 12.00 GiB dropped) + activations 0 B = 38.00 GiB"
         );
+    }
+
+    #[test]
+    fn experts_may_stay_on_the_disk_and_nothing_else() {
+        let gib = 1usize << 30;
+        let plan = MemoryPlan {
+            weights: 24 * gib,
+            pageable: 22 * gib,
+            working_set: 3 * gib,
+            kv_cache: gib,
+            context: 4096,
+            ..MemoryPlan::default()
+        };
+        let with = |gib: u64| {
+            plan.check(&Machine {
+                memory_available: Some(gib << 30),
+                ..Machine::default()
+            })
+        };
+        assert_eq!(with(25), Ok(Fit::Whole));
+        assert_eq!(with(24), Ok(Fit::WithDisk));
+        assert_eq!(with(6), Ok(Fit::WithDisk));
+        let error = with(5).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "not enough memory: weights 24.00 GiB (experts 22.00 GiB, 3.00 GiB a token) + \
+             KV cache 1.00 GiB (context 4096) + activations 0 B = 25.00 GiB; 5.00 GiB can be had"
+        );
+        let dense = MemoryPlan {
+            pageable: 0,
+            working_set: 0,
+            ..plan
+        };
+        assert_eq!(dense.least(), dense.total());
     }
 
     #[test]

@@ -29,6 +29,15 @@ impl DType {
         }
     }
 
+    /// The format of a packed one.
+    #[must_use]
+    pub fn packed(self) -> Option<Format> {
+        match self {
+            Self::Packed(format) => Some(format),
+            Self::F32 | Self::F16 | Self::Bf16 => None,
+        }
+    }
+
     /// The name on the command line and in reports.
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -184,6 +193,12 @@ impl Matrix {
     #[must_use]
     pub fn bytes(&self) -> usize {
         self.tensor.bytes.len()
+    }
+
+    /// Its bytes as stored.
+    #[must_use]
+    pub fn data(&self) -> &Bytes {
+        &self.tensor.bytes
     }
 
     /// A view for the kernels.

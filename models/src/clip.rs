@@ -280,11 +280,14 @@ impl Clip {
         for l in 0..config.num_hidden_layers {
             let p = format!("encoder.layers.{l}");
             let linear = |name: &str| weights.biased(&format!("{prefix}{p}.{name}"));
-            let projection = |name: &str| linear(&format!("self_attn.{name}_proj"));
+            let projections =
+                ["q", "k", "v"].map(|name| format!("{prefix}{p}.self_attn.{name}_proj"));
+            let [q, k, v] = &projections;
+            let projections = weights.of_one_input([q, k, v], |name| weights.biased(name))?;
             layers.push(Layer {
                 norm1: norm(&format!("{p}.layer_norm1"))?,
-                projections: vec![projection("q")?, projection("k")?, projection("v")?],
-                out_proj: projection("out")?,
+                projections: projections.into(),
+                out_proj: linear("self_attn.out_proj")?,
                 norm2: norm(&format!("{p}.layer_norm2"))?,
                 fc1: linear("mlp.fc1")?,
                 fc2: linear("mlp.fc2")?,

@@ -88,6 +88,12 @@ pub struct Config {
     pub vision: Option<VisionConfig>,
     /// Whether `lm_head` is the embedding table.
     pub tie_word_embeddings: bool,
+    /// Whether the projections of attention have biases.
+    pub attention_bias: bool,
+    /// Whether `lm_head` has a bias.
+    pub lm_head_bias: bool,
+    /// Experts in the place of the MLP, in families that have them.
+    pub moe: Option<MoeConfig>,
     /// First token of a text.
     pub bos_token_id: Option<u32>,
     /// Tokens that end a text.
@@ -101,6 +107,15 @@ pub struct SparseLayers {
     pub layout: BlockSparse,
     /// Of this many layers the last one is dense; `None`: no layer is.
     pub dense_every: Option<usize>,
+}
+
+/// A mixture of experts, of which a token uses [`PICKS`](phidias_engine::backend::PICKS).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MoeConfig {
+    /// Experts of a layer, at least as many as a token uses.
+    pub experts: usize,
+    /// How near a score must come to the best one to lower its weight, as a share of it.
+    pub jitter: f32,
 }
 
 /// Rotary embedding.
@@ -158,6 +173,8 @@ pub(crate) struct Keys {
     pub hidden_act: &'static str,
     /// Whether the head is the embedding table when nothing is said.
     pub tied: bool,
+    /// Whether the `original_max_position_embeddings` of `rope_scaling` comes before the one beside it.
+    pub original_in_scaling: bool,
 }
 
 /// What `preprocessor_config.json` of a vision model says.
@@ -439,7 +456,7 @@ impl Config {
             max_position_embeddings,
             sliding_window: f.count("sliding_window", 1..=usize::MAX)?,
             norm_eps: f.number(keys.norm_eps, 0.0..=1.0)?.unwrap_or(1e-5) as f32,
-            rope: rope(f, keys.rope_theta, head_dim, max_position_embeddings)?,
+            rope: rope(f, keys, head_dim, max_position_embeddings)?,
             attention_scale: 1.0 / (head_dim as f32).sqrt(),
             block_sparse: None,
             embedding_multiplier: 1.0,
@@ -448,6 +465,9 @@ impl Config {
             gegelu_limit: f32::INFINITY,
             vision: None,
             tie_word_embeddings: f.flag("tie_word_embeddings")?.unwrap_or(keys.tied),
+            attention_bias: false,
+            lm_head_bias: false,
+            moe: None,
             bos_token_id: f.ids("bos_token_id")?.first().copied(),
             eos_token_ids,
         })
@@ -497,7 +517,7 @@ impl Config {
     }
 }
 
-fn rope(f: &Fields<'_>, theta: &str, head_dim: usize, max_positions: usize) -> Result<RopeConfig> {
+fn rope(f: &Fields<'_>, keys: &Keys, head_dim: usize, max_positions: usize) -> Result<RopeConfig> {
     // Newer configurations keep theta and the scaling in one object, "rope_parameters".
     let key = if f.value("rope_parameters").is_some() {
         "rope_parameters"
@@ -522,7 +542,7 @@ fn rope(f: &Fields<'_>, theta: &str, head_dim: usize, max_positions: usize) -> R
     };
     let theta = match s.number("rope_theta", 1.0..=1e12)? {
         Some(theta) => theta,
-        None => f.number(theta, 1.0..=1e12)?.unwrap_or(10_000.0),
+        None => f.number(keys.rope_theta, 1.0..=1e12)?.unwrap_or(10_000.0),
     };
     let kind = match s.text("rope_type")? {
         Some(kind) => Some(kind),
@@ -532,10 +552,14 @@ fn rope(f: &Fields<'_>, theta: &str, head_dim: usize, max_positions: usize) -> R
         // The reference reads the older names "su" and "yarn" as longrope.
         Some("longrope" | "su" | "yarn") => {
             let name = "original_max_position_embeddings";
-            let original = match f.count(name, 2..=1 << 24)? {
-                Some(original) => original,
-                None => s.count(name, 2..=1 << 24)?.unwrap_or(max_positions.max(2)),
+            let [beside, inside] = [f, &s].map(|fields| fields.count(name, 2..=1 << 24));
+            let (beside, inside) = (beside?, inside?);
+            let original = if keys.original_in_scaling {
+                inside.or(beside)
+            } else {
+                beside.or(inside)
             };
+            let original = original.unwrap_or(max_positions.max(2));
             let usual = match s.number("attention_factor", 1e-3..=1e3)? {
                 Some(factor) => factor as f32,
                 None => attention_factor(max_positions, original),

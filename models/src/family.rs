@@ -3,9 +3,10 @@
 
 use crate::config::{Config, ConfigError, Fields};
 use crate::transformer::Transformer;
-use crate::weights::{Spec, Weights};
-use crate::{phi3, phi3small, phi3v};
+use crate::weights::{Role, Spec, Weights};
+use crate::{phi3, phi3small, phi3v, phimoe};
 use phidias_engine::checkpoint::CheckpointError;
+use std::collections::HashSet;
 use std::fmt;
 
 /// A family of models.
@@ -17,11 +18,13 @@ pub enum Family {
     Phi3Small,
     /// Phi-3-vision and Phi-3.5-vision.
     Phi3V,
+    /// Phi-3.5-MoE.
+    PhiMoe,
 }
 
 impl Family {
     /// Every family there is.
-    pub const ALL: [Self; 3] = [Self::Phi3, Self::Phi3Small, Self::Phi3V];
+    pub const ALL: [Self; 4] = [Self::Phi3, Self::Phi3Small, Self::PhiMoe, Self::Phi3V];
 
     /// Its `model_type`.
     #[must_use]
@@ -30,6 +33,7 @@ impl Family {
             Self::Phi3 => "phi3",
             Self::Phi3Small => "phi3small",
             Self::Phi3V => "phi3_v",
+            Self::PhiMoe => "phimoe",
         }
     }
 
@@ -45,6 +49,7 @@ impl Family {
             Self::Phi3 => phi3::configure(fields),
             Self::Phi3Small => phi3small::configure(fields),
             Self::Phi3V => phi3v::configure(fields),
+            Self::PhiMoe => phimoe::configure(fields),
         }
     }
 
@@ -54,7 +59,15 @@ impl Family {
             Self::Phi3 => phi3::specs(config),
             Self::Phi3Small => phi3small::specs(config),
             Self::Phi3V => phi3v::specs(config),
+            Self::PhiMoe => phimoe::specs(config),
         }
+    }
+
+    /// The names of those of experts.
+    pub(crate) fn experts(self, config: &Config) -> HashSet<String> {
+        let specs = self.specs(config).into_iter();
+        let experts = specs.filter(|spec| spec.role == Role::Expert);
+        experts.map(|spec| spec.name).collect()
     }
 
     /// Takes the decoder's weights of a checkpoint; nothing is copied but norms and biases.
@@ -66,6 +79,7 @@ impl Family {
         match self {
             Self::Phi3 | Self::Phi3V => phi3::load(config, weights),
             Self::Phi3Small => phi3small::load(config, weights),
+            Self::PhiMoe => phimoe::load(config, weights),
         }
     }
 }

@@ -3,10 +3,10 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`config`] | `config.json`, checked once |
-//! | [`blocks`] | attention, MLP, rotary embedding, head |
+//! | [`blocks`] | attention, MLP, mixture of experts, rotary embedding, head |
 //! | [`clip`], [`vision`], [`image`] | the encoder of the vision models; from a picture to rows among the tokens; pixels |
 //! | [`transformer`] | the decoder, a layer on a screen |
-//! | [`family`] | the families by `model_type`; `phi3` has mini, medium and 3.5-mini, `phi3small` has small |
+//! | [`family`] | the families by `model_type`; `phi3` has mini, medium and 3.5-mini, `phi3small` small, `phimoe` 3.5-MoE, `phi3_v` the vision models |
 //! | [`weights`] | names, shapes and roles of tensors |
 //! | [`model`] | opening a folder |
 //! | [`format`](mod@format), [`quantize`] | what the matrices are multiplied in; writing them so |
@@ -32,6 +32,7 @@ pub mod model;
 mod phi3;
 mod phi3small;
 mod phi3v;
+mod phimoe;
 pub mod quantize;
 pub mod session;
 pub mod synth;
@@ -45,5 +46,5 @@ pub use config::{Config, GenerationConfig};
 pub use error::Error;
 pub use family::Family;
 pub use format::WeightFormat;
-pub use model::{Model, OpenOptions, Source, Text};
+pub use model::{Model, OpenOptions, Residency, Source, Text, WeightBytes};
 pub use session::{Crossing, Session, SessionOptions};

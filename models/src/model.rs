@@ -4,7 +4,7 @@ use crate::config::{Config, GenerationConfig, PreprocessorConfig};
 use crate::error::Error;
 use crate::format::WeightFormat;
 use crate::image::ImageProcessor;
-use crate::quantize::quantized;
+use crate::quantize::{CACHE_FROM_BYTES, quantized};
 use crate::text::{Builtin, ChatTemplate, TextError, Tokenizer};
 use crate::transformer::Transformer;
 use crate::vision::Vision;
@@ -35,6 +35,24 @@ pub struct OpenOptions<'a> {
     pub progress: Option<&'a mut dyn FnMut(usize, usize)>,
 }
 
+/// What the weights of a model take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WeightBytes {
+    /// All of them.
+    pub all: usize,
+    /// Of these: experts in mapped files, whose pages need not all be in memory.
+    pub experts: usize,
+}
+
+/// How much of the mapped weights is in memory, from samples.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Residency {
+    /// Bytes of mapped weights.
+    pub mapped: usize,
+    /// Of these: in memory.
+    pub resident: usize,
+}
+
 /// A model, ready for sessions. Weights are shared between them.
 pub struct Model {
     path: PathBuf,
@@ -45,7 +63,7 @@ pub struct Model {
     vision: Option<(Vision, ImageProcessor)>,
     text: Option<Text>,
     stop_tokens: BTreeSet<u32>,
-    weight_bytes: usize,
+    weight_bytes: WeightBytes,
     note: Option<String>,
 }
 
@@ -173,15 +191,29 @@ impl Source {
         }
     }
 
-    /// The format that asking for `format` gives, and the bytes of the weights in it.
+    /// The format that asking for `format` gives, and the bytes of the weights in it. Weights that are to
+    /// be converted are taken to be kept in a cache, and mapped, where they are worth it.
     /// # Errors
     /// A format that the folder cannot be run in, tensors that are not as the configuration says.
-    pub fn planned(&self, format: Option<WeightFormat>) -> Result<(WeightFormat, usize), Error> {
+    pub fn planned(
+        &self,
+        format: Option<WeightFormat>,
+    ) -> Result<(WeightFormat, WeightBytes), Error> {
         let format = self.choose(format)?;
         Weights::check(&self.config.specs(), &self.checkpoint)?;
         let bytes = match self.conversion(format) {
-            Some(entries) => Prepack::plan(&self.checkpoint, entries)?.bytes(),
-            None => self.checkpoint.bytes(),
+            Some(entries) => {
+                let plan = Prepack::plan(&self.checkpoint, entries)?;
+                let experts = self.config.family.experts(&self.config);
+                WeightBytes {
+                    all: plan.bytes(),
+                    experts: match self.checkpoint.bytes() >= CACHE_FROM_BYTES {
+                        true => plan.bytes_of(|name| experts.contains(name)),
+                        false => 0,
+                    },
+                }
+            }
+            None => weight_bytes(&self.config, &self.checkpoint),
         };
         Ok((format, bytes))
     }
@@ -230,12 +262,13 @@ impl Source {
 
 /// What becomes of a tensor of some role, stored as it is, in `format`.
 pub(crate) fn treatment(role: Role, stored: Option<DType>, format: WeightFormat) -> Treatment {
-    match (role, format.packed()) {
-        (Role::Matrix, Some(packed)) => Treatment::Pack(packed),
-        (Role::Matrix, None) if format == WeightFormat::Bf16 && stored == Some(DType::F32) => {
+    match format.packed() {
+        _ if !role.takes_format() => Treatment::Keep,
+        Some(packed) => Treatment::Pack(packed),
+        None if format == WeightFormat::Bf16 && stored == Some(DType::F32) => {
             Treatment::Cast(DType::Bf16)
         }
-        _ => Treatment::Keep,
+        None => Treatment::Keep,
     }
 }
 
@@ -292,7 +325,7 @@ impl Model {
         };
         Ok(Self {
             path: source.checkpoint.path().to_owned(),
-            weight_bytes: checkpoint.bytes(),
+            weight_bytes: weight_bytes(&source.config, &checkpoint),
             config: source.config,
             generation: source.generation,
             format,
@@ -356,15 +389,45 @@ impl Model {
             }),
         }
     }
-    /// Bytes of all weights.
+    /// Bytes of its weights.
     #[must_use]
-    pub fn weight_bytes(&self) -> usize {
+    pub fn weight_bytes(&self) -> WeightBytes {
         self.weight_bytes
+    }
+    /// How much of its mapped weights is in memory now; `None` where nothing is mapped, or the system does
+    /// not tell. Takes milliseconds.
+    #[must_use]
+    pub fn residency(&self) -> Option<Residency> {
+        /// Bytes that one sampled page stands for in a large matrix.
+        const SAMPLED: usize = 1 << 20;
+        let mut sum = Residency {
+            mapped: 0,
+            resident: 0,
+        };
+        for matrix in self.transformer.matrices() {
+            let samples = (matrix.bytes() / SAMPLED).max(4);
+            if let Some(share) = matrix.data().resident_share(samples) {
+                sum.mapped += matrix.bytes();
+                sum.resident += (share * matrix.bytes() as f64) as usize;
+            }
+        }
+        (sum.mapped > 0).then_some(sum)
     }
     /// Something the user should know about the opening: where quantized weights were kept.
     #[must_use]
     pub fn note(&self) -> Option<&str> {
         self.note.as_deref()
+    }
+}
+
+/// What the weights of a checkpoint take.
+fn weight_bytes(config: &Config, checkpoint: &Checkpoint) -> WeightBytes {
+    let experts = config.family.experts(config);
+    let mapped = (checkpoint.tensors())
+        .filter(|(name, tensor)| experts.contains(*name) && tensor.bytes().is_mapped());
+    WeightBytes {
+        all: checkpoint.bytes(),
+        experts: mapped.map(|(_, tensor)| tensor.bytes().len()).sum(),
     }
 }
 

@@ -8,7 +8,7 @@ use crate::blocks::mlp::Mlp;
 use crate::blocks::rope::Rope;
 use crate::config::{Config, ConfigError, Fields, Keys};
 use crate::family::Family;
-use crate::transformer::{Layer, Transformer};
+use crate::transformer::{FeedForward, Layer, Transformer};
 use crate::weights::{EMBED, Role, Spec, Weights, ends};
 use phidias_engine::backend::{GateUp, HeadOrder};
 use phidias_engine::checkpoint::CheckpointError;
@@ -30,6 +30,7 @@ pub(crate) fn configure_as(f: &Fields<'_>, family: Family) -> Result<Config, Con
             rope_theta: "rope_theta",
             hidden_act: "silu",
             tied: false,
+            original_in_scaling: false,
         },
     )
 }
@@ -74,10 +75,10 @@ pub(crate) fn load(c: &Config, weights: &Weights<'_>) -> Result<Transformer, Che
                 scale: c.attention_scale,
             },
             post_attention_norm: norm("post_attention_layernorm")?,
-            mlp: Mlp {
+            feed_forward: FeedForward::Dense(Mlp {
                 gate_up: GateUp::Stacked(linear("mlp.gate_up_proj")?),
                 down_proj: linear("mlp.down_proj")?,
-            },
+            }),
         });
     }
     Ok(Transformer {

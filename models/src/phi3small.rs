@@ -16,7 +16,7 @@ use crate::blocks::mlp::Mlp;
 use crate::blocks::rope::Rope;
 use crate::config::{Config, ConfigError, Fields, Keys, SparseLayers};
 use crate::family::Family;
-use crate::transformer::{Layer, Transformer};
+use crate::transformer::{FeedForward, Layer, Transformer};
 use crate::weights::{EMBED, Role, Spec, Weights, ends};
 use phidias_engine::backend::{GateUp, HeadOrder};
 use phidias_engine::checkpoint::CheckpointError;
@@ -40,6 +40,7 @@ pub(crate) fn configure(f: &Fields<'_>) -> Result<Config, ConfigError> {
         rope_theta: "rope_embedding_base",
         hidden_act: "gegelu",
         tied: true,
+        original_in_scaling: false,
     };
     let mut c = Config::common(f, Family::Phi3Small, &keys)?;
     if f.value("ff_dim_multiplier").is_some() {
@@ -158,13 +159,13 @@ pub(crate) fn load(c: &Config, weights: &Weights<'_>) -> Result<Transformer, Che
                 scale: c.attention_scale,
             },
             post_attention_norm: norm("post_attention_layernorm")?,
-            mlp: Mlp {
+            feed_forward: FeedForward::Dense(Mlp {
                 gate_up: GateUp::Interleaved {
                     both: linear("mlp.up_proj")?,
                     limit: c.gegelu_limit,
                 },
                 down_proj: linear("mlp.down_proj")?,
-            },
+            }),
         });
     }
     Ok(Transformer {

@@ -13,7 +13,7 @@ use std::fs;
 use std::path::Path;
 
 /// A source smaller than this is quantized in memory at every start; a file would save nothing.
-const CACHE_FROM_BYTES: usize = 32 << 20;
+pub(crate) const CACHE_FROM_BYTES: usize = 32 << 20;
 
 /// Weights in another format than stored: from the cache, into the cache, or in memory.
 pub(crate) fn quantized(

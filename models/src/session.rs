@@ -1,15 +1,16 @@
 //! A sequence of tokens in the hands of a model: prompt in, logits out, cache kept.
 
 use crate::blocks::head;
+use crate::blocks::moe::LayerRouting;
 use crate::blocks::rope::Regime;
 use crate::config::Config;
 use crate::error::Error;
 use crate::format::WeightFormat;
 use crate::image::Processed;
-use crate::model::Model;
+use crate::model::{Model, WeightBytes};
 use crate::text::{Detokenizer, TextError};
 use crate::transformer::{Cancelled, Observer, Pass, Placed, Workspace};
-use phidias_engine::backend::{Cpu, Ops};
+use phidias_engine::backend::{Cpu, Ops, PICKS};
 use phidias_engine::generate::{Detokenize, Sequence};
 use phidias_engine::kv_cache::{KvCache, KvType};
 use phidias_engine::memory::MemoryPlan;
@@ -105,13 +106,13 @@ pub fn default_context(config: &Config) -> usize {
     config.max_position_embeddings.min(8192)
 }
 
-/// The memory that a session takes when its context is full; `weights` are the bytes of the weights.
+/// The memory that a session takes when its context is full.
 /// # Errors
 /// [`Error::Context`] when the context is zero or beyond the model's.
 pub fn memory_plan(
     config: &Config,
     format: WeightFormat,
-    weights: usize,
+    weights: WeightBytes,
     options: &SessionOptions,
 ) -> Result<MemoryPlan, Error> {
     let max = config.max_position_embeddings;
@@ -128,7 +129,11 @@ pub fn memory_plan(
     let hidden = shape.hidden_bytes(kind, context - chunk);
     let dropped = if options.drop_hidden { hidden } else { 0 };
     Ok(MemoryPlan {
-        weights,
+        weights: weights.all,
+        pageable: weights.experts,
+        working_set: config
+            .moe
+            .map_or(0, |moe| weights.experts / moe.experts * PICKS),
         kv_cache: shape.bytes(kind, context) - dropped,
         hidden,
         dropped,
@@ -143,7 +148,10 @@ fn activation_bytes(c: &Config, tokens: usize) -> usize {
     // x, normed, branch; qkv, heads; gated; the inputs of the matrices, as floats at most.
     let floats = 4 * c.hidden_size + qkv + c.intermediate_size;
     let inputs = 2 * c.hidden_size + c.intermediate_size;
-    let row = 4 * (floats + inputs);
+    // Of each pick: gated, the expert's output, and what its matrix takes.
+    let pick = c.intermediate_size + c.hidden_size + c.intermediate_size.max(c.hidden_size);
+    let experts = c.moe.map_or(0, |moe| PICKS * pick + moe.experts);
+    let row = 4 * (floats + inputs + experts);
     row.saturating_mul(tokens)
         .saturating_add(4 * LOGIT_ROWS * c.vocab_size)
 }
@@ -284,6 +292,13 @@ impl Session {
     /// Called after each chunk of a prompt.
     pub fn set_progress(&mut self, progress: impl FnMut(Prefill) + Send + 'static) {
         self.progress = Some(Box::new(progress));
+    }
+
+    /// How the tokens since the last call were spread over the experts of each layer; a layer without
+    /// experts counts none, and before the first token there are no layers. Tokens that were computed twice
+    /// count twice.
+    pub fn take_routing(&mut self) -> Vec<LayerRouting> {
+        self.workspace.take_routing()
     }
 
     /// Forgets the tokens from `len` on.

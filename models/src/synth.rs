@@ -17,8 +17,10 @@
 //! | norms | 0.1 around 1 | |
 //! | biases | 0.1 | |
 //! | `embed_tokens` | 1 | the residual starts with variance 1 |
-//! | `qkv_proj`, `gate_up_proj`, `query_key_value`, `up_proj` | `1/sqrt(n)` | queries, keys and gates have variance 1 |
+//! | `qkv_proj`, `gate_up_proj`, `query_key_value`, `up_proj`, an expert's `w1`, `w3` | `1/sqrt(n)` | queries, keys and gates have variance 1 |
 //! | `o_proj`, `down_proj`, `dense` | `1/sqrt(2 n layers)` | all branches together add at most variance 1 |
+//! | an expert's `w2` | `1/sqrt(4 n layers)` | so that two experts do |
+//! | router | `1/sqrt(n)` | scores have variance 1, and tokens spread evenly over the experts |
 //! | `lm_head` | `3/sqrt(n)` | logits have standard deviation 3 |
 //! | `embed_tokens` that is the head too | that, times what logits are divided by | the same |
 //!
@@ -91,7 +93,7 @@ pub fn synthesize(preset: Preset, out: &Path, options: SynthOptions<'_>) -> Resu
             values,
             treatment: match (options.format, options.format.packed()) {
                 (WeightFormat::F32, _) => Treatment::Cast(DType::F32),
-                (_, Some(format)) if spec.role == Role::Matrix => Treatment::Pack(format),
+                (_, Some(format)) if spec.role.takes_format() => Treatment::Pack(format),
                 _ => Treatment::Keep,
             },
         })
@@ -182,7 +184,10 @@ impl Drawn {
             Role::Matrix if ends_branch.iter().any(|end| spec.name.ends_with(end)) => {
                 (0.0, 1.0 / (2.0 * inputs * layers as f32).sqrt())
             }
-            Role::Matrix | Role::Patch => (0.0, 1.0 / inputs.sqrt()),
+            Role::Expert if spec.name.ends_with("w2.weight") => {
+                (0.0, 1.0 / (4.0 * inputs * layers as f32).sqrt())
+            }
+            Role::Matrix | Role::Expert | Role::Router | Role::Patch => (0.0, 1.0 / inputs.sqrt()),
         };
         let key = (spec.name.bytes()).fold(mix(seed), |key, byte| mix(key ^ u64::from(byte)));
         Self {

@@ -3,9 +3,10 @@
 use crate::blocks::attention::{self, Attention, Place};
 use crate::blocks::head::LmHead;
 use crate::blocks::mlp::{self, Mlp};
+use crate::blocks::moe::{self, LayerRouting, Moe};
 use crate::blocks::rope::{Regime, Rope};
 use phidias_engine::Cancel;
-use phidias_engine::backend::{Input, Norm, Ops, Rotations};
+use phidias_engine::backend::{Expert, Input, Norm, Ops, PICKS, Rotations};
 use phidias_engine::kv_cache::KvCache;
 use phidias_engine::tensor::{Buffer, Matrix};
 use std::sync::Arc;
@@ -19,18 +20,40 @@ pub struct Layer {
     pub attention: Attention,
     /// Before the MLP.
     pub post_attention_norm: Norm,
-    /// MLP.
-    pub mlp: Mlp,
+    /// What each token goes through alone.
+    pub feed_forward: FeedForward,
+}
+
+/// What each token goes through alone.
+#[derive(Clone, Debug)]
+pub enum FeedForward {
+    /// All of it.
+    Dense(Mlp),
+    /// Some experts of many.
+    Moe(Moe),
 }
 
 impl Layer {
-    /// Its matrices.
+    /// The matrices that every token is multiplied with.
     pub fn matrices(&self) -> impl Iterator<Item = &Matrix> {
         let projections = self.attention.qkv_proj.iter().map(|w| &w.weight);
+        let (mlp, router) = match &self.feed_forward {
+            FeedForward::Dense(mlp) => (Some(mlp), None),
+            FeedForward::Moe(moe) => (None, Some(&moe.router.weight)),
+        };
         projections
             .chain([&self.attention.o_proj.weight])
-            .chain(self.mlp.gate_up.matrices())
-            .chain([&self.mlp.down_proj.weight])
+            .chain(mlp.into_iter().flat_map(Mlp::matrices))
+            .chain(router)
+    }
+
+    /// Its experts, of which a token is multiplied with some; none in a layer without.
+    #[must_use]
+    pub fn experts(&self) -> &[Expert] {
+        match &self.feed_forward {
+            FeedForward::Dense(_) => &[],
+            FeedForward::Moe(moe) => &moe.experts,
+        }
     }
 }
 
@@ -65,6 +88,9 @@ pub struct Workspace {
     rotations: Rotations,
     attention: attention::Scratch,
     mlp: mlp::Scratch,
+    moe: moe::Scratch,
+    /// Of each layer, since it was last taken.
+    routing: Vec<LayerRouting>,
 }
 
 impl Workspace {
@@ -72,6 +98,12 @@ impl Workspace {
     #[must_use]
     pub fn hidden(&self) -> &Buffer {
         &self.normed
+    }
+
+    /// How tokens were spread over the experts of each layer since the last call; layers without experts
+    /// have none.
+    pub fn take_routing(&mut self) -> Vec<LayerRouting> {
+        std::mem::take(&mut self.routing)
     }
 }
 
@@ -82,6 +114,8 @@ pub enum Point {
     Embed,
     /// A layer's attention, after the output projection, before it is added.
     AttentionOut(usize),
+    /// The scores of a layer's experts, `[tokens, experts]`.
+    RouterScores(usize),
     /// A layer's MLP, before it is added.
     MlpOut(usize),
     /// The residual stream after a layer.
@@ -164,6 +198,10 @@ impl Transformer {
             picture.overwrite(first, &mut w.x);
         }
         observe(Point::Embed, first, &w.x);
+        if w.routing.is_empty() {
+            let experts = self.layers.iter().map(|layer| layer.experts().len());
+            w.routing = experts.map(LayerRouting::new).collect();
+        }
         for (l, layer) in self.layers.iter().enumerate() {
             if cancel.is_cancelled() {
                 return Err(Cancelled);
@@ -173,7 +211,7 @@ impl Transformer {
                 first,
                 rotations: &w.rotations,
             };
-            let (attention, mlp) = (&layer.attention, &layer.mlp);
+            let attention = &layer.attention;
             let (norm, matrix) = (&layer.input_norm, attention.matrix());
             ops.add_norm_input(&mut w.x, &w.branch, norm, matrix, &mut w.input);
             if l > 0 {
@@ -181,9 +219,21 @@ impl Transformer {
             }
             attention.forward(ops, &w.input, cache, at, &mut w.branch, &mut w.attention);
             observe(Point::AttentionOut(l), first, &w.branch);
-            let (norm, matrix) = (&layer.post_attention_norm, mlp.gate_up.matrix());
-            ops.add_norm_input(&mut w.x, &w.branch, norm, matrix, &mut w.input);
-            mlp.forward(ops, &w.input, &mut w.branch, &mut w.mlp);
+            let norm = &layer.post_attention_norm;
+            match &layer.feed_forward {
+                FeedForward::Dense(mlp) => {
+                    let matrix = mlp.gate_up.matrix();
+                    ops.add_norm_input(&mut w.x, &w.branch, norm, matrix, &mut w.input);
+                    mlp.forward(ops, &w.input, &mut w.branch, &mut w.mlp);
+                }
+                FeedForward::Moe(moe) => {
+                    // The router takes floats, and each expert some of the rows.
+                    ops.add_norm(&mut w.x, &w.branch, norm, &mut w.normed);
+                    let (x, y, s) = (&w.normed, &mut w.branch, &mut w.moe);
+                    moe.forward(ops, x, y, s, &mut w.routing[l]);
+                    observe(Point::RouterScores(l), first, &w.moe.scores);
+                }
+            }
             observe(Point::MlpOut(l), first, &w.branch);
         }
         ops.add_norm(&mut w.x, &w.branch, &self.norm, &mut w.normed);
@@ -193,10 +243,22 @@ impl Transformer {
         Ok(())
     }
 
-    /// Bytes of weights that one token reads: every matrix once, one row of the embedding.
+    /// Bytes of weights that one token reads: every matrix once, of the experts those that it is given
+    /// to; its row of the embedding is not counted.
     #[must_use]
     pub fn bytes_per_token(&self) -> usize {
         let layers = self.layers.iter().flat_map(Layer::matrices);
-        layers.map(Matrix::bytes).sum::<usize>() + self.lm_head.linear.weight.bytes()
+        let experts = (self.layers.iter()).flat_map(|layer| layer.experts().iter().take(PICKS));
+        layers.map(Matrix::bytes).sum::<usize>()
+            + experts.map(Expert::bytes).sum::<usize>()
+            + self.lm_head.linear.weight.bytes()
+    }
+
+    /// Every matrix, the embedding table included.
+    pub fn matrices(&self) -> impl Iterator<Item = &Matrix> {
+        let experts = self.layers.iter().flat_map(|layer| layer.experts());
+        (self.layers.iter().flat_map(Layer::matrices))
+            .chain(experts.flat_map(Expert::matrices))
+            .chain([&self.lm_head.linear.weight, &self.embed_tokens])
     }
 }

@@ -10,12 +10,19 @@ use phidias_engine::tensor::{Linear, Matrix, Tensor};
 pub const EMBED: &str = "model.embed_tokens.weight";
 /// Name of the head.
 pub const HEAD: &str = "lm_head.weight";
+/// Name of the head's bias.
+const HEAD_BIAS: &str = "lm_head.bias";
 
 /// What role a tensor plays: the one table of what may be stored in fewer bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
     /// Multiplied with every token: takes the asked format.
     Matrix,
+    /// Multiplied with the tokens that are routed to it: takes the asked format. The others are not read,
+    /// so it need not be in memory.
+    Expert,
+    /// Chooses among experts, which no rounding of its scores should do: small; kept.
+    Router,
     /// The embedding table: a row is looked up, so its size does not cost time; kept.
     Embedding,
     /// Weights of a norm: tiny and sensitive; kept.
@@ -25,6 +32,14 @@ pub enum Role {
     /// The convolution that turns a picture's patches into tokens: four dimensions and hardly any of the
     /// encoder's work; kept.
     Patch,
+}
+
+impl Role {
+    /// Whether it takes the format that is asked for.
+    #[must_use]
+    pub fn takes_format(self) -> bool {
+        matches!(self, Self::Matrix | Self::Expert)
+    }
 }
 
 /// A tensor of the model: name, shape, role.
@@ -55,6 +70,9 @@ pub(crate) fn ends(c: &Config) -> Vec<Spec> {
     let mut specs = vec![Spec::new(EMBED, &shape, Role::Embedding)];
     if !c.tie_word_embeddings {
         specs.push(Spec::new(HEAD, &shape, Role::Matrix));
+    }
+    if c.lm_head_bias {
+        specs.push(Spec::new(HEAD_BIAS, &shape[..1], Role::Bias));
     }
     specs
 }
@@ -134,6 +152,32 @@ impl<'a> Weights<'a> {
         })
     }
 
+    /// Matrices that are given the same rows, which are made for one kind of storage: refuses a file that
+    /// mixes them. `names` are those of the tensors, without `.weight`.
+    pub(crate) fn of_one_input<const N: usize>(
+        &self,
+        names: [&str; N],
+        load: impl Fn(&str) -> Result<Linear>,
+    ) -> Result<[Linear; N]> {
+        let mut kind = None;
+        let mut loaded = Vec::with_capacity(N);
+        for name in names {
+            let linear = load(name)?;
+            let dtype = linear.weight.dtype();
+            let first = *kind.get_or_insert(dtype);
+            if dtype.packed() != first.packed() {
+                return Err(CheckpointError::DType {
+                    path: self.checkpoint.path().to_owned(),
+                    tensor: format!("{name}.weight"),
+                    expected: first.name(),
+                    found: dtype,
+                });
+            }
+            loaded.push(linear);
+        }
+        Ok(loaded.try_into().expect("one for each name"))
+    }
+
     /// `{name}.weight`
     pub(crate) fn rms_norm(&self, name: &str, eps: f32) -> Result<Norm> {
         Ok(Norm::Rms {
@@ -152,7 +196,10 @@ impl<'a> Weights<'a> {
         Ok(LmHead {
             linear: Linear {
                 weight: self.matrix(name)?,
-                bias: None,
+                bias: match c.lm_head_bias {
+                    true => Some(self.values(HEAD_BIAS)?),
+                    false => None,
+                },
             },
             divisor: c.logits_divisor,
             unused: c.unused_ids.clone(),

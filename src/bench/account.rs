@@ -3,6 +3,8 @@
 //! ```text
 //! Weights    a pass reads every matrix of the layers once, whatever the number of its tokens; the
 //!            head is computed for the last token of a test only. The embedding is one row: not counted
+//! Experts    a pass reads those that it has tokens for: two a layer when it has one token; when it has
+//!            more, as many as were counted while it ran. A token is multiplied with two a layer
 //! KV cache   a pass reads, once, the keys of each head that its queries see, and their values; what it
 //!            writes is not counted
 //! Operations a multiply-add is two. `ops`: the matrices; `attention_ops`: scores and weighted values
@@ -12,7 +14,7 @@
 //! These are the least that the computation needs: a kernel that reads or multiplies more is slower
 //! than its share of the peak says, never faster.
 
-use phidias_engine::backend::Mask;
+use phidias_engine::backend::{Mask, PICKS};
 use phidias_engine::kv_cache::KvType;
 use phidias_engine::tensor::Matrix;
 use phidias_models::transformer::Layer;
@@ -36,11 +38,29 @@ impl Weights {
     }
 }
 
+/// The experts of a model, alike in shape and format.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Experts {
+    /// One of them.
+    pub each: Weights,
+    /// Layers that have some.
+    pub layers: usize,
+}
+
+impl Experts {
+    /// Experts that a token is multiplied with.
+    #[must_use]
+    pub fn of_a_token(&self) -> usize {
+        PICKS * self.layers
+    }
+}
+
 /// The shapes that decide what a token costs.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Account {
     layers: Weights,
     head: Weights,
+    experts: Experts,
     heads: usize,
     kv_heads: usize,
     /// Of a key and its value.
@@ -79,10 +99,18 @@ impl Account {
         let transformer = model.transformer();
         let layers = Weights::of(transformer.layers.iter().flat_map(Layer::matrices));
         let head = Weights::of([&transformer.lm_head.linear.weight]);
-        Self::new(model.config(), kv, layers, head)
+        let mut firsts = transformer
+            .layers
+            .iter()
+            .filter_map(|l| l.experts().first());
+        let experts = Experts {
+            layers: firsts.clone().count(),
+            each: (firsts.next()).map_or(Weights::default(), |e| Weights::of(e.matrices())),
+        };
+        Self::new(model.config(), kv, layers, head, experts)
     }
 
-    fn new(config: &Config, kv: KvType, layers: Weights, head: Weights) -> Self {
+    fn new(config: &Config, kv: KvType, layers: Weights, head: Weights, experts: Experts) -> Self {
         let shape = config.kv_shape();
         let mut masks: Vec<(Mask, usize)> = Vec::new();
         for mask in &shape.layers {
@@ -94,6 +122,7 @@ impl Account {
         Self {
             layers,
             head,
+            experts,
             heads: shape.heads,
             kv_heads: shape.kv_heads,
             kv_bytes: kv.bytes_per_key(shape.head_dim),
@@ -102,7 +131,7 @@ impl Account {
         }
     }
 
-    /// The weights of all layers.
+    /// The weights of all layers, without their experts.
     #[must_use]
     pub fn layers(&self) -> Weights {
         self.layers
@@ -114,20 +143,42 @@ impl Account {
         self.head
     }
 
+    /// The experts.
+    #[must_use]
+    pub fn experts(&self) -> Experts {
+        self.experts
+    }
+
     /// `tokens` tokens one at a time, the first at position `depth`.
     #[must_use]
     pub fn decode(&self, depth: usize, tokens: usize) -> Work {
-        self.work(depth, tokens, 1, tokens)
+        let reads = tokens * self.experts.of_a_token();
+        let passes = Passes {
+            chunk: 1,
+            heads: tokens,
+            reads,
+        };
+        self.work(depth, tokens, passes)
     }
 
-    /// `tokens` tokens at once, in chunks of `chunk`, the first at position `depth`.
+    /// `tokens` tokens at once, in chunks of `chunk`, the first at position `depth`; the passes read
+    /// `reads` experts together.
     #[must_use]
-    pub fn prefill(&self, depth: usize, tokens: usize, chunk: usize) -> Work {
-        self.work(depth, tokens, chunk.max(1), 1)
+    pub fn prefill(&self, depth: usize, tokens: usize, chunk: usize, reads: usize) -> Work {
+        let passes = Passes {
+            chunk: chunk.max(1),
+            heads: 1,
+            reads,
+        };
+        self.work(depth, tokens, passes)
     }
 
-    /// Passes over `chunk` tokens each; the head `heads` times.
-    fn work(&self, depth: usize, tokens: usize, chunk: usize, heads: usize) -> Work {
+    fn work(&self, depth: usize, tokens: usize, of: Passes) -> Work {
+        let Passes {
+            chunk,
+            heads,
+            reads,
+        } = of;
         let (mut passes, mut read, mut seen) = (0usize, 0usize, 0usize);
         for first in (depth..depth + tokens).step_by(chunk) {
             let end = (first + chunk).min(depth + tokens);
@@ -138,13 +189,27 @@ impl Account {
             }
         }
         let a_token = |total: usize, each: usize| total as f64 * each as f64 / tokens as f64;
+        let elements =
+            self.layers.elements + self.experts.of_a_token() * self.experts.each.elements;
         Work {
-            weight_bytes: a_token(passes, self.layers.bytes) + a_token(heads, self.head.bytes),
+            weight_bytes: a_token(passes, self.layers.bytes)
+                + a_token(heads, self.head.bytes)
+                + a_token(reads, self.experts.each.bytes),
             kv_bytes: a_token(read, self.kv_bytes),
-            ops: 2.0 * (self.layers.elements as f64 + a_token(heads, self.head.elements)),
+            ops: 2.0 * (elements as f64 + a_token(heads, self.head.elements)),
             attention_ops: a_token(seen, self.attention_ops),
         }
     }
+}
+
+/// The passes of a test.
+struct Passes {
+    /// Tokens of each.
+    chunk: usize,
+    /// How often the head is computed.
+    heads: usize,
+    /// Experts read.
+    reads: usize,
 }
 
 #[cfg(test)]
@@ -182,7 +247,7 @@ mod tests {
                 to.elements += spec.shape[0] * spec.shape[1];
             }
         }
-        Account::new(&config, KvType::F16, layers, head)
+        Account::new(&config, KvType::F16, layers, head, Experts::default())
     }
 
     #[test]
@@ -211,7 +276,7 @@ mod tests {
     #[test]
     fn prefill_reads_the_weights_once_a_chunk_and_the_head_once() {
         let account = account(Format::Q4, None);
-        let one = account.prefill(0, 512, 512);
+        let one = account.prefill(0, 512, 512, 0);
         assert_eq!(one.weight_bytes * 512.0, 2_093_838_336.0);
         assert_eq!(one.kv_bytes, 393_216.0);
         assert_eq!(one.ops, 2.0 * (3_623_878_656.0 + 98_500_608.0 / 512.0));
@@ -219,7 +284,7 @@ mod tests {
         assert_eq!(one.attention_ops, 256.5 * 393_216.0);
         assert!((one.attention_ops / one.ops - 0.0139).abs() < 1e-4);
         // Two chunks and a bit, at depth 100: the passes read 612, 1124 and 1125 positions.
-        let three = account.prefill(100, 1025, 512);
+        let three = account.prefill(100, 1025, 512, 0);
         let head = account.head.bytes as f64;
         let layers = account.layers.bytes as f64;
         assert_eq!(three.weight_bytes, (3.0 * layers + head) / 1025.0);
@@ -232,7 +297,7 @@ mod tests {
         let work = account(Format::Q4, Some(2047)).decode(4000, 8);
         assert_eq!(work.kv_bytes, 2047.0 * 393_216.0);
         // Queries 4000..4008 see 1954..4008 together.
-        let work = account(Format::Q4, Some(2047)).prefill(4000, 8, 512);
+        let work = account(Format::Q4, Some(2047)).prefill(4000, 8, 512, 0);
         assert_eq!(work.kv_bytes * 8.0, 2054.0 * 393_216.0);
         assert_eq!(work.attention_ops, 2047.0 * 393_216.0);
     }
@@ -245,7 +310,8 @@ mod tests {
         let preset: phidias_models::synth::Preset = "phi-3-small-8k".parse().unwrap();
         let config = preset.configuration(None).unwrap();
         let none = Weights::default();
-        let work = Account::new(&config, KvType::F16, none, none).decode(8000, 1);
+        let work =
+            Account::new(&config, KvType::F16, none, none, Experts::default()).decode(8000, 1);
         // Heads 1 mod 8 begin with block 6, heads 0 mod 8 with block 7; the other six with 0 to 5.
         let strides = |head: usize| if head % 8 < 2 { 13 } else { 14 };
         let seen: usize = (0..32).map(|head| 961 + 64 * strides(head)).sum();
@@ -255,6 +321,28 @@ mod tests {
             (16 * (32 * 8001 + seen) * 4 * 128) as f64
         );
         assert_eq!(work.kv_bytes, (16 * (8 * 8001 + read) * 512) as f64);
+    }
+
+    #[test]
+    fn of_the_experts_two_are_read_for_a_token_and_all_that_were_chosen_for_many() {
+        let mut account = account(Format::Q4, None);
+        account.experts = Experts {
+            each: Weights {
+                bytes: 1000,
+                elements: 3000,
+            },
+            layers: 32,
+        };
+        let without = self::account(Format::Q4, None);
+        let (work, rest) = (account.decode(0, 4), without.decode(0, 4));
+        assert_eq!(work.weight_bytes - rest.weight_bytes, 64.0 * 1000.0);
+        assert_eq!(work.ops - rest.ops, 2.0 * 64.0 * 3000.0);
+        let (work, rest) = (
+            account.prefill(0, 512, 512, 500),
+            without.prefill(0, 512, 512, 0),
+        );
+        assert!((work.weight_bytes - rest.weight_bytes - 500_000.0 / 512.0).abs() < 1e-6);
+        assert_eq!(work.ops - rest.ops, 2.0 * 64.0 * 3000.0);
     }
 
     #[cfg(feature = "fable")]

@@ -295,8 +295,9 @@ impl ModelBench {
         let mut before = self.measure_peaks(&runner.session, progress)?;
         for &test in &self.tests {
             let samples = runner.time(test, self.conditions.repetitions)?;
+            let reads = runner.expert_reads / samples.len().max(1);
             let work = match test.kind {
-                Kind::Prefill => account.prefill(test.depth, test.tokens, runner.chunk),
+                Kind::Prefill => account.prefill(test.depth, test.tokens, runner.chunk, reads),
                 Kind::Decode => account.decode(test.depth, test.tokens),
             };
             let after = self.measure_peaks(&runner.session, progress)?;
@@ -395,6 +396,8 @@ struct Runner {
     /// Whether the session is filling its cache: a prompt that is timed draws no bars.
     filling: Arc<AtomicBool>,
     chunk: usize,
+    /// Experts that the passes of the last test's repetitions read.
+    expert_reads: usize,
 }
 
 impl Runner {
@@ -415,6 +418,7 @@ impl Runner {
             progress: Arc::clone(progress),
             filling,
             chunk: SessionOptions::default().chunk,
+            expert_reads: 0,
             session,
         }
     }
@@ -423,6 +427,7 @@ impl Runner {
     fn time(&mut self, test: Test, repetitions: usize) -> Result<Vec<f64>, BenchError> {
         self.fill(test.depth)?;
         self.warm_up(test)?;
+        self.session.take_routing();
         let mut samples = Vec::new();
         let mut first = None;
         for repetition in 1..=repetitions.max(1) {
@@ -433,6 +438,8 @@ impl Runner {
             }
             samples.push(test.tokens as f64 / time.as_secs_f64());
         }
+        let layers = self.session.take_routing();
+        self.expert_reads = layers.iter().map(|l| l.reads as usize).sum();
         Ok(samples)
     }
 

@@ -96,6 +96,16 @@ pub struct Running {
     /// windows): the same answer in less memory; going back in a conversation computes it again
     #[arg(long)]
     pub drop_hidden_keys: bool,
+    /// Run a model that does not fit in memory: its weights are read from disk again for each token, or
+    /// the system swaps. Needless for the experts of a mixture, which may stay on disk
+    #[arg(long)]
+    pub allow_swap: bool,
+}
+
+/// What else to print about an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Stats {
+    Json,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -184,6 +194,10 @@ pub struct Run {
     /// With --json: log-probabilities of each token and of the N likeliest ones
     #[arg(long, value_name = "N", requires = "json")]
     pub logprobs: Option<usize>,
+    /// Of a mixture of experts: print the tokens of each expert in each layer, as one JSON object on
+    /// stderr; with --json as the field "routing"
+    #[arg(long, value_name = "json", value_enum)]
+    pub stats: Option<Stats>,
     #[command(flatten)]
     pub running: Running,
     #[command(flatten)]
@@ -305,6 +319,10 @@ pub struct Eval {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+    /// Of a mixture of experts: print the tokens of each expert in each layer, as one JSON object on
+    /// stderr; with --json as the field "routing"
+    #[arg(long, value_name = "json", value_enum)]
+    pub stats: Option<Stats>,
     #[command(flatten)]
     pub running: Running,
 }

@@ -84,10 +84,11 @@ fn model(args: &Bench, setup: &Setup, machine: &Machine, peaks: PeakOptions) -> 
         }
     })?;
     (bench.conditions.name, lookup.conditions.name) = (name.clone(), name);
-    if let Some(cache) = machine.last_cache.filter(|c| *c > model.weight_bytes() / 2) {
+    let weights = model.weight_bytes().all;
+    if let Some(cache) = machine.last_cache.filter(|c| *c > weights / 2) {
         setup.console.note(format_args!(
             "the weights ({}) are no larger than twice the last cache ({}): decode is not limited by memory, and its share of the bandwidth says little",
-            Size(model.weight_bytes()),
+            Size(weights),
             Size(cache)
         ));
     }

@@ -3,13 +3,15 @@
 use super::args::{Eval, Global};
 use super::console::Unit;
 use super::open::Setup;
+use super::stats::{self, routing};
 use anyhow::{Context, Result, bail};
 use phidias::Session;
 use phidias::eval::{Figures, evaluate};
 use phidias::models::session::default_context;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::fs;
 use std::io::{self, Write};
+use std::sync::Arc;
 
 /// Windows of at most this many tokens when no context is asked: figures of different models are
 /// then comparable, and a long text takes time in proportion to its length.
@@ -31,15 +33,18 @@ pub fn eval(args: &Eval, global: &Global) -> Result<()> {
     }
     let origin = setup.locate(args.model.as_deref())?;
     let model = setup.open(&origin, args.running.format)?;
+    stats::check(args.stats, &model)?;
     let context = args
         .running
         .ctx
         .unwrap_or_else(|| default_context(model.config()).min(WINDOW));
-    let start = |model| {
+    let start = |model: Arc<phidias::Model>| {
         let options = phidias::SessionOptions {
             context: Some(context),
+            check_memory: false,
             ..setup.session_options(&args.running)
         };
+        setup.admit(&Session::plan(&model, &options)?, &args.running)?;
         let mut session = Session::new(model, &options)?;
         session.set_cancel(setup.cancel.clone());
         anyhow::Ok(session)
@@ -72,10 +77,11 @@ pub fn eval(args: &Eval, global: &Global) -> Result<()> {
         bar.set(done as u64, Some(total as u64))
     })?;
     drop(bar);
-    print(&figures, args.json)
+    let routing = args.stats.map(|_| routing(&session.take_routing()));
+    print(&figures, routing, args.json)
 }
 
-fn print(figures: &Figures, as_json: bool) -> Result<()> {
+fn print(figures: &Figures, routing: Option<Value>, as_json: bool) -> Result<()> {
     let mut out = io::stdout().lock();
     if as_json {
         let mut object = json!({
@@ -90,8 +96,14 @@ fn print(figures: &Figures, as_json: bool) -> Result<()> {
             object["kl_p99"] = json!(against.kl_p99);
             object["top1_agreement"] = json!(against.top1_agreement);
         }
+        if let Some(routing) = routing {
+            object["routing"] = routing;
+        }
         writeln!(out, "{object}")?;
         return Ok(());
+    }
+    if let Some(routing) = routing {
+        eprintln!("{routing}");
     }
     writeln!(out, "tokens          {}", figures.tokens)?;
     writeln!(out, "bytes           {}", figures.bytes)?;

@@ -1,10 +1,11 @@
 //! `phidias inspect`: what a model is made of and what it will take.
 
 use super::args::{Global, Inspect};
-use super::open::{Origin, Setup, open_source};
+use super::open::{Origin, Setup, beyond_memory, open_source, refusal};
 use anyhow::Result;
+use phidias::engine::backend::PICKS;
 use phidias::engine::machine::Machine;
-use phidias::engine::memory::Size;
+use phidias::engine::memory::{Fit, Size};
 use phidias::models::session::memory_plan;
 use serde_json::json;
 use std::io::{self, Write};
@@ -58,16 +59,21 @@ pub fn inspect(args: &Inspect, global: &Global) -> Result<()> {
                 "head_step": s.layout.head_step,
                 "dense_every": s.dense_every,
             })),
+            "num_local_experts": c.moe.map(|moe| moe.experts),
+            "num_experts_per_tok": c.moe.map(|_| PICKS),
             "plan": {
                 "context": plan.context,
                 "weights": plan.weights,
+                "pageable": plan.pageable,
+                "working_set": plan.working_set,
                 "kv_cache": plan.kv_cache,
                 "kv_hidden": plan.hidden,
                 "kv_dropped": plan.dropped,
                 "activations": plan.activations,
                 "total": plan.total(),
                 "available": machine.memory_available,
-                "fits": plan.check(&machine).is_ok(),
+                "fits": plan.check(&machine) == Ok(Fit::Whole),
+                "runs": plan.check(&machine).is_ok(),
             },
             "tensors": tensors,
         });
@@ -84,9 +90,13 @@ pub fn inspect(args: &Inspect, global: &Global) -> Result<()> {
     )?;
     writeln!(
         out,
-        "  {} layers, hidden {}, MLP {}, {} heads of {} ({} for keys and values), vocabulary {}",
+        "  {} layers, hidden {}, {}MLP {}, {} heads of {} ({} for keys and values), vocabulary {}",
         c.num_hidden_layers,
         c.hidden_size,
+        c.moe.map_or(String::new(), |moe| format!(
+            "{} experts ({PICKS} for a token) of ",
+            moe.experts
+        )),
         c.intermediate_size,
         c.num_attention_heads,
         c.head_dim,
@@ -123,8 +133,10 @@ pub fn inspect(args: &Inspect, global: &Global) -> Result<()> {
             Size(plan.hidden)
         )?;
     }
-    if let Err(error) = plan.check(&machine) {
-        writeln!(out, "  {error}")?;
+    match plan.check(&machine) {
+        Ok(Fit::Whole) => {}
+        Ok(Fit::WithDisk) => writeln!(out, "  {}", beyond_memory(&plan, &machine))?,
+        Err(error) => writeln!(out, "  {}", refusal(&error))?,
     }
     writeln!(out)?;
     for (name, tensor) in source.checkpoint.tensors() {

@@ -12,6 +12,7 @@ mod open;
 mod pictures;
 mod quantize;
 mod run;
+mod stats;
 mod synth;
 
 use anyhow::Result;

@@ -5,6 +5,7 @@ use super::console::{Bar, Console, Unit, cancel_on_ctrl_c};
 use anyhow::{Context, Result, bail};
 use phidias::engine::backend::Cpu;
 use phidias::engine::machine::Machine;
+use phidias::engine::memory::{DoesNotFit, Fit, MemoryPlan, Size};
 use phidias::engine::pool::Pool;
 use phidias::engine::{Cancel, Isa, Kernels};
 use phidias::models::image::Processed;
@@ -139,7 +140,8 @@ impl Setup {
             if threads == 1 { "" } else { "s" },
         ));
         self.console.note(format_args!("memory: {plan}"));
-        plan.check(&Machine::detect())?;
+        self.admit(&plan, running)?;
+        self.tell_residency(model);
         let mut session = Session::new(
             Arc::clone(model),
             &SessionOptions {
@@ -158,6 +160,31 @@ impl Setup {
         Ok(Cpu::new(self.kernels, Arc::new(pool)))
     }
 
+    /// Says when the disk will be read; refuses what does not fit, unless that is wanted.
+    pub fn admit(&self, plan: &MemoryPlan, running: &Running) -> Result<()> {
+        let machine = Machine::detect();
+        match plan.check(&machine) {
+            Ok(Fit::Whole) => {}
+            Ok(Fit::WithDisk) => self.console.note(beyond_memory(plan, &machine)),
+            Err(error) if running.allow_swap => {
+                self.console.note(format_args!("--allow-swap: {error}"));
+            }
+            Err(error) => bail!(refusal(&error)),
+        }
+        Ok(())
+    }
+
+    /// Says how much of the mapped weights is in memory.
+    pub fn tell_residency(&self, model: &Model) {
+        if let Some(now) = model.residency() {
+            let share = 100.0 * now.resident as f64 / now.mapped as f64;
+            let [resident, mapped] = [now.resident, now.mapped].map(Size);
+            self.console.note(format_args!(
+                "resident: {resident} of {mapped} of mapped weights ({share:.0} %)"
+            ));
+        }
+    }
+
     pub fn session_options(&self, running: &Running) -> SessionOptions {
         SessionOptions {
             context: running.ctx,
@@ -169,6 +196,7 @@ impl Setup {
             threads: self.threads,
             kernels: Some(self.kernels),
             drop_hidden: running.drop_hidden_keys,
+            check_memory: !running.allow_swap,
             ..SessionOptions::default()
         }
     }
@@ -202,6 +230,21 @@ impl Setup {
                 .set(p.done as u64, Some(p.total as u64));
         }
     }
+}
+
+/// The line about experts that do not all fit in memory.
+pub fn beyond_memory(plan: &MemoryPlan, machine: &Machine) -> String {
+    let available = machine.memory_available.unwrap_or(0);
+    let available = Size(usize::try_from(available).unwrap_or(usize::MAX));
+    format!(
+        "more than the {available} that can be had: of {} of experts, those that are not resident are read from disk when a token needs them",
+        Size(plan.pageable)
+    )
+}
+
+/// Why a plan is refused, and what would have it run.
+pub fn refusal(error: &DoesNotFit) -> String {
+    format!("{error}; --allow-swap runs it all the same")
 }
 
 /// The options of an answer: what the command line says, else what the model's own file says.

@@ -119,7 +119,7 @@ pub fn embed(args: &super::args::Embed, global: &super::args::Global) -> Result<
     let mut scratch = Scratch::default();
     let features = vision.encode(&cpu, picture, &setup.cancel, &mut progress, &mut scratch);
     let features = features.map_err(phidias::Error::from)?;
-    let bytes = features.data().len() * size_of::<f32>();
+    let bytes = size_of_val(features.data());
     let shape = [features.rows(), features.cols()];
     let header = serde_json::json!({
         "features": { "dtype": "F32", "shape": shape, "data_offsets": [0, bytes] },

@@ -3,6 +3,7 @@
 use super::args::{Global, Run};
 use super::open::{Setup, generate_options};
 use super::pictures;
+use super::stats::{self, routing};
 use anyhow::{Context, Result, bail};
 use phidias::engine::generate::{Event, FinishReason, GenerateOptions, Outcome, generate};
 use phidias::engine::memory::Size;
@@ -19,6 +20,7 @@ pub fn run(args: &Run, global: &Global) -> Result<()> {
     let (model, from_stdin) = positional(&args.model)?;
     let prompt = prompt(args, from_stdin)?;
     let model = setup.open(&setup.locate(model)?, args.running.format)?;
+    stats::check(args.stats, &model)?;
     let pictures = args.pictures.open(&model)?;
     let segments = pictures::segments(&model, &prompt, args.raw, &pictures)?;
     let mut options = generate_options(&model, &args.sampling, setup.console);
@@ -44,11 +46,17 @@ pub fn run(args: &Run, global: &Global) -> Result<()> {
     );
     out.end(outcome.is_ok())?;
     let outcome = outcome?;
+    let routing = args.stats.map(|_| routing(&session.take_routing()));
     if args.json {
         let mut object = out.object(&outcome, &options.stop_strings);
         object["kv_bytes"] = json!(session.cache().bytes());
         object["kv_dropped_bytes"] = json!(session.cache().dropped_bytes());
+        if let Some(routing) = routing {
+            object["routing"] = routing;
+        }
         writeln!(io::stdout(), "{object}")?;
+    } else if let Some(routing) = routing {
+        eprintln!("{routing}");
     }
     setup.console.note(summary(&outcome, &options));
     if args.running.drop_hidden_keys {
@@ -56,6 +64,9 @@ pub fn run(args: &Run, global: &Global) -> Result<()> {
         setup
             .console
             .note(format_args!("KV cache: {held} held, {dropped} dropped"));
+    }
+    if model.config().moe.is_some() {
+        setup.tell_residency(&model);
     }
     Ok(())
 }

@@ -122,6 +122,20 @@ pub fn small_config() -> Value {
     })
 }
 
+/// The configuration of a very small mixture of experts.
+pub fn moe_config() -> Value {
+    let mut config = config();
+    config["model_type"] = json!("phimoe");
+    for (field, value) in [("num_local_experts", 4), ("num_experts_per_tok", 2)] {
+        config[field] = json!(value);
+    }
+    for field in ["attention_bias", "lm_head_bias"] {
+        config[field] = json!(true);
+    }
+    config["router_jitter_noise"] = json!(0.01);
+    config
+}
+
 /// Random weights for a configuration, in f32 or bf16 as `dtype` says.
 pub fn weights(config: &Value, dtype: &str, seed: u64) -> Vec<Tensor> {
     let parsed =
@@ -226,7 +240,7 @@ pub fn text_fixtures() -> Vec<PathBuf> {
         })
         .collect();
     found.sort();
-    assert!(found.len() >= 6, "the fixtures are there");
+    assert!(found.len() >= 7, "the fixtures are there");
     found
 }
 

@@ -7,9 +7,6 @@ use phidias_kernels::view::ColsMut;
 use phidias_quant::packed::PANEL_ROWS;
 use std::ops::Range;
 
-/// Weight rows of a gated projection that are computed before the gate is applied.
-const GATE_ROWS: usize = 2 * PANEL_ROWS;
-
 /// The gate and the up projection of an MLP, and how they are combined.
 #[derive(Clone, Debug)]
 pub enum GateUp {
@@ -32,6 +29,9 @@ pub enum GateUp {
 }
 
 impl GateUp {
+    /// Outputs that are computed before the gate is applied.
+    pub(super) const ROWS: usize = 2 * PANEL_ROWS;
+
     /// A matrix that its input is made for.
     #[must_use]
     pub fn matrix(&self) -> &Matrix {
@@ -59,13 +59,19 @@ impl GateUp {
         }
     }
 
-    /// Outputs `out` for all rows of `x`, [`GATE_ROWS`] at a time, so that the projections stay in the
+    /// Outputs `out` for all rows of `x`, [`GateUp::ROWS`] at a time, so that the projections stay in the
     /// cache; `y` is `[tokens, out.len()]`.
-    fn compute(&self, kernels: &Kernels, out: Range<usize>, x: &Input, mut y: ColsMut<'_>) {
+    pub(super) fn compute(
+        &self,
+        kernels: &Kernels,
+        out: Range<usize>,
+        x: &Input,
+        mut y: ColsMut<'_>,
+    ) {
         let n = x.rows();
-        let mut scratch = vec![0.0; 2 * n * GATE_ROWS.min(out.len())];
-        for first in out.clone().step_by(GATE_ROWS) {
-            let width = GATE_ROWS.min(out.end - first);
+        let mut scratch = vec![0.0; 2 * n * Self::ROWS.min(out.len())];
+        for first in out.clone().step_by(Self::ROWS) {
+            let width = Self::ROWS.min(out.end - first);
             let scratch = &mut scratch[..2 * n * width];
             let column = first - out.start;
             let (gate, up) = match self {
@@ -91,7 +97,7 @@ impl GateUp {
         }
     }
 
-    /// Whether any [`GATE_ROWS`] of its outputs can be computed alone: their rows begin with a panel.
+    /// Whether any [`GateUp::ROWS`] of its outputs can be computed alone: their rows begin with a panel.
     fn divides(&self) -> bool {
         match self {
             Self::Stacked(both) => self.inner().is_multiple_of(unit(&both.weight)),
@@ -150,7 +156,7 @@ impl Ops<'_> {
             });
             return;
         }
-        let parts = self.split(y.columns_mut(), GATE_ROWS);
+        let parts = self.split(y.columns_mut(), GateUp::ROWS);
         self.team
             .each_part(parts, |(rows, y)| w.compute(kernels, rows, x, y));
     }
@@ -161,20 +167,29 @@ impl Ops<'_> {
         y: ColsMut<'y>,
         unit: usize,
     ) -> Vec<(Range<usize>, ColsMut<'y>)> {
-        let rows = y.cols();
-        let units = rows.div_ceil(unit);
-        let pieces = self.team.pieces(units);
-        let mut rest = y;
-        let mut parts = Vec::with_capacity(pieces);
-        for i in 0..pieces {
-            let at = |i: usize| (units * i / pieces * unit).min(rows);
-            let range = at(i)..at(i + 1);
-            let (part, right) = rest.split_at(range.len());
-            rest = right;
-            parts.push((range, part));
-        }
-        parts
+        let pieces = self.team.pieces(y.cols().div_ceil(unit));
+        split(y, unit, pieces)
     }
+}
+
+/// Divides the weight rows that make the columns of `y` in so many pieces of whole `unit`s.
+pub(super) fn split(
+    y: ColsMut<'_>,
+    unit: usize,
+    pieces: usize,
+) -> Vec<(Range<usize>, ColsMut<'_>)> {
+    let rows = y.cols();
+    let units = rows.div_ceil(unit);
+    let mut rest = y;
+    let mut parts = Vec::with_capacity(pieces);
+    for i in 0..pieces {
+        let at = |i: usize| (units * i / pieces * unit).min(rows);
+        let range = at(i)..at(i + 1);
+        let (part, right) = rest.split_at(range.len());
+        rest = right;
+        parts.push((range, part));
+    }
+    parts
 }
 
 /// `y = x w^T + bias` for some rows of `w`, which begin with a panel if it is packed.

@@ -5,11 +5,13 @@
 
 mod attention;
 mod encoder;
+mod experts;
 mod linear;
 
 pub use crate::mask::Mask;
 pub use attention::{HeadOrder, Heads, Rotations};
 pub use encoder::Activation;
+pub use experts::{Expert, ExpertScratch, PICKS, Pick, Routes};
 pub use linear::GateUp;
 
 use crate::pool::{Pool, Team};

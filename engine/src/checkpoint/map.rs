@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::path::Path;
 
 /// A file mapped for reading.
@@ -23,10 +24,128 @@ impl Map {
         // file is excluded by the documentation above.
         unsafe { memmap2::Mmap::map(&file) }.map(Self)
     }
+
+    /// Asks the system to read `range` ahead; returns before it is there. Advice only: where it is not
+    /// taken, the pages are read when they are touched.
+    /// # Panics
+    /// When `range` is not inside.
+    pub fn will_need(&self, range: Range<usize>) {
+        assert!(range.start <= range.end && range.end <= self.0.len());
+        #[cfg(unix)]
+        let _ = self
+            .0
+            .advise_range(memmap2::Advice::WillNeed, range.start, range.len());
+    }
+
+    /// Which share of `range` is in memory, from at most `samples` pages spread over it; `None` where the
+    /// system does not tell. Linux tells it of files that the user owns or may write, and says of others
+    /// that they are there.
+    /// # Panics
+    /// When `range` is not inside.
+    #[must_use]
+    pub fn resident_share(&self, range: Range<usize>, samples: usize) -> Option<f64> {
+        assert!(range.start <= range.end && range.end <= self.0.len());
+        let page = page_size()?;
+        let (first, end) = (range.start / page, range.end.div_ceil(page));
+        let count = samples.min(end - first);
+        let mut resident = 0;
+        for i in 0..count {
+            // The first page and the last, and between them in equal steps.
+            let at = first + (end - 1 - first) * i / (count - 1).max(1);
+            resident += usize::from(self.is_resident(at * page)?);
+        }
+        (count > 0).then(|| resident as f64 / count as f64)
+    }
+
+    /// Whether the page that begins at this byte of the file is in memory.
+    #[cfg(target_os = "linux")]
+    fn is_resident(&self, at: usize) -> Option<bool> {
+        let mut state = 0u8;
+        let start = self.0[at..].as_ptr();
+        // SAFETY: a map begins on a page, so `start` does, and one byte from there lies in the map; the
+        // call writes one byte for the one page, and reads nothing of it.
+        let failed = unsafe { libc::mincore(start.cast_mut().cast(), 1, &raw mut state) };
+        (failed == 0).then_some(state & 1 == 1)
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn is_resident(&self, _: usize) -> Option<bool> {
+        None
+    }
+}
+
+/// Bytes of a page, where pages can be looked at.
+fn page_size() -> Option<usize> {
+    #[cfg(target_os = "linux")]
+    {
+        // SAFETY: a question without pointers.
+        usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).ok()
+    }
+    #[cfg(not(target_os = "linux"))]
+    None
 }
 
 impl AsRef<[u8]> for Map {
     fn as_ref(&self) -> &[u8] {
         &self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_read_is_resident_and_advice_changes_no_byte() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        let bytes: Vec<u8> = (0..100_000u32).map(|i| (i % 251) as u8).collect();
+        std::fs::write(&path, &bytes).unwrap();
+        let map = Map::open(&path).unwrap();
+        for range in [
+            0..100_000,
+            5..6,
+            4096..8192,
+            99_999..100_000,
+            50_000..50_000,
+        ] {
+            map.will_need(range);
+        }
+        assert!(map.as_ref() == bytes);
+        for samples in [1, 2, 8, 1000] {
+            for range in [0..100_000, 5..6, 4095..4097, 99_999..100_000] {
+                let share = map.resident_share(range, samples);
+                let known = cfg!(target_os = "linux");
+                assert_eq!(share, known.then_some(1.0));
+            }
+            assert_eq!(map.resident_share(50_000..50_000, 0), None);
+        }
+    }
+
+    /// Pages that the system dropped are not there, and come back when they are asked for.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn dropped_pages_are_seen_to_be_gone() {
+        use std::os::fd::AsRawFd;
+        let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let path = folder.path().join("file");
+        std::fs::write(&path, vec![1u8; 4 << 20]).unwrap();
+        let file = File::open(&path).unwrap();
+        file.sync_all().unwrap();
+        let map = Map::open(&path).unwrap();
+        // SAFETY: advice about an open file.
+        unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+        if map.resident_share(0..4 << 20, 64) == Some(1.0) {
+            println!("this file system keeps every page: nothing to see");
+            return;
+        }
+        map.will_need(0..4 << 20);
+        for _ in 0..500 {
+            if map.resident_share(0..4 << 20, 64) == Some(1.0) {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        panic!("pages that were asked for do not come");
     }
 }

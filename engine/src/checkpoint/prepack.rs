@@ -198,6 +198,12 @@ impl<'a> Prepack<'a> {
         self.header.len() + self.data
     }
 
+    /// Bytes of the tensors of these names together.
+    pub fn bytes_of(&self, wanted: impl Fn(&str) -> bool) -> usize {
+        let parts = self.parts.iter().filter(|part| wanted(&part.name));
+        parts.map(|part| part.bytes).sum()
+    }
+
     /// Whether `checkpoint` has every tensor of the plan, in its type and shape.
     #[must_use]
     pub fn describes(&self, checkpoint: &Checkpoint) -> bool {

@@ -1,7 +1,7 @@
 //! The MLP: `down(gated(x))`.
 
 use phidias_engine::backend::{GateUp, Input, Ops};
-use phidias_engine::tensor::{Buffer, Linear};
+use phidias_engine::tensor::{Buffer, Linear, Matrix};
 
 /// An MLP with a gate.
 #[derive(Clone, Debug)]
@@ -20,6 +20,11 @@ pub struct Scratch {
 }
 
 impl Mlp {
+    /// Its matrices.
+    pub fn matrices(&self) -> impl Iterator<Item = &Matrix> {
+        self.gate_up.matrices().chain([&self.down_proj.weight])
+    }
+
     /// `y = mlp(x)`, both `[tokens, hidden]`.
     pub fn forward(&self, ops: &Ops<'_>, x: &Input, y: &mut Buffer, s: &mut Scratch) {
         ops.gated_linear(&self.gate_up, x, &mut s.gated);

@@ -3,4 +3,5 @@
 pub mod attention;
 pub mod head;
 pub mod mlp;
+pub mod moe;
 pub mod rope;

@@ -11,8 +11,8 @@ use std::str::FromStr;
 ///
 /// Source: the `config.json` of `microsoft/Phi-3-mini-4k-instruct`, `Phi-3-mini-128k-instruct`,
 /// `Phi-3-medium-4k-instruct`, `Phi-3-medium-128k-instruct`, `Phi-3.5-mini-instruct`,
-/// `Phi-3-small-8k-instruct`, `Phi-3-small-128k-instruct`, `Phi-3-vision-128k-instruct` and
-/// `Phi-3.5-vision-instruct` on <https://huggingface.co>.
+/// `Phi-3-small-8k-instruct`, `Phi-3-small-128k-instruct`, `Phi-3.5-MoE-instruct`,
+/// `Phi-3-vision-128k-instruct` and `Phi-3.5-vision-instruct` on <https://huggingface.co>.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Preset {
     pub(super) name: &'static str,
@@ -108,6 +108,20 @@ const VISION_35: Preset = Preset {
     ..VISION
 };
 
+const MOE_35: Preset = Preset {
+    name: "phi-3.5-moe",
+    family: Family::PhiMoe,
+    hidden_size: 4096,
+    intermediate_size: 6400,
+    layers: 32,
+    heads: 32,
+    kv_heads: 8,
+    max_position_embeddings: 131_072,
+    sliding_window: 131_072,
+    factors: Some("3.5-mini"),
+    ..MINI_4K
+};
+
 const BOS: u32 = 1;
 const PAD: u32 = 32_000;
 /// Phi-3-small's end of a text, which is its beginning too, and of a turn.
@@ -116,13 +130,14 @@ const SMALL_ENDS: [u32; 2] = [100_257, 100_266];
 /// LongRoPE factors, one for each pair of dimensions of a head of 96.
 ///
 /// `mini-128k` and `3.5-mini` are the published numbers (the former as revised in July 2024).
-/// Those of Phi-3-medium-128k and Phi-3-small-128k were not at hand; they get those of 3.5-mini, stretched
-/// from 48 to 64 by linear interpolation. The vision models have those of the text models beside them. They are as smooth and as large, and no speed depends on them.
+/// Those of Phi-3-medium-128k, Phi-3-small-128k and Phi-3.5-MoE were not at hand; they get those of
+/// 3.5-mini, stretched from 48 to 64 by linear interpolation; the vision models have those of the text models
+/// beside them. They are as smooth and as large, and no speed depends on them.
 const LONGROPE: &str = include_str!("longrope.json");
 
 impl Preset {
     /// Every preset there is.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         MINI_4K,
         MINI_128K,
         MEDIUM_4K,
@@ -130,6 +145,7 @@ impl Preset {
         MINI_35,
         SMALL_8K,
         SMALL_128K,
+        MOE_35,
         VISION,
         VISION_35,
     ];
@@ -156,6 +172,7 @@ impl Preset {
             Family::Phi3 => self.phi3(layers, dtype),
             Family::Phi3Small => self.phi3small(layers, dtype),
             Family::Phi3V => self.phi3v(layers, dtype),
+            Family::PhiMoe => self.phimoe(layers, dtype),
         }
     }
 
@@ -273,6 +290,48 @@ impl Preset {
         })
     }
 
+    fn phimoe(&self, layers: usize, dtype: &str) -> Value {
+        const MSCALE: f64 = 1.243163121016122;
+        let mut rope_scaling = self.rope_scaling();
+        rope_scaling["long_mscale"] = MSCALE.into();
+        rope_scaling["original_max_position_embeddings"] = self.original_positions.into();
+        rope_scaling["short_mscale"] = MSCALE.into();
+        json!({
+            "architectures": ["PhiMoEForCausalLM"],
+            "attention_bias": true,
+            "attention_dropout": 0.0,
+            "bos_token_id": BOS,
+            "eos_token_id": PAD,
+            "hidden_act": "silu",
+            "hidden_dropout": 0.0,
+            "hidden_size": self.hidden_size,
+            "initializer_range": 0.02,
+            "input_jitter_noise": 0.01,
+            "intermediate_size": self.intermediate_size,
+            "lm_head_bias": true,
+            "max_position_embeddings": self.max_position_embeddings,
+            "model_type": "phimoe",
+            "num_attention_heads": self.heads,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": layers,
+            "num_key_value_heads": self.kv_heads,
+            "num_local_experts": 16,
+            "original_max_position_embeddings": self.original_positions,
+            "output_router_logits": false,
+            "rms_norm_eps": 1e-5,
+            "rope_scaling": rope_scaling,
+            "rope_theta": 10_000.0,
+            "router_aux_loss_coef": 0.0,
+            "router_jitter_noise": 0.01,
+            "sliding_window": self.sliding_window,
+            "tie_word_embeddings": false,
+            "torch_dtype": dtype,
+            "transformers_version": "4.43.3",
+            "use_cache": true,
+            "vocab_size": 32_064,
+        })
+    }
+
     fn rope_scaling(&self) -> Value {
         let Some(key) = self.factors else {
             return Value::Null;
@@ -304,7 +363,7 @@ impl Preset {
 /// `generation_config.json`: an answer ends with `<|end|>`, a new turn or the end of the text.
 pub(super) fn generation(family: Family) -> Value {
     match family {
-        Family::Phi3 | Family::Phi3V => json!({
+        Family::Phi3 | Family::PhiMoe | Family::Phi3V => json!({
             "_from_model_config": true,
             "bos_token_id": BOS,
             "eos_token_id": [32_007, 32_001, PAD],

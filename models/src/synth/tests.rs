@@ -21,6 +21,17 @@ const TINY: Preset = Preset {
     ..Preset::ALL[3]
 };
 
+/// Likewise, with experts.
+const TINY_MOE: Preset = Preset {
+    name: "tiny-moe",
+    hidden_size: 128,
+    intermediate_size: 96,
+    layers: 3,
+    heads: 4,
+    kv_heads: 2,
+    ..Preset::ALL[7]
+};
+
 fn made(format: WeightFormat, change: impl FnOnce(&mut SynthOptions<'_>)) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     let mut options = SynthOptions {
@@ -159,6 +170,34 @@ fn logits_spread_and_depend_on_the_prompt() {
     assert!(winners.len() >= 4, "{winners:?}");
 }
 
+/// Every expert gets its share of random tokens, so that a bench of a mixture measures one.
+#[test]
+fn a_router_spreads_tokens_over_its_experts() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("m");
+    let options = SynthOptions {
+        format: WeightFormat::Q4,
+        threads: Some(2),
+        ..SynthOptions::default()
+    };
+    synthesize(TINY_MOE, &out, options).unwrap();
+    let model = Arc::new(Model::open(&out, OpenOptions::default()).unwrap());
+    let tokens: Vec<u32> = (0..512).map(|i| i * 7919 % 32_000).collect();
+    let mut session = Session::new(Arc::clone(&model), &SessionOptions::default()).unwrap();
+    session.extend(&tokens).unwrap();
+    let layers = session.take_routing();
+    assert_eq!(layers.len(), 3);
+    for layer in layers {
+        assert_eq!(layer.tokens.iter().sum::<u64>(), 1024);
+        // 64 each on average.
+        assert!(
+            layer.tokens.iter().all(|n| (8..256).contains(n)),
+            "{:?}",
+            layer.tokens
+        );
+    }
+}
+
 /// Small in every dimension but the vocabulary: block-sparse layers of two blocks and more.
 #[test]
 fn phi_3_small_answers_and_never_with_an_id_that_is_no_token() {
@@ -271,6 +310,8 @@ fn presets_have_the_published_sizes() {
     for name in ["phi-3-small-8k", "phi-3-small-128k"] {
         assert_eq!(parameters(name), 7_392_272_384);
     }
+    // 41.9 billion, as the model card rounds them.
+    assert_eq!(parameters("phi-3.5-moe"), 41_873_153_344);
     let preset: Preset = "phi-3.5-mini".parse().unwrap();
     let config = preset.config(1, WeightFormat::Bf16);
     let scaling = &config["rope_scaling"];

@@ -1,0 +1,26 @@
+//! `--stats json`: how the tokens of a mixture were spread over its experts.
+
+use super::args::Stats;
+use anyhow::{Result, bail};
+use phidias::Model;
+use phidias::models::blocks::moe::LayerRouting;
+use serde_json::{Value, json};
+
+/// Refuses statistics of a model that has none, before anything is computed.
+pub fn check(asked: Option<Stats>, model: &Model) -> Result<()> {
+    if asked.is_some() && model.config().moe.is_none() {
+        bail!(
+            "--stats: {} has no experts, so there is nothing to count",
+            model.path().display()
+        );
+    }
+    Ok(())
+}
+
+/// `tokens_per_expert`: a list for each layer, of a number for each expert; `expert_reads`: for each layer,
+/// how many experts its passes read.
+pub fn routing(layers: &[LayerRouting]) -> Value {
+    let tokens: Vec<_> = layers.iter().map(|layer| &layer.tokens).collect();
+    let reads: Vec<_> = layers.iter().map(|layer| layer.reads).collect();
+    json!({ "tokens_per_expert": tokens, "expert_reads": reads })
+}
