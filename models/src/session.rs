@@ -8,7 +8,7 @@ use crate::error::Error;
 use crate::format::WeightFormat;
 use crate::image::Processed;
 use crate::model::{Model, WeightBytes};
-use crate::text::{Detokenizer, TextError};
+use crate::text::{Detokenizer, PLACEHOLDER, TextError};
 use crate::transformer::{Cancelled, Observer, Pass, Placed, Workspace};
 use phidias_engine::backend::{Cpu, Ops, PICKS};
 use phidias_engine::generate::{Detokenize, Sequence};
@@ -184,9 +184,6 @@ pub enum Piece {
     /// The features of a picture, `[tokens, hidden]`.
     Picture(Arc<Buffer>),
 }
-
-/// What stands among the ids where pictures are; the reference looks up the same one there.
-pub const PLACEHOLDER: u32 = 0;
 
 /// A sequence, its cache and the device it runs on.
 pub struct Session {

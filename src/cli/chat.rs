@@ -2,11 +2,15 @@
 
 use super::args::{Chat, Global};
 use super::open::{Setup, cache_folder, generate_options};
+use super::pictures::{Pictures, encode};
 use super::run::summary;
 use anyhow::{Context, Result};
 use phidias::Session;
 use phidias::engine::generate::{Event, FinishReason, GenerateError, GenerateOptions, generate};
-use phidias::models::text::{Conversation, Detokenizer, Special};
+use phidias::engine::tensor::Buffer;
+use phidias::models::image::Processed;
+use phidias::models::session::Piece;
+use phidias::models::text::{Conversation, Detokenizer, Segment, Special};
 use rustyline::error::ReadlineError;
 use rustyline::history::FileHistory;
 use rustyline::{Config, Editor};
@@ -16,6 +20,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 const HELP: &str = "\
+/image FILE     show a picture, or a folder of frames, with the next question
 /system TEXT   set the system message (alone: take it away); begins anew
 /clear         begin anew
 /exit          leave (or Ctrl-D)
@@ -39,6 +44,8 @@ pub fn chat(args: &Chat, global: &Global) -> Result<()> {
         conversation,
         options,
         turns: 0,
+        waiting: Vec::new(),
+        shown: Vec::new(),
     };
     chat.setup.console.note("/help lists the commands");
     let mut input = Input::new()?;
@@ -56,9 +63,7 @@ pub fn chat(args: &Chat, global: &Global) -> Result<()> {
                     Err(error) => eprintln!("{error}"),
                 }
             }
-            ("/image", _) => eprintln!(
-                "/image: pictures go with `phidias run --image`; chat does not take them yet"
-            ),
+            ("/image", file) => chat.look_at(file.trim()),
             (command, _) if command.starts_with('/') => {
                 eprintln!("{command}: no such command; /help lists them")
             }
@@ -75,25 +80,119 @@ struct Talk {
     conversation: Conversation,
     options: GenerateOptions,
     turns: u64,
+    /// Pictures for the next question.
+    waiting: Vec<Processed>,
+    /// Those of earlier ones, in order.
+    shown: Vec<Shown>,
+}
+
+/// A picture in the conversation.
+struct Shown {
+    /// Its first position.
+    start: usize,
+    features: Arc<Buffer>,
 }
 
 impl Talk {
     fn begin_anew(&mut self) {
         self.conversation.clear();
         self.session.truncate(0);
+        self.waiting.clear();
+        self.shown.clear();
+    }
+
+    /// Takes a picture for the next question.
+    fn look_at(&mut self, file: &str) {
+        if file.is_empty() {
+            eprintln!("/image: expected a file");
+            return;
+        }
+        let pictures = Pictures {
+            images: vec![file.into()],
+            num_crops: None,
+        };
+        match pictures.open(self.session.model()) {
+            Err(error) => eprintln!("{error}"),
+            Ok(pictures) => {
+                let tokens: usize = pictures.iter().map(Processed::tokens).sum();
+                self.waiting.extend(pictures);
+                let waiting = match self.waiting.len() {
+                    1 => "1 picture".to_owned(),
+                    n => format!("{n} pictures"),
+                };
+                eprintln!("{file}: {tokens} positions; {waiting} for the next question");
+            }
+        }
+    }
+
+    /// Puts a question with the waiting pictures into the conversation. When something is wrong, nothing
+    /// of it stays but the pictures, for another try.
+    fn ask(&mut self, question: &str) -> Result<()> {
+        let tokens: Vec<_> = self.waiting.iter().map(Processed::tokens).collect();
+        let mut at = self.conversation.ids().len();
+        if tokens.is_empty() {
+            self.conversation.user(question)?;
+            return Ok(());
+        }
+        let segments = self.conversation.user_with_pictures(question, &tokens)?;
+        let (needed, context) = (self.conversation.ids().len(), self.session.context());
+        let features = match needed > context {
+            true => Err(anyhow::anyhow!(
+                "the context of {context} tokens is full: the conversation would take {needed}, its pictures included"
+            )),
+            false => encode(&self.setup, &self.session, &self.waiting),
+        };
+        let features = features.inspect_err(|_| {
+            self.conversation.take_back();
+        })?;
+        let mut features = features.into_iter();
+        for segment in segments {
+            if let Segment::Image { .. } = segment {
+                let features = features.next().expect("one for each picture");
+                self.shown.push(Shown {
+                    start: at,
+                    features,
+                });
+            }
+            at += segment.len();
+        }
+        self.waiting.clear();
+        Ok(())
+    }
+
+    /// What the session lacks of the conversation, to be appended to it.
+    fn missing(&mut self) -> Vec<Piece> {
+        let held = self.session.ids().len();
+        let cut = |s: &&Shown| s.start < held && held < s.start + s.features.rows();
+        if let Some(picture) = self.shown.iter().find(cut) {
+            // The whole of it again.
+            self.session.truncate(picture.start);
+        }
+        let (mut at, ids) = (self.session.ids().len(), self.conversation.ids());
+        let mut pieces = Vec::new();
+        let first = self.shown.partition_point(|picture| picture.start < at);
+        for picture in &self.shown[first..] {
+            pieces.push(Piece::Text(ids[at..picture.start].to_vec()));
+            pieces.push(Piece::Picture(Arc::clone(&picture.features)));
+            at = picture.start + picture.features.rows();
+        }
+        pieces.push(Piece::Text(ids[at..].to_vec()));
+        pieces
     }
 
     /// One question, one answer. What the user can mend is said and the conversation goes on.
     fn answer(&mut self, question: &str) -> Result<()> {
         let before = self.conversation.ids().len();
-        if let Err(error) = self.conversation.user(question) {
+        self.setup.cancel.reset();
+        if let Err(error) = self.ask(question) {
             eprintln!("{error}");
             return Ok(());
         }
         // The session may lack the end of the last answer: its last token is never fed, and one
         // that was stopped early has no end. Everything after what it holds is new.
+        let pieces = self.missing();
         let held = self.session.ids().len();
-        let prompt = self.conversation.ids()[held..].to_vec();
+        let prompt = self.session.attach(&pieces);
         let model = Arc::clone(self.session.model());
         let text = model.text()?;
         let mut detokenizer = Detokenizer::new(&text.tokenizer, Special::Skip);
@@ -101,7 +200,6 @@ impl Talk {
         let mut options = self.options.clone();
         options.sampling.seed = options.sampling.seed.wrapping_add(self.turns);
         self.turns += 1;
-        self.setup.cancel.reset();
         let mut stdout = io::stdout();
         let mut failed = None;
         let outcome = generate(
@@ -133,6 +231,7 @@ impl Talk {
                 // Nothing of this turn stays, neither in the conversation nor in the cache.
                 self.conversation.take_back();
                 self.session.truncate(before.min(held));
+                self.shown.retain(|picture| picture.start < before);
                 match error {
                     GenerateError::PromptTooLong {
                         held,

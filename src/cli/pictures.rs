@@ -4,6 +4,7 @@ use super::console::{Bar, Unit};
 use super::open::Setup;
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use phidias::engine::tensor::Buffer;
 use phidias::models::image::{Picture, Processed, frames};
 use phidias::models::session::Piece;
 use phidias::models::text::{GenerationPrompt, Message, Segment, encode_with_images};
@@ -83,6 +84,22 @@ pub fn attach(
             pictures.len()
         );
     }
+    let features = encode(setup, session, pictures)?;
+    let pieces: Vec<_> = (segments.into_iter())
+        .map(|segment| match segment {
+            Segment::Text(ids) => Piece::Text(ids),
+            Segment::Image { index, .. } => Piece::Picture(Arc::clone(&features[index])),
+        })
+        .collect();
+    Ok(session.attach(&pieces))
+}
+
+/// The features of some pictures.
+pub fn encode(
+    setup: &Setup,
+    session: &Session,
+    pictures: &[Processed],
+) -> Result<Vec<Arc<Buffer>>> {
     let (mut scratch, mut features) = (Scratch::default(), Vec::new());
     let mut bar: Bar = setup.console.bar("looking", Unit::Crops);
     let total: usize = pictures.iter().map(Processed::crops).sum();
@@ -96,13 +113,7 @@ pub fn attach(
         features.push(Arc::new(rows.map_err(phidias::Error::from)?));
         before += picture.crops();
     }
-    let pieces: Vec<_> = (segments.into_iter())
-        .map(|segment| match segment {
-            Segment::Text(ids) => Piece::Text(ids),
-            Segment::Image { index, .. } => Piece::Picture(Arc::clone(&features[index])),
-        })
-        .collect();
-    Ok(session.attach(&pieces))
+    Ok(features)
 }
 
 /// `phidias embed`: what the decoder sees of a picture.

@@ -16,6 +16,7 @@
 
 use super::chat::{ChatTemplate, GenerationPrompt, Message, Role};
 use super::error::TextError;
+use super::image_tags::{Segment, encode_more};
 use super::tokenizer::{Bos, Special, Tokenizer};
 
 /// Several turns with one model: the messages, and the ids that stand for them.
@@ -26,11 +27,23 @@ pub struct Conversation {
     system: Option<Message>,
     /// Questions and answers in turn; the system message is apart.
     messages: Vec<Message>,
-    /// Everything the model has been given or has generated.
+    /// Everything the model has been given or has generated; [`PLACEHOLDER`] where pictures stand.
     ids: Vec<u32>,
-    /// Length of `ids` before the question that waits for its answer.
-    ids_before_question: usize,
+    /// Pictures so far.
+    pictures: usize,
+    /// What there was before the question that waits for its answer.
+    before_question: Length,
 }
+
+/// How long a conversation is.
+#[derive(Clone, Copy, Debug, Default)]
+struct Length {
+    ids: usize,
+    pictures: usize,
+}
+
+/// What stands among the ids where pictures are; the reference looks up the same one there.
+pub const PLACEHOLDER: u32 = 0;
 
 impl Conversation {
     /// An empty conversation.
@@ -41,7 +54,8 @@ impl Conversation {
             system: None,
             messages: Vec::new(),
             ids: Vec::new(),
-            ids_before_question: 0,
+            pictures: 0,
+            before_question: Length::default(),
         }
     }
 
@@ -60,23 +74,72 @@ impl Conversation {
     pub fn user(&mut self, text: &str) -> Result<Vec<u32>, TextError> {
         let question = Message::user(text);
         let new_ids = if self.messages.is_empty() {
-            let messages: Vec<Message> = self.system.iter().chain([&question]).cloned().collect();
-            let prompt = self.template.render(&messages, GenerationPrompt::Add)?;
+            let prompt = self.opening(&question)?;
             self.tokenizer
                 .encode(&prompt, self.tokenizer.default_bos())?
         } else {
-            self.next_turn(&question)?
+            let rest = self.rest(&question)?;
+            let mut ids = self.tokenizer.encode(&rest, Bos::Omit)?;
+            self.without_second_end(&mut ids);
+            ids
         };
+        self.asked(question, new_ids.clone(), 0);
+        Ok(new_ids)
+    }
+
+    /// Asks a question with pictures, of so many positions each: a tag for each of them goes before the
+    /// text, counting on from the pictures there are. Gives the segments to append; their pictures are
+    /// numbered in the whole conversation.
+    ///
+    /// # Errors
+    /// As [`user`](Self::user); tags in `text` itself.
+    pub fn user_with_pictures(
+        &mut self,
+        text: &str,
+        image_tokens: &[usize],
+    ) -> Result<Vec<Segment>, TextError> {
+        let (seen, count) = (self.pictures, image_tokens.len());
+        let tags = (seen + 1..=seen + count).map(|n| format!("<|image_{n}|>\n"));
+        let question = Message::user(tags.collect::<String>() + text);
+        let (text, bos) = match self.messages.is_empty() {
+            true => (self.opening(&question)?, self.tokenizer.default_bos()),
+            false => (self.rest(&question)?, Bos::Omit),
+        };
+        let mut segments = encode_more(&self.tokenizer, &text, bos, seen, image_tokens)?;
+        if let (false, Some(Segment::Text(ids))) = (self.messages.is_empty(), segments.first_mut())
+        {
+            self.without_second_end(ids);
+        }
+        let ids = segments.iter().flat_map(|segment| match segment {
+            Segment::Text(ids) => ids.clone(),
+            Segment::Image { tokens, .. } => vec![PLACEHOLDER; *tokens],
+        });
+        self.asked(question, ids.collect(), count);
+        Ok(segments)
+    }
+
+    /// Records a question.
+    fn asked(&mut self, question: Message, ids: Vec<u32>, pictures: usize) {
         if self.waits_for_answer() {
             self.messages.push(Message::assistant(""));
         }
         self.messages.push(question);
-        self.ids_before_question = self.ids.len();
-        self.ids.extend_from_slice(&new_ids);
-        Ok(new_ids)
+        self.before_question = Length {
+            ids: self.ids.len(),
+            pictures: self.pictures,
+        };
+        self.ids.extend(ids);
+        self.pictures += pictures;
     }
 
-    fn next_turn(&self, question: &Message) -> Result<Vec<u32>, TextError> {
+    /// The whole prompt of the first question.
+    fn opening(&self, question: &Message) -> Result<String, TextError> {
+        let messages: Vec<Message> = self.system.iter().chain([question]).cloned().collect();
+        self.template.render(&messages, GenerationPrompt::Add)
+    }
+
+    /// What follows the last answer when another question is asked.
+    fn rest(&self, question: &Message) -> Result<String, TextError> {
         let answered = self.messages.len() - usize::from(!self.waits_for_answer());
         let before: Vec<Message> = self
             .system
@@ -85,11 +148,13 @@ impl Conversation {
             .cloned()
             .collect();
         let rest = self.template.after_answer(&before, Some(question))?;
-        let rest = rest.ok_or_else(|| TextError::AnswersDropped {
+        rest.ok_or_else(|| TextError::AnswersDropped {
             origin: self.template.origin().into(),
-        })?;
-        let mut ids = self.tokenizer.encode(&rest, Bos::Omit)?;
-        // A clean answer ends with the token that ends its turn: it is not said twice.
+        })
+    }
+
+    /// A clean answer ends with the token that ends its turn: it is not said twice.
+    fn without_second_end(&self, ids: &mut Vec<u32>) {
         if let (Some(&first), Some(&last)) = (ids.first(), self.ids.last())
             && first == last
             && self.tokenizer.is_special(first)
@@ -97,7 +162,6 @@ impl Conversation {
         {
             ids.remove(0);
         }
-        Ok(ids)
     }
 
     /// Records the ids that were generated in answer to the last question, with or without the
@@ -123,7 +187,8 @@ impl Conversation {
         if !self.waits_for_answer() {
             return None;
         }
-        self.ids.truncate(self.ids_before_question);
+        self.ids.truncate(self.before_question.ids);
+        self.pictures = self.before_question.pictures;
         self.messages.pop().map(|question| question.content)
     }
 
@@ -154,7 +219,8 @@ impl Conversation {
     pub fn clear(&mut self) {
         self.messages.clear();
         self.ids.clear();
-        self.ids_before_question = 0;
+        self.pictures = 0;
+        self.before_question = Length::default();
     }
 
     /// Everything the model has been given or has generated, in order.
@@ -342,6 +408,53 @@ mod tests {
             Err(TextError::AnswersDropped { .. })
         ));
         assert_eq!((talk.ids(), talk.messages().len()), (&before[..], 2));
+    }
+
+    /// Pictures are numbered through, their positions are placeholders, and every piece after one begins
+    /// anew, in later turns as in the first.
+    #[test]
+    fn pictures_in_several_turns() {
+        let mut talk = conversation(vision(), Builtin::Phi3Vision);
+        let tokenizer = talk.tokenizer.clone();
+        let first = talk.user_with_pictures("What?", &[3]).unwrap();
+        let whole = crate::text::encode_with_images(
+            &tokenizer,
+            "<|user|>\n<|image_1|>\nWhat?<|end|>\n<|assistant|>\n",
+            &[3],
+        );
+        assert_eq!(first, whole.unwrap());
+        assert_eq!(
+            talk.ids().iter().filter(|id| **id == PLACEHOLDER).count(),
+            3
+        );
+        let before = talk.ids().to_vec();
+        talk.assistant(&[263, END]).unwrap();
+        let second = talk.user_with_pictures("And?", &[2, 4]).unwrap();
+        let images: Vec<_> = (second.iter())
+            .filter_map(|segment| match segment {
+                Segment::Image { index, tokens } => Some((*index, *tokens)),
+                Segment::Text(_) => None,
+            })
+            .collect();
+        assert_eq!(images, [(1, 2), (2, 4)]);
+        let (Segment::Text(head), Some(Segment::Text(tail))) = (&second[0], second.last()) else {
+            panic!("text at both ends");
+        };
+        // The end of the answer was generated; the pieces after pictures begin with <s>.
+        assert_ne!(head[0], END);
+        assert_eq!(tail[0], 1);
+        let length: usize = second.iter().map(Segment::len).sum();
+        assert_eq!(talk.ids().len(), before.len() + 2 + length);
+        talk.take_back().unwrap();
+        assert_eq!(talk.ids().len(), before.len() + 2);
+        // Taken back: the next picture is the second one again.
+        let again = talk.user_with_pictures("And?", &[2]).unwrap();
+        assert!(
+            again
+                .iter()
+                .any(|s| matches!(s, Segment::Image { index: 1, .. }))
+        );
+        assert!(talk.user_with_pictures("<|image_1|>", &[2]).is_err());
     }
 
     /// As in the reference: a special token in what the user typed is that token.

@@ -17,7 +17,7 @@
 use std::collections::BTreeSet;
 
 use super::error::TextError;
-use super::tokenizer::Tokenizer;
+use super::tokenizer::{Bos, Tokenizer};
 
 /// Most tags that an error lists.
 const LISTED: usize = 8;
@@ -60,16 +60,28 @@ pub fn encode_with_images(
     text: &str,
     image_tokens: &[usize],
 ) -> Result<Vec<Segment>, TextError> {
+    encode_more(tokenizer, text, tokenizer.default_bos(), 0, image_tokens)
+}
+
+/// The same for text that follows other text with `seen` pictures: its tags count on from there, and its
+/// first piece begins as `bos` says.
+pub(super) fn encode_more(
+    tokenizer: &Tokenizer,
+    text: &str,
+    bos: Bos,
+    seen: usize,
+    image_tokens: &[usize],
+) -> Result<Vec<Segment>, TextError> {
     let (pieces, tags) = split(text);
-    check(&tags, image_tokens.len())?;
+    check(&tags, seen, image_tokens.len())?;
     let mut segments = Vec::with_capacity(pieces.len() + tags.len());
     let mut tags = tags.into_iter();
-    for piece in pieces {
-        let ids = tokenizer.encode(piece, tokenizer.default_bos())?;
-        segments.push(Segment::Text(ids));
+    for (i, piece) in pieces.into_iter().enumerate() {
+        let bos = if i == 0 { bos } else { tokenizer.default_bos() };
+        segments.push(Segment::Text(tokenizer.encode(piece, bos)?));
         segments.extend(tags.next().map(|tag| Segment::Image {
             index: tag - 1,
-            tokens: image_tokens[tag - 1],
+            tokens: image_tokens[tag - 1 - seen],
         }));
     }
     Ok(segments)
@@ -101,9 +113,9 @@ fn split(text: &str) -> (Vec<&str>, Vec<usize>) {
     (pieces, tags)
 }
 
-fn check(tags: &[usize], images: usize) -> Result<(), TextError> {
+fn check(tags: &[usize], seen: usize, images: usize) -> Result<(), TextError> {
     let distinct: BTreeSet<usize> = tags.iter().copied().collect();
-    if distinct.iter().copied().eq(1..=images) {
+    if distinct.iter().copied().eq(seen + 1..=seen + images) {
         return Ok(());
     }
     let list = |tags: &mut dyn Iterator<Item = usize>, count: usize| {
@@ -121,7 +133,7 @@ fn check(tags: &[usize], images: usize) -> Result<(), TextError> {
     };
     Err(TextError::ImageTags {
         images,
-        expected: list(&mut (1..=images), images),
+        expected: list(&mut (seen + 1..=seen + images), images),
         found: list(&mut distinct.iter().copied(), distinct.len()),
     })
 }
@@ -129,7 +141,6 @@ fn check(tags: &[usize], images: usize) -> Result<(), TextError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::text::Bos;
     use crate::text::fixture::{mini, vision};
 
     #[test]

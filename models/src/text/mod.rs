@@ -21,7 +21,7 @@ pub(crate) mod tiktoken;
 mod tokenizer;
 
 pub use chat::{Builtin, ChatTemplate, GenerationPrompt, Message, Role};
-pub use conversation::Conversation;
+pub use conversation::{Conversation, PLACEHOLDER};
 pub use detokenizer::Detokenizer;
 pub use error::TextError;
 pub use image_tags::{Segment, encode_with_images};
