@@ -1033,3 +1033,225 @@ fn chat_keeps_its_cache_between_turns_and_survives_nonsense() {
     let answers: Vec<_> = ran.out.lines().collect();
     assert_eq!(answers.first(), answers.last());
 }
+
+// ------------------------------------------------------------------------------------ pictures
+
+/// A small vision model of random weights with the real vocabulary, and its pictures.
+fn vision_model(folder: &Path) -> PathBuf {
+    let model = folder.join("vision");
+    let config = fs::read(fixture("phi3v-tiny-nc4").join("config.json")).unwrap();
+    let mut config: Value = serde_json::from_slice(&config).unwrap();
+    for (field, value) in [
+        ("vocab_size", 32064),
+        ("hidden_size", 32),
+        ("intermediate_size", 48),
+        ("num_attention_heads", 2),
+        ("num_key_value_heads", 2),
+    ] {
+        config[field] = value.into();
+    }
+    config["rope_scaling"] = Value::Null;
+    common::write_model(&model, &config, &common::weights(&config, "BF16", 3));
+    let preprocessor = "preprocessor_config.json";
+    fs::copy(
+        fixture("phi3v-tiny-nc4").join(preprocessor),
+        model.join(preprocessor),
+    )
+    .unwrap();
+    for file in ["tokenizer.json", "tokenizer_config.json"] {
+        fs::copy(fixture("tokenizer").join(file), model.join(file)).unwrap();
+    }
+    model
+}
+
+fn picture(n: usize) -> String {
+    let file = fixture("phi3v-tiny-nc4").join(format!("image{n}.png"));
+    file.to_string_lossy().into_owned()
+}
+
+#[test]
+fn pictures_stand_where_the_prompt_has_their_tags() {
+    let home = home();
+    let model = vision_model(home.path());
+    let model = model.to_str().unwrap();
+    let out = home.path().join("logits");
+    let out_name = out.to_str().unwrap();
+    let prompt = "<|image_1|>\nand\n<|image_2|>\n?";
+    let (one, two) = (picture(0), picture(1));
+    succeed(
+        home.path(),
+        &[
+            "logits", model, "-p", prompt, "--image", &one, "--image", &two, "--out", out_name,
+        ],
+    );
+    let bytes = fs::read(&out).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let ids = file.tensor("input_ids").unwrap();
+    let (ids, _) = ids.data().as_chunks::<8>();
+    let ids: Vec<i64> = ids.iter().map(|b| i64::from_le_bytes(*b)).collect();
+    let count = |id: i64| ids.iter().filter(|i| **i == id).count();
+    // 336 x 672 and 672 x 336: the published formula.
+    assert_eq!((count(-1), count(-2)), (457, 469));
+    // Every piece begins with <s>.
+    assert_eq!(count(1), 3);
+    assert_eq!(file.tensor("logits").unwrap().shape(), [ids.len(), 32064]);
+
+    let answer = |picture: &str| {
+        let prompt = ["-p", "<|image_1|> What?", "-n", "6", "--image", picture];
+        succeed(home.path(), &[&["run", model][..], &prompt].concat()).out
+    };
+    assert_eq!(answer(&one), answer(&one));
+    // Fewer tiles, fewer positions.
+    let ran = succeed(
+        home.path(),
+        &[
+            "run",
+            model,
+            "-p",
+            "<|image_1|>",
+            "-n",
+            "1",
+            "--image",
+            &one,
+            "--num-crops",
+            "1",
+        ],
+    );
+    assert!(ran.err.contains("prompt: 3"), "{}", ran.err);
+}
+
+#[test]
+fn embed_writes_the_features_of_one_picture() {
+    let home = home();
+    let model = fixture("phi3v-tiny-nc4");
+    let out = home.path().join("features");
+    let arguments = [
+        "embed",
+        model.to_str().unwrap(),
+        "--out",
+        out.to_str().unwrap(),
+        "--image",
+    ];
+    succeed(home.path(), &[&arguments[..], &[&picture(2)]].concat());
+    let bytes = fs::read(&out).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    assert_eq!(file.tensor("features").unwrap().shape(), [757, 96]);
+    fail(
+        home.path(),
+        1,
+        &[&arguments[..], &[&picture(2), "--image", &picture(1)]].concat(),
+        &["expected one picture"],
+    );
+}
+
+#[test]
+fn wrong_pictures_and_tags_are_named() {
+    let home = home();
+    let model = vision_model(home.path());
+    let model = model.to_str().unwrap();
+    let (picture, text) = (picture(0), home.path().join("text.png"));
+    fs::write(&text, "not a picture").unwrap();
+    let text = text.to_str().unwrap();
+    let cases: &[(&[&str], &[&str])] = &[
+        (
+            &["-p", "x", "--image", &picture],
+            &["<|image_1|>", "no image tag"],
+        ),
+        (
+            &["-p", "<|image_2|>", "--image", &picture],
+            &["<|image_1|>", "found <|image_2|>"],
+        ),
+        (&["-p", "<|image_1|>"], &["no image tag, found <|image_1|>"]),
+        (
+            &["-p", "<|image_1|>", "--image", text],
+            &["text.png", "expected a PNG"],
+        ),
+        (
+            &["-p", "<|image_1|>", "--image", "nowhere.png"],
+            &["nowhere.png"],
+        ),
+        (
+            &["-p", "<|image_1|>", "--image", &picture, "--ctx", "100"],
+            &["100", "--ctx"],
+        ),
+        (
+            &[
+                "-p",
+                "<|image_1|>",
+                "--image",
+                &picture,
+                "--num-crops",
+                "65",
+            ],
+            &["64", "65"],
+        ),
+    ];
+    for (arguments, words) in cases {
+        fail(
+            home.path(),
+            1,
+            &[&["run", model][..], arguments].concat(),
+            words,
+        );
+    }
+    fail(
+        home.path(),
+        1,
+        &["run", "-p", "<|image_1|>", "--image", &picture],
+        &["phi3", "text only"],
+    );
+}
+
+#[test]
+fn chat_keeps_pictures_of_earlier_turns() {
+    let home = home();
+    let model = vision_model(home.path());
+    let talk = |lines: &str| {
+        let mut child = phidias(home.path())
+            .args(["chat", model.to_str().unwrap(), "-n", "3", "--ctx", "2000"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut stdin = child.stdin.take().unwrap();
+        stdin.write_all(lines.as_bytes()).unwrap();
+        drop(stdin);
+        ran(child.wait_with_output().unwrap())
+    };
+    let show = format!("/image {}\n", picture(0));
+    let ran = talk(&format!(
+        "{show}What?\nAnd?\n/image nowhere.png\n{show}{show}Both?\n/clear\nHi\n"
+    ));
+    assert_eq!(ran.code, Some(0), "{}", ran.err);
+    let contexts: Vec<usize> = (ran.err.lines())
+        .filter_map(|line| {
+            line.split("context ")
+                .nth(1)?
+                .split(' ')
+                .next()?
+                .parse()
+                .ok()
+        })
+        .filter(|n| *n != 2000)
+        .collect();
+    let [first, second, third, fresh] = contexts[..] else {
+        panic!("four answers: {}", ran.err);
+    };
+    assert!(
+        first > 457 && second > first && second < first + 40,
+        "{contexts:?}"
+    );
+    assert!(third > second + 2 * 457 && fresh < 30, "{contexts:?}");
+    assert!(ran.err.contains("nowhere.png"), "{}", ran.err);
+    // The third picture does not fit; the conversation goes on.
+    let ran = talk(&format!(
+        "{show}{show}{show}{show}{show}Too many\n/clear\nHi\n"
+    ));
+    assert!(
+        ran.err.contains("the context of 2000 tokens is full"),
+        "{}",
+        ran.err
+    );
+    assert_eq!(ran.out.lines().count(), 1, "{}", ran.out);
+}
