@@ -8,6 +8,7 @@ use phidias::engine::backend::{Cpu, Pick, Routes};
 use phidias::engine::pool::Pool;
 use phidias::engine::tensor::Buffer;
 use phidias::engine::{Isa, Kernels};
+use phidias::models::Family;
 use phidias::models::transformer::Point;
 use phidias::{Model, OpenOptions, Session, SessionOptions, WeightFormat};
 use safetensors::SafeTensors;
@@ -41,10 +42,11 @@ fn language_models() -> Vec<PathBuf> {
             };
             let config: serde_json::Value = serde_json::from_slice(&config).unwrap();
             let kind = config["model_type"].as_str().unwrap_or("");
-            if phidias::models::Family::of(kind).is_some() {
-                found.push(folder);
-            } else {
-                println!("{}: {kind} is not supported yet", folder.display());
+            match Family::of(kind) {
+                // Pictures have a suite of their own.
+                Some(Family::Phi3V) => {}
+                Some(_) => found.push(folder),
+                None => println!("{}: {kind} is not a text model", folder.display()),
             }
         }
     }
