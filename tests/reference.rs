@@ -6,6 +6,9 @@
 
 use phidias::engine::backend::{Cpu, Pick, Routes};
 use phidias::engine::pool::Pool;
+mod common;
+
+use common::relative_error;
 use phidias::engine::tensor::Buffer;
 use phidias::engine::{Isa, Kernels};
 use phidias::models::Family;
@@ -119,18 +122,6 @@ fn sessions(model: &Arc<Model>) -> impl Iterator<Item = Session> {
         };
         Session::new(Arc::clone(model), &options).unwrap()
     })
-}
-
-fn relative_error(a: &[f32], b: &[f32]) -> f64 {
-    assert_eq!(a.len(), b.len());
-    let square = |v: f64| v * v;
-    let difference: f64 = a
-        .iter()
-        .zip(b)
-        .map(|(a, b)| square(f64::from(*a) - f64::from(*b)))
-        .sum();
-    let norm: f64 = b.iter().map(|b| square(f64::from(*b))).sum();
-    (difference / norm).sqrt()
 }
 
 fn argmax(values: &[f32]) -> usize {

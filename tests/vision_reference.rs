@@ -3,6 +3,9 @@
 //!
 //! Runs on `tests/fixtures`, and on the folder that `PHIDIAS_FIXTURES` names when it is set.
 
+mod common;
+
+use common::relative_error;
 use phidias::engine::Cancel;
 use phidias::engine::backend::Cpu;
 use phidias::engine::kernels::cpu::Kernels;
@@ -166,17 +169,6 @@ fn session(model: &Arc<Model>, chunk: usize) -> Session {
         ..SessionOptions::default()
     };
     Session::new(Arc::clone(model), &options).unwrap()
-}
-
-fn relative_error(a: &[f32], b: &[f32]) -> f64 {
-    assert_eq!(a.len(), b.len());
-    let square = |v: f64| v * v;
-    let pairs = a.iter().zip(b);
-    let difference: f64 = pairs
-        .map(|(a, b)| square(f64::from(*a) - f64::from(*b)))
-        .sum();
-    let norm: f64 = b.iter().map(|b| square(f64::from(*b))).sum();
-    (difference / norm).sqrt()
 }
 
 fn argmax(values: &[f32]) -> usize {

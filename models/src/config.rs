@@ -354,6 +354,18 @@ impl<'a> Fields<'a> {
     }
 }
 
+/// The contents of a file that need not be there.
+fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>> {
+    match fs::read(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(ConfigError::Io {
+            path: path.to_owned(),
+            source,
+        }),
+    }
+}
+
 pub(crate) fn parse(path: &Path, text: &[u8]) -> Result<Map<String, Value>> {
     let bad = |reason: String| ConfigError::Json {
         path: path.to_owned(),
@@ -387,11 +399,7 @@ impl Config {
     /// [`ConfigError`].
     pub fn from_json(path: &Path, text: &[u8]) -> Result<Self> {
         let map = parse(path, text)?;
-        let f = Fields {
-            path,
-            prefix: "",
-            map: &map,
-        };
+        let f = Fields::new(path, &map);
         let model_type = f.text("model_type")?.unwrap_or("");
         match Family::of(model_type) {
             Some(family) => family.configure(&f),
@@ -610,11 +618,8 @@ impl GenerationConfig {
     /// [`ConfigError`].
     pub fn open(folder: &Path) -> Result<Self> {
         let path = folder.join("generation_config.json");
-        match fs::read(&path) {
-            Ok(text) => Self::from_json(&path, &text),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
-            Err(source) => Err(ConfigError::Io { path, source }),
-        }
+        read_if_there(&path)?
+            .map_or_else(|| Ok(Self::default()), |text| Self::from_json(&path, &text))
     }
 
     /// Reads a configuration; `path` is for messages.
@@ -622,11 +627,7 @@ impl GenerationConfig {
     /// [`ConfigError`].
     pub fn from_json(path: &Path, text: &[u8]) -> Result<Self> {
         let map = parse(path, text)?;
-        let f = Fields {
-            path,
-            prefix: "",
-            map: &map,
-        };
+        let f = Fields::new(path, &map);
         let sample = f.flag("do_sample")?.unwrap_or(false);
         let number = |field, range| f.number(field, range).map(|v| v.map(|v| v as f32));
         let temperature = number("temperature", 0.0..=100.0)?;
@@ -667,11 +668,7 @@ impl PreprocessorConfig {
     /// [`ConfigError`].
     pub fn open(folder: &Path) -> Result<Option<Self>> {
         let path = folder.join("preprocessor_config.json");
-        match fs::read(&path) {
-            Ok(text) => Self::from_json(&path, &text).map(Some),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(source) => Err(ConfigError::Io { path, source }),
-        }
+        (read_if_there(&path)?.map(|text| Self::from_json(&path, &text))).transpose()
     }
 
     /// Reads a configuration; `path` is for messages.
@@ -679,11 +676,7 @@ impl PreprocessorConfig {
     /// [`ConfigError`].
     pub fn from_json(path: &Path, text: &[u8]) -> Result<Self> {
         let map = parse(path, text)?;
-        let f = Fields {
-            path,
-            prefix: "",
-            map: &map,
-        };
+        let f = Fields::new(path, &map);
         Ok(Self {
             num_crops: f.required("num_crops", 1..=MAX_CROPS)?,
             image_mean: f.colours("image_mean", Self::CLIP_MEAN, 0.0)?,
