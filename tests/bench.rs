@@ -483,3 +483,52 @@ fn ctrl_c_ends_it_cleanly() {
         ("error: cancelled\n", 0)
     );
 }
+
+#[test]
+fn a_picture_is_timed_in_stages() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/phi3v-tiny-nc4");
+    let (model, picture) = (folder.to_str().unwrap(), folder.join("image2.png"));
+    let picture = picture.to_str().unwrap();
+    let records = json_lines(&[model, "--image", picture, "-r", "2", "--threads", "1,2"]);
+    assert_eq!(records.len(), 2);
+    for r in &records {
+        assert_eq!(
+            (&r["kind"], &r["crops"], &r["tokens"]),
+            (&json!("picture"), &json!(5), &json!(757))
+        );
+        // 2 of 3 layers of width 32 and 80, for 577 tokens and 576 patches; attention; the projector.
+        let layer = 4 * 32 * 32 + 2 * 32 * 80;
+        let crop = 2 * (577 * 2 * layer + 576 * 32 * 588) + 4 * 2 * 577 * 577 * 32;
+        near(
+            number(r, "ops"),
+            f64::from(5 * crop + 2 * 757 * (96 * 128 + 96 * 96)),
+        );
+        let seconds =
+            r["encode_s"]["median"].as_f64().unwrap() + r["project_s"]["median"].as_f64().unwrap();
+        near(number(r, "gop_s"), number(r, "ops") / 1e9 / seconds);
+        near(
+            number(r, "share_of_peak"),
+            number(r, "gop_s") / number(r, "peak_gop_s"),
+        );
+    }
+    let less = json_lines(&[
+        model,
+        "--image",
+        picture,
+        "-r",
+        "1",
+        "--num-crops",
+        "1",
+        "--threads",
+        "1",
+    ]);
+    assert_eq!(less[0]["crops"], 2);
+    for (arguments, word) in [
+        (&[model, "--image", "nowhere.png"][..], "nowhere.png"),
+        (&["--image", picture], "text only"),
+    ] {
+        let (code, out, err) = run(arguments);
+        assert_eq!((code, out.as_str()), (Some(1), ""), "{err}");
+        assert!(err.contains(word), "{err}");
+    }
+}

@@ -314,6 +314,19 @@ impl Clip {
         &self.config
     }
 
+    /// Operations of the first `depth` layers on one picture: a multiply-add is two.
+    #[must_use]
+    pub fn operations(&self, depth: usize) -> f64 {
+        let (c, tokens) = (&self.config, self.config.tokens());
+        let size = |w: &Linear| w.weight.rows() * w.weight.cols();
+        let matrices: usize = (self.layers[..depth].iter())
+            .flat_map(|l| l.projections.iter().chain([&l.out_proj, &l.fc1, &l.fc2]))
+            .map(size)
+            .sum();
+        let attention = 4 * depth * tokens * tokens * c.hidden_size;
+        (2 * (tokens * matrices + (tokens - 1) * size(&self.patches)) + attention) as f64
+    }
+
     /// Runs the first `depth` layers on some pictures together: `pixels` is
     /// `[pictures, 3, image_size, image_size]`, normalised. The result is in `s`; `observe` sees hidden
     /// state 0, 1, ... `depth - 1` on the way.

@@ -133,6 +133,16 @@ impl Vision {
         &self.clip
     }
 
+    /// Operations on `crops` crops that become `rows` rows: a multiply-add is two.
+    #[must_use]
+    pub fn operations(&self, crops: usize, rows: usize) -> f64 {
+        let depth = self.clip.config().num_hidden_layers.saturating_sub(1);
+        let projector: usize = (self.projection.iter())
+            .map(|w| w.weight.rows() * w.weight.cols())
+            .sum();
+        crops as f64 * self.clip.operations(depth) + 2.0 * (rows * projector) as f64
+    }
+
     /// The features of a picture, `[tokens, hidden]`; `progress` hears of the crops that are done.
     /// # Errors
     /// [`Cancelled`], looked at between slices of crops.

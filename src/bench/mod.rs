@@ -3,13 +3,14 @@
 //! [`account`] counts what a token must read and compute, [`model`] times it, and
 //! [`phidias_engine::peaks`] says what the machine could do at best, measured in the same run.
 //! [`kernels`] times the [`operations`] of a forward pass alone, [`roofline`] draws them. [`lookup`]
-//! times whole texts, with guesses and without.
+//! times whole texts, with guesses and without; [`picture`] what a vision model does with a picture.
 
 pub mod account;
 pub mod kernels;
 pub mod lookup;
 pub mod model;
 pub mod operations;
+pub mod picture;
 pub mod roofline;
 
 pub use account::{Account, Work};
@@ -17,6 +18,7 @@ pub use kernels::{KernelBench, KernelRecord};
 pub use lookup::{LookupBench, LookupError, LookupRecord};
 pub use model::{ModelBench, Record, Test, TestError};
 pub use phidias_engine::peaks::{Peak, PeakError, PeakOptions, Peaks, Spread};
+pub use picture::{PictureBench, PictureRecord};
 
 use phidias_engine::kv_cache::KvType;
 use phidias_engine::{Cancel, Kernels};
@@ -72,6 +74,9 @@ pub enum BenchError {
         /// Bytes asked for.
         bytes: usize,
     },
+    /// Pictures that are not seen alike, or not at all.
+    #[error("the picture: the encoder gave {0}; its speed means nothing")]
+    Picture(&'static str),
     /// Two repetitions of one computation differ.
     #[error(
         "{test}: repetition {repetition} gave other logits than the first; its speed means nothing"

@@ -360,6 +360,12 @@ pub struct Bench {
     /// repeats itself and on one that does not, against none; after the tests of -p and -n, or alone
     #[arg(long, value_name = "N", value_delimiter = ',', value_parser = lookup, conflicts_with_all = ["peaks", "kernels"])]
     pub lookup: Vec<usize>,
+    /// Only a picture: what each stage takes until the decoder could begin
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["peaks", "kernels", "prompt", "new", "lookup", "kv"])]
+    pub image: Option<PathBuf>,
+    /// With --image: tiles that it may be cut into [default: the model's]
+    #[arg(long, value_name = "N", requires = "image")]
+    pub num_crops: Option<usize>,
     /// Numbers of threads, each measured [default: physical cores, within the affinity mask and the
     /// cgroup's quota; with --peaks also 1]
     #[arg(long, value_name = "N", value_delimiter = ',', value_parser = threads)]

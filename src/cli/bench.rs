@@ -8,7 +8,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use phidias::bench::model::{Around, Kind};
 use phidias::bench::{
     BenchError, Conditions, KernelBench, KernelRecord, LookupBench, LookupRecord, ModelBench, Peak,
-    PeakOptions, Peaks, Progress, Record, Spread, Test, roofline,
+    PeakOptions, Peaks, PictureBench, PictureRecord, Progress, Record, Spread, Test, roofline,
 };
 use phidias::engine::PACKED_VERSION;
 use phidias::engine::kernels::cpu::peak::Number;
@@ -64,6 +64,9 @@ fn model(args: &Bench, setup: &Setup, machine: &Machine, peaks: PeakOptions) -> 
         kernels: setup.kernels,
         cancel: setup.cancel.clone(),
     };
+    if let Some(file) = &args.image {
+        return picture(args, setup, conditions, peaks, file);
+    }
     let mut bench = ModelBench {
         conditions: conditions.clone(),
         tests: tests(args)?,
@@ -106,6 +109,30 @@ fn model(args: &Bench, setup: &Setup, machine: &Machine, peaks: PeakOptions) -> 
         })?;
     }
     Ok(())
+}
+
+fn picture(
+    args: &Bench,
+    setup: &Setup,
+    conditions: Conditions,
+    peaks: PeakOptions,
+    file: &Path,
+) -> Result<()> {
+    let (name, model) = open(args, setup, |_, _| Ok(()))?;
+    let (_, own) = model.vision()?;
+    let processor = match args.num_crops {
+        Some(crops) => own.clone().with_num_crops(crops)?,
+        None => own.clone(),
+    };
+    let bench = PictureBench {
+        conditions: Conditions { name, ..conditions },
+        peaks,
+    };
+    let steps = Arc::new(setup.console.steps());
+    let mut table = Table::default();
+    bench.run(&model, file, &processor, &told_by(&steps), |record| {
+        steps.suspend(|| table.record(args, &record, &picture_cells(&record)))
+    })
 }
 
 /// For each depth: the prompts, then the answers. None when only lookup is asked for.
@@ -300,6 +327,28 @@ fn lookup_cells(r: &LookupRecord) -> [Cell; 11] {
         ("guesses right", 13, guesses),
         speed_cell(r.tok_s),
         ("speedup", 7, format!("{:.2}", r.speedup)),
+    ]
+}
+
+fn picture_cells(r: &PictureRecord) -> [Cell; 12] {
+    let seconds = |s: Spread| format!("{:.3}", s.median);
+    [
+        model_cell(&r.model),
+        ("format", 6, r.format.to_owned()),
+        ("isa", 6, r.isa.to_owned()),
+        ("threads", 7, r.threads.to_string()),
+        ("crops", 5, r.crops.to_string()),
+        ("tokens", 6, r.tokens.to_string()),
+        ("decode s", 8, seconds(r.decode_s)),
+        ("prepare s", 9, seconds(r.prepare_s)),
+        ("encode s", 8, seconds(r.encode_s)),
+        ("project s", 9, seconds(r.project_s)),
+        ("Gop/s", 6, format!("{:.1}", r.gop_s)),
+        (
+            "share of peak",
+            13,
+            format!("{:.1} %", 100.0 * r.share_of_peak),
+        ),
     ]
 }
 
