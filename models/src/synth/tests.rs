@@ -256,6 +256,112 @@ fn the_tokenizer_gives_text_back() {
     assert!(ids.contains(&32_007));
 }
 
+/// The fields of a protocol buffer message: number, and a length-delimited value or an integer.
+fn fields(mut bytes: &[u8]) -> Vec<(u64, &[u8], u64)> {
+    fn varint(bytes: &mut &[u8]) -> u64 {
+        let len = 1 + bytes.iter().position(|b| *b < 0x80).unwrap();
+        let (number, rest) = bytes.split_at(len);
+        *bytes = rest;
+        (number.iter().rev()).fold(0, |value, b| value << 7 | u64::from(b & 0x7f))
+    }
+    let mut fields = Vec::new();
+    while !bytes.is_empty() {
+        let key = varint(&mut bytes);
+        let (len, integer) = match key & 7 {
+            0 => (0, varint(&mut bytes)),
+            2 => (usize::try_from(varint(&mut bytes)).unwrap(), 0),
+            5 => (4, 0),
+            other => panic!("wire type {other}"),
+        };
+        let (value, rest) = bytes.split_at(len);
+        fields.push((key >> 3, value, integer));
+        bytes = rest;
+    }
+    fields
+}
+
+/// What converters and other engines open by name, and what they ask of it.
+#[test]
+fn other_engines_find_what_they_ask_for() {
+    let folder = made(WeightFormat::Bf16, |o| o.layers = Some(1));
+    let read = |name: &str| fs::read(folder.path().join("m").join(name)).unwrap();
+    let json = |name: &str| -> serde_json::Value { serde_json::from_slice(&read(name)).unwrap() };
+    let config = json("config.json");
+    assert_eq!(config["architectures"][0], "Phi3ForCausalLM");
+    assert_eq!(config["torch_dtype"], "bfloat16");
+    assert!(json("generation_config.json")["eos_token_id"].is_array());
+    let tokens = json("tokenizer_config.json");
+    assert_eq!(tokens["tokenizer_class"], "LlamaTokenizer");
+    assert!(tokens["chat_template"].is_string());
+    assert_eq!(json("special_tokens_map.json")["bos_token"], "<s>");
+
+    // Added tokens are the same in both files, follow the vocabulary without a gap and have weights.
+    let tokenizer = json("tokenizer.json");
+    let vocab = tokenizer["model"]["vocab"].as_object().unwrap();
+    let added = tokenizer["added_tokens"].as_array().unwrap();
+    let decoder = tokens["added_tokens_decoder"].as_object().unwrap();
+    assert_eq!(added.len(), decoder.len());
+    let mut next = vocab.len() as u64;
+    for token in added {
+        let id = token["id"].as_u64().unwrap();
+        assert_eq!(decoder[&id.to_string()]["content"], token["content"]);
+        match vocab.get(token["content"].as_str().unwrap()) {
+            Some(known) => assert_eq!(known, id),
+            None => assert_eq!(id, std::mem::replace(&mut next, id + 1)),
+        }
+    }
+    assert!(next <= config["vocab_size"].as_u64().unwrap());
+
+    // The sentencepiece model: the same pieces in the same order, and of the right kinds.
+    let model = read("tokenizer.model");
+    let model = fields(&model);
+    let mut scores = std::collections::HashMap::new();
+    let pieces = model.iter().filter(|(field, ..)| *field == 1);
+    for (id, (_, piece, _)) in pieces.clone().enumerate() {
+        let [(1, text, _), (2, score, _), (3, _, kind)] = fields(piece)[..] else {
+            panic!("piece {id}");
+        };
+        let text = std::str::from_utf8(text).unwrap();
+        assert_eq!(vocab[text], id, "{text}");
+        let byte = || text == format!("<0x{:02X}>", id - 3);
+        match kind {
+            1 => _ = scores.insert(text, f32::from_le_bytes(score.try_into().unwrap())),
+            2 => assert_eq!(text, "<unk>"),
+            3 => assert!(["<s>", "</s>"].contains(&text), "{text}"),
+            6 => assert!(byte(), "{text}"),
+            other => panic!("{text}: kind {other}"),
+        }
+    }
+    assert_eq!(pieces.count(), vocab.len());
+    assert_eq!(scores.len(), vocab.len() - 3 - 256);
+    let trainer = fields(model.iter().find(|(field, ..)| *field == 2).unwrap().1);
+    let trained = |field| trainer.iter().find(|f| f.0 == field).map(|f| f.2);
+    assert_eq!(trained(3), Some(2), "byte-pair encoding");
+    assert_eq!(trained(4), Some(vocab.len() as u64));
+    assert_eq!((trained(41), trained(42)), (Some(1), Some(2)), "<s>, </s>");
+
+    // And it cuts a text in the same way: the pair that makes the piece of the highest score merges.
+    let ours = Tokenizer::open(&folder.path().join("m")).unwrap().unwrap();
+    let text = "There was once a miller, who had a beautiful  daughter: Nothing else.";
+    let mut cut: Vec<String> = format!("▁{}", text.replace(' ', "▁"))
+        .chars()
+        .map(String::from)
+        .collect();
+    let score = |pair: &[String]| scores.get(pair.concat().as_str()).copied();
+    while let Some((at, _)) = (cut.windows(2).enumerate())
+        .filter_map(|(i, pair)| Some((i, score(pair)?)))
+        // The first of equals.
+        .reduce(|best, next| if next.1 > best.1 { next } else { best })
+    {
+        let right = cut.remove(at + 1);
+        cut[at].push_str(&right);
+    }
+    let ids: Vec<u32> = (cut.iter())
+        .map(|piece| u32::try_from(vocab[piece].as_u64().unwrap()).unwrap())
+        .collect();
+    assert_eq!(ours.encode(text, Bos::Omit).unwrap(), ids);
+}
+
 #[test]
 fn the_tokenizer_of_phi_3_small_gives_text_back() {
     let folder = tempfile::tempdir().unwrap();

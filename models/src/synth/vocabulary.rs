@@ -14,7 +14,8 @@
 //! so English costs a token for two letters and a bit. A piece may be merged from any two pieces
 //! that make it up, earlier pieces first, as `tokenizer.json` files converted from sentencepiece
 //! have it. As with Phi-3.5-mini, `<s>` is not put before a text. The same pieces are written as a
-//! sentencepiece model, `tokenizer.model`, which some converters ask for.
+//! sentencepiece model, `tokenizer.model`: converters to GGUF read the pieces, their scores and kinds
+//! from there.
 //!
 //! **Phi-3-small's form**: byte-level, 100 256 ranks in a `.tiktoken` file; its special tokens are
 //! not in any file.
