@@ -14,8 +14,9 @@
 //! never moved once taken, so growing copies nothing; and blocks begin at fixed positions, so
 //! attention merges the same ranges in the same order whatever was allocated.
 
+use crate::huge::HugeBox;
 use crate::mask::Mask;
-use bytemuck::Zeroable;
+use bytemuck::Pod;
 use half::slice::HalfFloatSliceExt;
 use phidias_kernels::cpu::{Cached, KEY_PANEL};
 use phidias_kernels::view::Elements;
@@ -171,11 +172,11 @@ impl Order {
 /// Keys or values of some heads in a block.
 #[derive(Debug)]
 enum Store {
-    F32(Box<[f32]>),
-    F16(Box<[f16]>),
-    Bf16(Box<[bf16]>),
+    F32(HugeBox<f32>),
+    F16(HugeBox<f16>),
+    Bf16(HugeBox<bf16>),
     /// And the steps, `[heads][positions]`.
-    Int8(Box<[i8]>, Box<[f32]>),
+    Int8(HugeBox<i8>, HugeBox<f32>),
 }
 
 /// The part of a [`Store`] that belongs to one head.
@@ -266,8 +267,8 @@ fn read(head: Cached<'_>, order: Order, r: usize, row: &mut [f32]) {
 impl Store {
     /// Zeros for `rows` keys or values of `head_dim`; `None` when the memory is refused.
     fn new(kind: KvType, rows: Option<usize>, head_dim: usize) -> Option<Self> {
-        fn zeroed<T: Zeroable>(len: usize) -> Option<Box<[T]>> {
-            bytemuck::allocation::try_zeroed_slice_box(len).ok()
+        fn zeroed<T: Pod>(len: usize) -> Option<HugeBox<T>> {
+            HugeBox::zeroed(len).ok()
         }
         let rows = rows?;
         let len = rows.checked_mul(head_dim)?;

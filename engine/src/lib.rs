@@ -20,6 +20,7 @@ pub mod bytes;
 pub mod cancel;
 pub mod checkpoint;
 pub mod generate;
+mod huge;
 pub mod kv_cache;
 pub mod lookup;
 pub mod machine;

@@ -5,9 +5,9 @@
 //! half within a minute on a shared host.
 
 use crate::cancel::Cancel;
+use crate::huge::HugeBox;
 use crate::machine::Machine;
 use crate::pool::Pool;
-use memmap2::MmapMut;
 use phidias_kernels::cpu::peak::{MultiplyLoop, Number, Reading};
 use rayon::prelude::*;
 use serde::Serialize;
@@ -172,18 +172,18 @@ impl Peaks {
                 .map(|(l, rates)| Peak::of(l.instruction().to_owned(), rates))
                 .collect()
         };
-        let buffer = Memory::filled(pool, options.buffer)?;
+        let buffer = filled(pool, options.buffer)?;
         let mut read = vec![Vec::new(); Reading::ALL.len()];
         for _ in 0..repetitions {
             for (reading, rates) in Reading::ALL.into_iter().zip(&mut read) {
                 next()?;
-                rates.push(read_once(pool, reading, buffer.bytes()) / 1e9);
+                rates.push(read_once(pool, reading, &buffer) / 1e9);
             }
         }
         progress(total, total);
         Ok(Self {
             threads: pool.threads(),
-            buffer_bytes: buffer.bytes().len(),
+            buffer_bytes: buffer.len(),
             read: (Reading::ALL.iter().zip(&read))
                 .map(|(reading, rates)| Peak::of(reading.name(), rates))
                 .collect(),
@@ -256,40 +256,20 @@ fn read_once(pool: &Pool, reading: Reading, bytes: &[u8]) -> f64 {
 }
 
 const LINE: usize = 64;
-/// Bytes of a huge page on x86-64, and on AArch64 with the usual page size.
-const HUGE_PAGE: usize = 2 << 20;
 
-/// Memory that was written once, on huge pages where the system gives them.
-struct Memory {
-    map: MmapMut,
-    start: usize,
-    len: usize,
-}
-
-impl Memory {
-    /// Each thread writes the part that it reads later, so that it lies near it.
-    fn filled(pool: &Pool, len: usize) -> Result<Self, PeakError> {
-        let len = (len / HUGE_PAGE).max(1) * HUGE_PAGE;
-        let error = |source| PeakError::Memory { bytes: len, source };
-        let room = len.saturating_add(HUGE_PAGE);
-        let map = MmapMut::map_anon(room).map_err(error)?;
-        // A refusal leaves ordinary pages: a few per cent slower.
-        #[cfg(target_os = "linux")]
-        let _ = map.advise(memmap2::Advice::HugePage);
-        let start = map.as_ptr().align_offset(HUGE_PAGE).min(HUGE_PAGE);
-        let mut memory = Self { map, start, len };
-        let share = (len / LINE).div_ceil(pool.threads()) * LINE;
-        pool.install(|| {
-            (memory.map[start..start + len].par_chunks_mut(share))
-                .with_max_len(1)
-                .for_each(|part| part.fill(0x5a));
-        });
-        Ok(memory)
-    }
-
-    fn bytes(&self) -> &[u8] {
-        &self.map[self.start..self.start + self.len]
-    }
+/// Memory on huge pages, where the system gives them. Each thread writes the part that it reads
+/// later, so that it lies near it.
+fn filled(pool: &Pool, len: usize) -> Result<HugeBox<u8>, PeakError> {
+    let len = len.max(LINE);
+    let mut memory =
+        HugeBox::zeroed(len).map_err(|source| PeakError::Memory { bytes: len, source })?;
+    let share = (len / LINE).div_ceil(pool.threads()) * LINE;
+    pool.install(|| {
+        (memory.par_chunks_mut(share))
+            .with_max_len(1)
+            .for_each(|part| part.fill(0x5a));
+    });
+    Ok(memory)
 }
 
 #[cfg(test)]
@@ -337,7 +317,7 @@ mod tests {
         let cancelled = Peaks::measure(&pool, &PeakOptions::rough(), &cancel, |_, _| {});
         assert!(matches!(cancelled, Err(PeakError::Cancelled)));
         assert!(matches!(
-            Memory::filled(&pool, usize::MAX / 2),
+            filled(&pool, usize::MAX / 2),
             Err(PeakError::Memory { .. })
         ));
     }
