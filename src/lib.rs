@@ -46,7 +46,7 @@ pub mod lookup;
 pub use phidias_engine as engine;
 pub use phidias_engine::generate::{Event, FinishReason, GenerateOptions, Outcome, generate};
 pub use phidias_models as models;
-pub use phidias_models::{Error, Model, OpenOptions, Session, SessionOptions, WeightFormat};
+pub use phidias_models::{Clip, Error, Model, OpenOptions, Session, SessionOptions, WeightFormat};
 
 /// Why a question has no answer.
 pub type AskError = engine::generate::GenerateError<Error, TextError>;

@@ -188,6 +188,18 @@ pub struct PreprocessorConfig {
     pub image_std: [f32; 3],
 }
 
+impl Keys {
+    /// Those of `phi3`.
+    pub(crate) const PHI3: Self = Self {
+        intermediate_size: "intermediate_size",
+        norm_eps: "rms_norm_eps",
+        rope_theta: "rope_theta",
+        hidden_act: "silu",
+        tied: false,
+        original_in_scaling: false,
+    };
+}
+
 /// The fields of one file.
 pub(crate) struct Fields<'a> {
     path: &'a Path,

@@ -5,11 +5,10 @@
 
 use crate::blocks::attention::Attention;
 use crate::blocks::mlp::Mlp;
-use crate::blocks::rope::Rope;
 use crate::config::{Config, ConfigError, Fields, Keys};
 use crate::family::Family;
 use crate::transformer::{FeedForward, Layer, Transformer};
-use crate::weights::{EMBED, Role, Spec, Weights, ends};
+use crate::weights::{Role, Spec, Weights, ends};
 use phidias_engine::backend::{GateUp, HeadOrder};
 use phidias_engine::checkpoint::CheckpointError;
 
@@ -21,18 +20,7 @@ pub(crate) fn configure(f: &Fields<'_>) -> Result<Config, ConfigError> {
 
 /// The same fields for a family that has this one's decoder.
 pub(crate) fn configure_as(f: &Fields<'_>, family: Family) -> Result<Config, ConfigError> {
-    Config::common(
-        f,
-        family,
-        &Keys {
-            intermediate_size: "intermediate_size",
-            norm_eps: "rms_norm_eps",
-            rope_theta: "rope_theta",
-            hidden_act: "silu",
-            tied: false,
-            original_in_scaling: false,
-        },
-    )
+    Config::common(f, family, &Keys::PHI3)
 }
 
 /// Every tensor that a checkpoint of this configuration has.
@@ -81,12 +69,5 @@ pub(crate) fn load(c: &Config, weights: &Weights<'_>) -> Result<Transformer, Che
             }),
         });
     }
-    Ok(Transformer {
-        embed_tokens: weights.matrix(EMBED)?,
-        embedding_multiplier: c.embedding_multiplier,
-        layers,
-        norm: weights.rms_norm(NORM, c.norm_eps)?,
-        lm_head: weights.lm_head(c)?,
-        rope: Rope::new(c),
-    })
+    weights.transformer(c, layers, weights.rms_norm(NORM, c.norm_eps)?)
 }

@@ -13,11 +13,10 @@
 
 use crate::blocks::attention::Attention;
 use crate::blocks::mlp::Mlp;
-use crate::blocks::rope::Rope;
 use crate::config::{Config, ConfigError, Fields, Keys, SparseLayers};
 use crate::family::Family;
 use crate::transformer::{FeedForward, Layer, Transformer};
-use crate::weights::{EMBED, Role, Spec, Weights, ends};
+use crate::weights::{Role, Spec, Weights, ends};
 use phidias_engine::backend::{GateUp, HeadOrder};
 use phidias_engine::checkpoint::CheckpointError;
 use phidias_engine::mask::{BLOCK, BlockSparse};
@@ -168,12 +167,5 @@ pub(crate) fn load(c: &Config, weights: &Weights<'_>) -> Result<Transformer, Che
             }),
         });
     }
-    Ok(Transformer {
-        embed_tokens: weights.matrix(EMBED)?,
-        embedding_multiplier: c.embedding_multiplier,
-        layers,
-        norm: weights.layer_norm(NORM, c.norm_eps)?,
-        lm_head: weights.lm_head(c)?,
-        rope: Rope::new(c),
-    })
+    weights.transformer(c, layers, weights.layer_norm(NORM, c.norm_eps)?)
 }

@@ -7,11 +7,10 @@
 
 use crate::blocks::attention::Attention;
 use crate::blocks::moe::Moe;
-use crate::blocks::rope::Rope;
 use crate::config::{Config, ConfigError, Fields, Keys, MoeConfig};
 use crate::family::Family;
 use crate::transformer::{FeedForward, Layer, Transformer};
-use crate::weights::{EMBED, Role, Spec, Weights, ends};
+use crate::weights::{Role, Spec, Weights, ends};
 use phidias_engine::backend::{Expert, GateUp, HeadOrder, PICKS};
 use phidias_engine::checkpoint::CheckpointError;
 
@@ -38,12 +37,8 @@ pub(crate) fn configure(f: &Fields<'_>) -> Result<Config, ConfigError> {
         f,
         Family::PhiMoe,
         &Keys {
-            intermediate_size: "intermediate_size",
-            norm_eps: "rms_norm_eps",
-            rope_theta: "rope_theta",
-            hidden_act: "silu",
-            tied: false,
             original_in_scaling: true,
+            ..Keys::PHI3
         },
     )?;
     Ok(Config {
@@ -147,12 +142,5 @@ pub(crate) fn load(c: &Config, weights: &Weights<'_>) -> Result<Transformer, Che
             }),
         });
     }
-    Ok(Transformer {
-        embed_tokens: weights.matrix(EMBED)?,
-        embedding_multiplier: c.embedding_multiplier,
-        layers,
-        norm: weights.layer_norm(NORM, c.norm_eps)?,
-        lm_head: weights.lm_head(c)?,
-        rope: Rope::new(c),
-    })
+    weights.transformer(c, layers, weights.layer_norm(NORM, c.norm_eps)?)
 }

@@ -1,7 +1,9 @@
 //! The tensors of a model: names, shapes, roles; and taking them from a checkpoint that has them.
 
 use crate::blocks::head::LmHead;
+use crate::blocks::rope::Rope;
 use crate::config::Config;
+use crate::transformer::{Layer, Transformer};
 use phidias_engine::backend::Norm;
 use phidias_engine::checkpoint::{Checkpoint, CheckpointError};
 use phidias_engine::tensor::{Linear, Matrix, Tensor};
@@ -186,9 +188,26 @@ impl<'a> Weights<'a> {
         })
     }
 
+    /// The decoder of these layers and last norm: what stands around them is the same in every family.
+    pub(crate) fn transformer(
+        &self,
+        c: &Config,
+        layers: Vec<Layer>,
+        norm: Norm,
+    ) -> Result<Transformer> {
+        Ok(Transformer {
+            embed_tokens: self.matrix(EMBED)?,
+            embedding_multiplier: c.embedding_multiplier,
+            layers,
+            norm,
+            lm_head: self.lm_head(c)?,
+            rope: Rope::new(c),
+        })
+    }
+
     /// The head, or the embedding table where it serves as one. (A tied head that was quantized stands
     /// on its own in the prepacked file.)
-    pub(crate) fn lm_head(&self, c: &Config) -> Result<LmHead> {
+    fn lm_head(&self, c: &Config) -> Result<LmHead> {
         let tied = c.tie_word_embeddings && self.checkpoint.get(HEAD).is_none();
         let name = if tied { EMBED } else { HEAD };
         self.checkpoint

@@ -6,7 +6,6 @@
 
 use std::path::Path;
 use std::sync::LazyLock;
-use std::time::Instant;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -328,50 +327,4 @@ fn white_space_without_end_is_refused() {
         assert_eq!(ids[ids.len() - 2..], REFERENCE.encode_ordinary("12345"));
         assert_eq!(OURS.decode(&ids, Special::Keep).unwrap(), text);
     }
-}
-
-/// About the dearest file that is accepted: 85 000 tokens of 128 bytes, each put together from two
-/// of 64, and short ones to make up the number. 16 MiB have room for no more.
-fn dearest() -> String {
-    let pairs = (0..128u8).flat_map(|low| [[low, 200], [low, 201], [low, 202]]);
-    let halves = (pairs.clone()).flat_map(|pair| (0..6).map(move |twice| pair.repeat(1 << twice)));
-    let longest = pairs.clone().flat_map(|left| {
-        let others = pairs.clone().filter(move |&right| right != left);
-        others.map(move |right| [left.repeat(32), right.repeat(32)].concat())
-    });
-    let short = (128..=u8::MAX).flat_map(|a| (128..=u8::MAX).map(move |b| vec![a, b]));
-    (0..=u8::MAX)
-        .map(|byte| vec![byte])
-        .chain(halves)
-        .chain(longest.take(85_000))
-        .chain(short)
-        .zip(0..RANKS)
-        .map(|(token, rank)| format!("{} {rank}\n", BASE64.encode(token)))
-        .collect()
-}
-
-/// `cargo test --release -p phidias-models --test tiktoken_reference -- --ignored --nocapture`
-#[test]
-#[ignore = "a measurement"]
-fn how_long_it_takes() {
-    let dir = folder();
-    let text = vocabulary();
-    for _ in 0..5 {
-        let start = Instant::now();
-        let tokenizer = open(dir.path());
-        let opened = start.elapsed();
-        let start = Instant::now();
-        let ids = tokenizer.encode(&text, Bos::Omit).unwrap();
-        let seconds = start.elapsed().as_secs_f64();
-        println!(
-            "opened in {opened:?}; {} bytes to {} ids at {:.2} MB/s",
-            text.len(),
-            ids.len(),
-            text.len() as f64 / seconds / 1e6
-        );
-    }
-    std::fs::write(dir.path().join("cl100k_base.tiktoken"), dearest()).unwrap();
-    let start = Instant::now();
-    let tokenizer = open(dir.path());
-    println!("the dearest file: {:?}, {tokenizer:?}", start.elapsed());
 }

@@ -76,11 +76,17 @@ impl Ops<'_> {
                 s.gather(qkv, heads, rows.clone(), kv_head);
                 for first in (0..tokens).step_by(QUERY_ROWS) {
                     let queries = first..tokens.min(first + QUERY_ROWS);
-                    s.attend(kernels, qkv, heads, rows.start, queries, kv_head, scale);
-                    for (i, t) in (first..).zip(0..s.count) {
-                        for (g, head) in y.row(i).chunks_exact_mut(heads.head_dim).enumerate() {
-                            s.state.finish(t * heads.group() + g, head);
-                        }
+                    s.queries.clear();
+                    for t in queries.clone() {
+                        let [own, _, _] = heads.of(kv_head, qkv.row(rows.start + t));
+                        s.queries.extend_from_slice(own);
+                    }
+                    s.attend(kernels, heads.head_dim, scale);
+                    let states = (0..).step_by(heads.group());
+                    for (t, state) in queries.zip(states) {
+                        let outs = y.row(t).chunks_exact_mut(heads.head_dim);
+                        outs.zip(state..)
+                            .for_each(|(out, i)| s.state.finish(i, out));
                     }
                 }
             });
@@ -91,16 +97,13 @@ impl Ops<'_> {
 /// Keys and values of one head of one sequence, and some queries.
 #[derive(Default)]
 struct Scratch {
-    head_dim: usize,
     /// `[panels][head_dim][16]`
     keys: Vec<f32>,
     /// `[tokens][head_dim]`
     values: Vec<f32>,
-    /// `[count * group][head_dim]`
+    /// `[tokens * group][head_dim]`
     queries: Vec<f32>,
     visible: Vec<Range<usize>>,
-    /// Tokens that the queries are of.
-    count: usize,
     state: AttentionState,
 }
 
@@ -112,7 +115,6 @@ impl Scratch {
     /// Copies keys and values of a head into the order of the kernels.
     fn gather(&mut self, qkv: &Buffer, heads: Heads, rows: Range<usize>, kv_head: usize) {
         let d = heads.head_dim;
-        self.head_dim = d;
         self.keys.clear();
         self.keys
             .resize(rows.len().next_multiple_of(KEY_PANEL) * d, 0.0);
@@ -127,29 +129,9 @@ impl Scratch {
         }
     }
 
-    /// Attention of the tokens `queries` of the sequence that begins at row `start`.
-    #[allow(
-        clippy::too_many_arguments,
-        reason = "one operation, every argument of its own type"
-    )]
-    fn attend(
-        &mut self,
-        kernels: &Kernels,
-        qkv: &Buffer,
-        heads: Heads,
-        start: usize,
-        queries: Range<usize>,
-        kv_head: usize,
-        scale: f32,
-    ) {
-        let d = self.head_dim;
-        let n = queries.len() * heads.group();
-        self.count = queries.len();
-        self.queries.clear();
-        for t in queries {
-            let [own, _, _] = heads.of(kv_head, qkv.row(start + t));
-            self.queries.extend_from_slice(own);
-        }
+    /// Attention of the queries with all keys, in `state`.
+    fn attend(&mut self, kernels: &Kernels, d: usize, scale: f32) {
+        let n = self.queries.len() / d;
         self.state.reset(n, d);
         let keys = self.keys.chunks(KEY_ROWS * d);
         for (keys, values) in keys.zip(self.values.chunks(KEY_ROWS * d)) {
