@@ -10,6 +10,7 @@ use phidias::engine::pool::Pool;
 use phidias::engine::sampling::{Sampler, SamplingParams};
 use phidias::engine::tensor::{Buffer, Linear, Matrix};
 use phidias::engine::{Cancel, Kernels};
+use phidias::models::Placement;
 use phidias::models::Source;
 use phidias::models::quantize::quantize_folder;
 use phidias::models::session::Crossing;
@@ -1176,6 +1177,53 @@ fn child_measures_resident_memory() {
     let (weights, anonymous, _) = grown("model", WeightFormat::Q8);
     assert!(anonymous > weights * 3 / 4, "{anonymous} of {weights}");
     assert!(anonymous < weights + 14 * MIB, "{anonymous} of {weights}");
+}
+
+/// Where the weights lie changes no bit, and a copy leaves nothing mapped.
+#[test]
+fn weights_in_memory_of_ones_own_are_the_same_weights() {
+    let target = TempDir::new().unwrap();
+    let (source, packed) = (target.path().join("model"), target.path().join("packed"));
+    large_model(&source);
+    quantize(&source, &packed, WeightFormat::Q8).unwrap();
+    for (folder, format) in [(&source, WeightFormat::Bf16), (&packed, WeightFormat::Q8)] {
+        let at = |placement| {
+            let mut told = Vec::new();
+            let mut progress = |done: usize, total: usize| told.push((done, total));
+            let model = Model::open(
+                folder,
+                OpenOptions {
+                    placement,
+                    progress: Some(&mut progress),
+                    ..options(format)
+                },
+            );
+            let model = Arc::new(model.unwrap());
+            let mut matrices = model.transformer().matrices();
+            let mapped = matrices.any(|m| m.data().is_mapped());
+            let logits = all_logits(&model, run(4, 2, 8), &[1, 2, 3]);
+            (logits, mapped, told)
+        };
+        let (mapped, copied) = (at(Placement::Mapped), at(Placement::Copied));
+        assert_eq!((mapped.1, copied.1), (true, false));
+        assert_same(&mapped.0, &copied.0, "mapped and copied");
+        assert_eq!(mapped.2, []);
+        let (done, total) = *copied.2.last().unwrap();
+        assert!(done == total && copied.2.is_sorted(), "{:?}", copied.2);
+    }
+    // Cancelled before the first piece.
+    let cancel = Cancel::default();
+    cancel.cancel();
+    let cancelled = Model::open(
+        &packed,
+        OpenOptions {
+            placement: Placement::Copied,
+            cancel,
+            ..options(WeightFormat::Q8)
+        },
+    );
+    let error = cancelled.err().unwrap();
+    assert_eq!(error.to_string(), "cancelled");
 }
 
 fn with_cache(cache: &Path) -> OpenOptions<'static> {

@@ -11,7 +11,10 @@ use crate::vision::Vision;
 use crate::weights::{EMBED, HEAD, Role, Spec, Weights};
 use phidias_engine::checkpoint::Checkpoint;
 use phidias_engine::checkpoint::prepack::{Entry, Prepack, Treatment};
-use phidias_engine::tensor::DType;
+use phidias_engine::machine::Machine;
+use phidias_engine::memory::MemoryPlan;
+use phidias_engine::pool::Pool;
+use phidias_engine::tensor::{DType, Tensor};
 use phidias_engine::{Bytes, Cancel};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -20,6 +23,18 @@ use std::path::{Path, PathBuf};
 /// large is limited by memory bandwidth on a CPU, and a quarter of the bytes is four times the speed.
 pub const AUTO_Q4_BYTES: usize = 1 << 30;
 
+/// Where the weights of a model lie.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Placement {
+    /// In the system's pages of their file: read when first needed, shared between processes, dropped when
+    /// memory is short.
+    #[default]
+    Mapped,
+    /// In memory of this process, read at once. Faster where the system keeps files in small pages
+    /// (`docs/performance.md`).
+    Copied,
+}
+
 /// How to open a model.
 #[derive(Default)]
 pub struct OpenOptions<'a> {
@@ -27,11 +42,13 @@ pub struct OpenOptions<'a> {
     pub format: Option<WeightFormat>,
     /// Folder for weights that were quantized while loading; `None`: keep them in memory only.
     pub cache: Option<PathBuf>,
-    /// Threads that quantize; `None`: as many as this process may use.
+    /// Where the weights lie.
+    pub placement: Placement,
+    /// Threads that quantize or copy; `None`: as many as this process may use.
     pub threads: Option<usize>,
-    /// Stops the quantization.
+    /// Stops the quantization or the copy.
     pub cancel: Cancel,
-    /// Told how far the quantization is: bytes done, bytes in all.
+    /// Told how far the quantization or the copy is: bytes done, bytes in all.
     pub progress: Option<&'a mut dyn FnMut(usize, usize)>,
 }
 
@@ -313,6 +330,10 @@ impl Model {
                 quantized(&source.checkpoint, &plan, format, &mut options, &mut note)?
             }
         };
+        let checkpoint = match options.placement {
+            Placement::Mapped => checkpoint,
+            Placement::Copied => copied(&checkpoint, &mut options)?,
+        };
         let weights = Weights::check(&source.config.specs(), &checkpoint)?;
         let transformer = source.config.family.load(&source.config, &weights)?;
         let vision = match &source.config.vision {
@@ -418,6 +439,26 @@ impl Model {
     pub fn note(&self) -> Option<&str> {
         self.note.as_deref()
     }
+}
+
+/// The weights in memory of this process; refused before it is taken when it cannot be had.
+fn copied(checkpoint: &Checkpoint, options: &mut OpenOptions<'_>) -> Result<Checkpoint, Error> {
+    let mapped = |tensor: &Tensor| tensor.bytes().is_mapped();
+    if !checkpoint.tensors().any(|(_, tensor)| mapped(tensor)) {
+        return Ok(checkpoint.clone());
+    }
+    let plan = MemoryPlan {
+        weights: checkpoint.bytes(),
+        ..MemoryPlan::default()
+    };
+    plan.check(&Machine::detect())?;
+    let mut ignore = |_: usize, _: usize| {};
+    let progress: &mut dyn FnMut(usize, usize) = match &mut options.progress {
+        Some(progress) => progress,
+        None => &mut ignore,
+    };
+    let pool = Pool::new(options.threads)?;
+    Ok(checkpoint.copied(&pool, &options.cancel, progress)?)
 }
 
 /// What the weights of a checkpoint take.

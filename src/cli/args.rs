@@ -60,6 +60,10 @@ pub struct Global {
     /// Threads [default: physical cores, within the affinity mask and the cgroup's quota]
     #[arg(long, global = true, value_name = "N", value_parser = threads)]
     pub threads: Option<usize>,
+    /// Read the weights into memory of this process instead of mapping their file: a slower start and no
+    /// sharing, but faster answers where the system keeps files in small pages
+    #[arg(long, global = true)]
+    pub copy_weights: bool,
     /// Print nothing but the answer and errors
     #[arg(long, short, global = true)]
     pub quiet: bool,

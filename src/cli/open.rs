@@ -10,7 +10,7 @@ use phidias::engine::pool::Pool;
 use phidias::engine::{Cancel, Isa, Kernels};
 use phidias::models::image::Processed;
 use phidias::models::session::{PictureMemory, Prefill, Recomputing};
-use phidias::models::{Crossing, Source};
+use phidias::models::{Crossing, Placement, Source};
 use phidias::{GenerateOptions, Model, OpenOptions, Session, SessionOptions, WeightFormat};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,6 +21,7 @@ pub struct Setup {
     pub cancel: Cancel,
     pub kernels: &'static Kernels,
     pub threads: Option<usize>,
+    placement: Placement,
     revision: Option<String>,
 }
 
@@ -54,6 +55,10 @@ impl Setup {
             cancel: cancel_on_ctrl_c(),
             kernels,
             threads: global.threads,
+            placement: match global.copy_weights {
+                true => Placement::Copied,
+                false => Placement::Mapped,
+            },
             revision: global.revision.clone(),
         })
     }
@@ -98,11 +103,16 @@ impl Setup {
 
     /// Opens a model, quantizing it when the format asks for that.
     pub fn open(&self, origin: &Origin, format: Option<WeightFormat>) -> Result<Arc<Model>> {
-        let mut bar = self.console.bar("quantizing", Unit::Bytes);
+        let what = match self.placement {
+            Placement::Mapped => "quantizing",
+            Placement::Copied => "reading the weights",
+        };
+        let mut bar = self.console.bar(what, Unit::Bytes);
         let mut progress = |done: usize, total: usize| bar.set(done as u64, Some(total as u64));
         let options = OpenOptions {
             format,
             cache: cache_folder(),
+            placement: self.placement,
             threads: self.threads,
             cancel: self.cancel.clone(),
             progress: Some(&mut progress),

@@ -335,10 +335,10 @@ impl Ops<'_> {
 mod tests {
     use super::*;
     use crate::backend::Cpu;
+    use crate::huge::OwnedBytes;
     use crate::pool::Pool;
     use crate::tensor::{DType, Tensor};
     use phidias_kernels::cpu::Kernels;
-    use phidias_quant::AlignedBytes;
     use std::sync::Arc;
 
     fn buffer(rows: usize, cols: usize, value: impl FnMut(usize) -> f32) -> Buffer {
@@ -435,8 +435,8 @@ mod tests {
 
     /// A matrix of f32 that looks random.
     fn matrix(rows: usize, cols: usize, seed: usize) -> Linear {
-        let mut bytes = AlignedBytes::try_zeroed(rows * cols * 4).unwrap();
-        for (i, chunk) in bytes.as_mut().chunks_exact_mut(4).enumerate() {
+        let mut bytes = OwnedBytes::zeroed(rows * cols * 4).unwrap();
+        for (i, chunk) in bytes.chunks_exact_mut(4).enumerate() {
             let value = ((i * 7 + seed * 31) % 23) as f32 / 23.0 - 0.5;
             chunk.copy_from_slice(&value.to_le_bytes());
         }
