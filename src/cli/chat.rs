@@ -111,7 +111,7 @@ impl Talk {
             images: vec![file.into()],
             num_crops: None,
         };
-        match pictures.open(self.session.model()) {
+        match pictures.open(&self.setup, self.session.model()) {
             Err(error) => eprintln!("{error}"),
             Ok(pictures) => {
                 let tokens: usize = pictures.iter().map(Processed::tokens).sum();

@@ -154,10 +154,14 @@ impl Setup {
         Ok(session)
     }
 
+    /// Threads, as many as were asked for.
+    pub fn pool(&self) -> Result<Pool> {
+        Ok(Pool::new(self.threads).map_err(phidias::Error::from)?)
+    }
+
     /// What a model is computed on where no session is.
     pub fn cpu(&self) -> Result<Cpu> {
-        let pool = Pool::new(self.threads).map_err(phidias::Error::from)?;
-        Ok(Cpu::new(self.kernels, Arc::new(pool)))
+        Ok(Cpu::new(self.kernels, Arc::new(self.pool()?)))
     }
 
     /// Says when the disk will be read; refuses what does not fit, unless that is wanted.

@@ -21,7 +21,7 @@ pub fn run(args: &Run, global: &Global) -> Result<()> {
     let prompt = prompt(args, from_stdin)?;
     let model = setup.open(&setup.locate(model)?, args.running.format)?;
     stats::check(args.stats, &model)?;
-    let pictures = args.pictures.open(&model)?;
+    let pictures = args.pictures.open(&setup, &model)?;
     let segments = pictures::segments(&model, &prompt, args.raw, &pictures)?;
     let mut options = generate_options(&model, &args.sampling, setup.console);
     options.sampling.logprobs = args.logprobs;
