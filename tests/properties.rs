@@ -6,6 +6,7 @@ mod common;
 use common::*;
 use phidias::engine::backend::{Cpu, ExpertScratch, Input, Routes};
 use phidias::engine::kv_cache::KvType;
+use phidias::engine::memory::Pageable;
 use phidias::engine::pool::Pool;
 use phidias::engine::sampling::{Sampler, SamplingParams};
 use phidias::engine::tensor::{Buffer, Linear, Matrix};
@@ -950,9 +951,10 @@ fn quantized_experts_agree_with_their_dequantized_weights() {
     assert!(checked > 0, "no fixture with experts");
 }
 
-/// A folder of packed experts is mapped and need not be in memory; what was quantized while loading is.
+/// Experts and embedding of a packed folder are mapped and need not be in memory; what was quantized while
+/// loading is.
 #[test]
-fn experts_are_pageable_where_they_are_mapped() {
+fn weights_are_pageable_where_they_are_mapped() {
     let target = TempDir::new().unwrap();
     for folder in text_fixtures() {
         let loaded = open(&folder, WeightFormat::Q4);
@@ -960,15 +962,24 @@ fn experts_are_pageable_where_they_are_mapped() {
         let out = target.path().join(folder.file_name().unwrap());
         quantize(&folder, &out, WeightFormat::Q4).unwrap();
         let mapped = open(&out, WeightFormat::Q4);
-        assert_eq!(loaded.weight_bytes().experts, 0);
-        assert_eq!(mapped.weight_bytes().experts > 0, moe);
+        assert_eq!(loaded.weight_bytes().pageable, Pageable::default());
         let experts = mapped.transformer().layers.iter().flat_map(|l| l.experts());
         let bytes: usize = experts.map(|expert| expert.bytes()).sum();
-        assert_eq!(mapped.weight_bytes().experts, bytes);
+        assert_eq!(bytes > 0, moe);
+        // A head that is tied to the embedding was packed into a matrix of its own.
+        let expected = Pageable {
+            experts: bytes,
+            embedding: mapped.transformer().embed_tokens.bytes(),
+            encoder: 0,
+        };
+        assert_eq!(mapped.weight_bytes().pageable, expected);
         let plan = phidias::Session::plan(&mapped, &run(16, 1, 16)).unwrap();
-        assert_eq!(plan.pageable, bytes);
-        // Two of sixteen.
-        assert_eq!(plan.working_set, bytes / 8);
+        assert_eq!(plan.pageable, expected);
+        // Two experts of sixteen, and what sixteen short rows may lie on: two pages each.
+        let rows = expected.embedding.min(16 * 8192);
+        assert_eq!(plan.working_set, bytes / 8 + rows);
+        let rest = expected.embedding - rows + bytes - bytes / 8;
+        assert_eq!(plan.total() - plan.least(), rest);
         let source = Source::open(&out).unwrap();
         assert_eq!(source.planned(None).unwrap().1, mapped.weight_bytes());
         if cfg!(target_os = "linux") {

@@ -7,10 +7,11 @@ use crate::image::ImageProcessor;
 use crate::quantize::{CACHE_FROM_BYTES, quantized};
 use crate::text::{Builtin, ChatTemplate, TextError, Tokenizer};
 use crate::transformer::Transformer;
-use crate::vision::Vision;
+use crate::vision::{self, Vision};
 use crate::weights::{EMBED, HEAD, Role, Spec, Weights};
 use phidias_engine::checkpoint::Checkpoint;
 use phidias_engine::checkpoint::prepack::{Entry, Prepack, Treatment};
+use phidias_engine::memory::Pageable;
 use phidias_engine::tensor::DType;
 use phidias_engine::{Bytes, Cancel};
 use std::collections::BTreeSet;
@@ -40,8 +41,8 @@ pub struct OpenOptions<'a> {
 pub struct WeightBytes {
     /// All of them.
     pub all: usize,
-    /// Of these: experts in mapped files, whose pages need not all be in memory.
-    pub experts: usize,
+    /// Of these: tensors in mapped files, whose pages need not all be in memory.
+    pub pageable: Pageable,
 }
 
 /// How much of the mapped weights is in memory, from samples.
@@ -59,6 +60,8 @@ pub struct Model {
     config: Config,
     generation: GenerationConfig,
     format: WeightFormat,
+    /// Where the weights are.
+    checkpoint: Checkpoint,
     transformer: Transformer,
     vision: Option<(Vision, ImageProcessor)>,
     text: Option<Text>,
@@ -204,12 +207,13 @@ impl Source {
         let bytes = match self.conversion(format) {
             Some(entries) => {
                 let plan = Prepack::plan(&self.checkpoint, entries)?;
-                let experts = self.config.family.experts(&self.config);
+                // A tied head is packed into a matrix of its own.
+                let own_head = !self.config.tie_word_embeddings || format.packed().is_some();
                 WeightBytes {
                     all: plan.bytes(),
-                    experts: match self.checkpoint.bytes() >= CACHE_FROM_BYTES {
-                        true => plan.bytes_of(|name| experts.contains(name)),
-                        false => 0,
+                    pageable: match self.checkpoint.bytes() >= CACHE_FROM_BYTES {
+                        true => pageable(&self.config, own_head, |wanted| plan.bytes_of(wanted)),
+                        false => Pageable::default(),
                     },
                 }
             }
@@ -329,6 +333,7 @@ impl Model {
             config: source.config,
             generation: source.generation,
             format,
+            checkpoint,
             transformer,
             vision,
             text,
@@ -413,6 +418,13 @@ impl Model {
         }
         (sum.mapped > 0).then_some(sum)
     }
+    /// Takes the mapped weights that look at pictures out of this process's memory: until the next picture
+    /// nobody reads them. They come back when they are touched.
+    pub fn release_encoder(&self) {
+        let tensors = self.checkpoint.tensors();
+        (tensors.filter(|(name, _)| name.starts_with(vision::PREFIX)))
+            .for_each(|(_, tensor)| tensor.bytes().release());
+    }
     /// Something the user should know about the opening: where quantized weights were kept.
     #[must_use]
     pub fn note(&self) -> Option<&str> {
@@ -422,12 +434,32 @@ impl Model {
 
 /// What the weights of a checkpoint take.
 fn weight_bytes(config: &Config, checkpoint: &Checkpoint) -> WeightBytes {
-    let experts = config.family.experts(config);
-    let mapped = (checkpoint.tensors())
-        .filter(|(name, tensor)| experts.contains(*name) && tensor.bytes().is_mapped());
+    let mapped = |wanted: Wanted<'_>| {
+        let tensors = (checkpoint.tensors())
+            .filter(|(name, tensor)| wanted(name) && tensor.bytes().is_mapped());
+        tensors.map(|(_, tensor)| tensor.bytes().len()).sum()
+    };
     WeightBytes {
         all: checkpoint.bytes(),
-        experts: mapped.map(|(_, tensor)| tensor.bytes().len()).sum(),
+        pageable: pageable(config, checkpoint.get(HEAD).is_some(), mapped),
+    }
+}
+
+/// Chooses tensors by their names.
+pub(crate) type Wanted<'a> = &'a dyn Fn(&str) -> bool;
+
+/// The weights that not every token reads. `own_head`: whether the head is a tensor of its own; the
+/// embedding table is read as a whole where it serves as one.
+pub(crate) fn pageable(
+    config: &Config,
+    own_head: bool,
+    bytes: impl Fn(Wanted<'_>) -> usize,
+) -> Pageable {
+    let experts = config.family.experts(config);
+    Pageable {
+        experts: bytes(&|name| experts.contains(name)),
+        embedding: bytes(&|name| own_head && name == EMBED),
+        encoder: bytes(&|name| name.starts_with(vision::PREFIX)),
     }
 }
 

@@ -5,6 +5,7 @@ use super::files::{is_device, temporary_beside};
 use super::open::Setup;
 use super::pictures;
 use anyhow::{Context, Result, bail};
+use phidias::models::session::PictureMemory;
 use phidias::models::text::Segment;
 use phidias::{Session, WeightFormat};
 use serde_json::json;
@@ -32,8 +33,8 @@ pub fn logits(args: &Logits, global: &Global) -> Result<()> {
         None => vec![Segment::Text(args.tokens.clone())],
     };
     let named = named_ids(&segments);
-    let mut session = setup.session(&model, &args.running, &pictures)?;
-    let ids = pictures::attach(&setup, &mut session, segments, &pictures)?;
+    let mut session = setup.session(&model, &args.running, PictureMemory::of(&pictures))?;
+    let ids = pictures::attach(&setup, &mut session, segments, pictures)?;
     let name = || args.out.display().to_string();
     if is_device(&args.out) {
         let mut file = OpenOptions::new()

@@ -8,7 +8,6 @@ use phidias::engine::machine::Machine;
 use phidias::engine::memory::{DoesNotFit, Fit, MemoryPlan, Size};
 use phidias::engine::pool::Pool;
 use phidias::engine::{Cancel, Isa, Kernels};
-use phidias::models::image::Processed;
 use phidias::models::session::{PictureMemory, Prefill, Recomputing};
 use phidias::models::{Crossing, Source};
 use phidias::{GenerateOptions, Model, OpenOptions, Session, SessionOptions, WeightFormat};
@@ -122,10 +121,10 @@ impl Setup {
         &self,
         model: &Arc<Model>,
         running: &Running,
-        pictures: &[Processed],
+        pictures: PictureMemory,
     ) -> Result<Session> {
         let options = SessionOptions {
-            pictures: PictureMemory::of(pictures),
+            pictures,
             ..self.session_options(running)
         };
         let plan = Session::plan(model, &options)?;
@@ -236,13 +235,13 @@ impl Setup {
     }
 }
 
-/// The line about experts that do not all fit in memory.
+/// The line about weights that do not all fit in memory.
 pub fn beyond_memory(plan: &MemoryPlan, machine: &Machine) -> String {
     let available = machine.memory_available.unwrap_or(0);
     let available = Size(usize::try_from(available).unwrap_or(usize::MAX));
     format!(
-        "more than the {available} that can be had: of {} of experts, those that are not resident are read from disk when a token needs them",
-        Size(plan.pageable)
+        "more than the {available} that can be had: of {} of pageable weights, what is not resident is read from disk when it is needed",
+        Size(plan.pageable.all())
     )
 }
 

@@ -76,7 +76,7 @@ pub fn attach(
     setup: &Setup,
     session: &mut Session,
     segments: Vec<Segment>,
-    pictures: &[Processed],
+    pictures: Vec<Processed>,
 ) -> Result<Vec<u32>> {
     let (positions, context) = (
         segments.iter().map(Segment::len).sum::<usize>(),
@@ -88,7 +88,9 @@ pub fn attach(
             pictures.len()
         );
     }
-    let features = encode(setup, session, pictures)?;
+    let features = encode(setup, session, &pictures)?;
+    // Their pixels are not needed beside the decoder's memory.
+    drop(pictures);
     let pieces: Vec<_> = (segments.into_iter())
         .map(|segment| match segment {
             Segment::Text(ids) => Piece::Text(ids),
@@ -117,6 +119,7 @@ pub fn encode(
         features.push(Arc::new(rows.map_err(phidias::Error::from)?));
         before += picture.crops();
     }
+    model.release_encoder();
     Ok(features)
 }
 

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail};
 use phidias::engine::generate::{Event, FinishReason, GenerateOptions, Outcome, generate};
 use phidias::engine::memory::Size;
 use phidias::models::Text;
+use phidias::models::session::PictureMemory;
 use phidias::models::text::{Detokenizer, Special};
 use serde_json::{Value, json};
 use std::fs;
@@ -25,8 +26,8 @@ pub fn run(args: &Run, global: &Global) -> Result<()> {
     let segments = pictures::segments(&model, &prompt, args.raw, &pictures)?;
     let mut options = generate_options(&model, &args.sampling, setup.console);
     options.sampling.logprobs = args.logprobs;
-    let mut session = setup.session(&model, &args.running, &pictures)?;
-    let ids = pictures::attach(&setup, &mut session, segments, &pictures)?;
+    let mut session = setup.session(&model, &args.running, PictureMemory::of(&pictures))?;
+    let ids = pictures::attach(&setup, &mut session, segments, pictures)?;
     let mut detokenizer = detokenizer(model.text()?, &ids, args.raw)?;
     let mut out = Output {
         stdout: io::stdout(),
