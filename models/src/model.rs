@@ -409,11 +409,12 @@ impl Model {
             mapped: 0,
             resident: 0,
         };
-        for matrix in self.transformer.matrices() {
-            let samples = (matrix.bytes() / SAMPLED).max(4);
-            if let Some(share) = matrix.data().resident_share(samples) {
-                sum.mapped += matrix.bytes();
-                sum.resident += (share * matrix.bytes() as f64) as usize;
+        for (_, tensor) in self.checkpoint.tensors() {
+            let bytes = tensor.bytes();
+            let samples = (bytes.len() / SAMPLED).max(4);
+            if let Some(share) = bytes.resident_share(samples) {
+                sum.mapped += bytes.len();
+                sum.resident += (share * bytes.len() as f64) as usize;
             }
         }
         (sum.mapped > 0).then_some(sum)
