@@ -7,7 +7,7 @@ mod common;
 
 use phidias::engine::Isa;
 use safetensors::SafeTensors;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::fs;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -769,6 +769,12 @@ fn tokens_of_layers(routing: &Value) -> Vec<u64> {
     layers.iter().map(sum).collect()
 }
 
+/// A JSON value on each line.
+fn values(lines: &str) -> Vec<Value> {
+    let parse = |line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{line}: {e}"));
+    lines.lines().map(parse).collect()
+}
+
 #[test]
 fn statistics_tell_where_the_tokens_went() {
     let home = home();
@@ -812,7 +818,24 @@ fn statistics_tell_where_the_tokens_went() {
             .iter()
             .all(|n| *n >= 2 * scored)
     );
+    // Of a bench: every repetition, and nothing of the warm-up.
+    let bench = "-p 8,3 -n 2 -r 2 --threads 1 --rough-peaks --stats json";
+    let bench: Vec<_> = ["bench", &model[..]]
+        .into_iter()
+        .chain(bench.split(' '))
+        .collect();
+    let records = succeed(home.path(), &[&bench[..], &["--json"]].concat());
+    let records = values(&records.out);
+    let routings: Vec<_> = records.iter().map(|r| r["routing"].clone()).collect();
+    let counted: Vec<_> = routings.iter().map(tokens_of_layers).collect();
+    assert_eq!(counted, [8, 3, 2].map(|n| vec![2 * 2 * n; 2]));
+    // One token reads two experts.
+    assert_eq!(routings[2]["expert_reads"], json!([8, 8]));
+    let table = succeed(home.path(), &[&bench[..], &["--quiet"]].concat());
+    assert_eq!(values(&table.err), routings);
     let words = ["--stats", "has no experts"];
+    let dense = ["bench", "--synth", "phi-3.5-mini", "--stats", "json"];
+    fail(home.path(), 1, &dense, &words);
     fail(
         home.path(),
         1,

@@ -21,7 +21,11 @@ pub fn run(args: &Run, global: &Global) -> Result<()> {
     let (model, from_stdin) = positional(&args.model)?;
     let prompt = prompt(args, from_stdin)?;
     let model = setup.open(&setup.locate(model)?, args.running.format)?;
-    stats::check(args.stats, &model)?;
+    stats::check(
+        args.statistics.stats,
+        model.config(),
+        model.path().display(),
+    )?;
     let pictures = args.pictures.open(&setup, &model)?;
     let segments = pictures::segments(&model, &prompt, args.raw, &pictures)?;
     let mut options = generate_options(&model, &args.sampling, setup.console);
@@ -47,7 +51,10 @@ pub fn run(args: &Run, global: &Global) -> Result<()> {
     );
     out.end(outcome.is_ok())?;
     let outcome = outcome?;
-    let routing = args.stats.map(|_| routing(&session.take_routing()));
+    let routing = args
+        .statistics
+        .stats
+        .map(|_| routing(&session.take_routing()));
     if args.json {
         let mut object = out.object(&outcome, &options.stop_strings);
         object["kv_bytes"] = json!(session.cache().bytes());
