@@ -189,12 +189,8 @@ fn open(
 ) -> Result<(String, Arc<Model>)> {
     let Some(preset) = &args.synth else {
         let origin = setup.locate(args.model.as_deref())?;
-        let folder = match &origin {
-            Origin::Folder(folder) => Some(folder.as_path()),
-            Origin::BuiltIn => None,
-        };
         let name = args.model.as_deref().unwrap_or("fable (built in)");
-        check(name, &open_source(&origin)?.config, folder)?;
+        check(name, &open_source(&origin)?.config, origin.folder())?;
         let model = setup.open(&origin, args.format)?;
         return Ok((name.to_owned(), model));
     };

@@ -1,7 +1,7 @@
 //! `phidias inspect`: what a model is made of and what it will take.
 
 use super::args::{Global, Inspect};
-use super::open::{Origin, Setup, beyond_memory, open_source, refusal};
+use super::open::{Setup, beyond_memory, open_source, refusal};
 use anyhow::Result;
 use phidias::engine::backend::PICKS;
 use phidias::engine::machine::Machine;
@@ -15,10 +15,8 @@ pub fn inspect(args: &Inspect, global: &Global) -> Result<()> {
     let setup = Setup::new(global)?;
     let origin = setup.locate(args.model.as_deref())?;
     let source = open_source(&origin)?;
-    let name = match &origin {
-        Origin::Folder(folder) => folder.display().to_string(),
-        Origin::BuiltIn => source.checkpoint.path().display().to_string(),
-    };
+    let name = origin.folder().unwrap_or(source.checkpoint.path());
+    let name = name.display().to_string();
     let (format, weights) = source.planned(args.running.format)?;
     let plan = memory_plan(
         &source.config,

@@ -26,7 +26,19 @@ pub struct Setup {
 /// Where the weights come from.
 pub enum Origin {
     Folder(PathBuf),
+    #[cfg(feature = "fable")]
     BuiltIn,
+}
+
+impl Origin {
+    /// The folder, where it is one.
+    pub fn folder(&self) -> Option<&Path> {
+        match self {
+            Self::Folder(folder) => Some(folder),
+            #[cfg(feature = "fable")]
+            Self::BuiltIn => None,
+        }
+    }
 }
 
 impl Setup {
@@ -57,15 +69,20 @@ impl Setup {
         })
     }
 
-    /// Finds the folder of MODEL, fetching it when it is a Hugging Face id.
+    /// Finds MODEL: the built-in one when there is none.
     pub fn locate(&self, model: Option<&str>) -> Result<Origin> {
-        let Some(model) = model else {
-            return built_in(self.console);
-        };
-        if Path::new(model).exists() {
-            return Ok(Origin::Folder(model.into()));
+        match model {
+            Some(model) => self.folder(model).map(Origin::Folder),
+            None => built_in(self.console),
         }
-        self.fetch(model).map(Origin::Folder)
+    }
+
+    /// Finds the folder of MODEL, fetching it when it is a Hugging Face id.
+    pub fn folder(&self, model: &str) -> Result<PathBuf> {
+        match Path::new(model).exists() {
+            true => Ok(model.into()),
+            false => self.fetch(model),
+        }
     }
 
     #[cfg(feature = "hub")]
@@ -108,7 +125,8 @@ impl Setup {
         };
         let model = match origin {
             Origin::Folder(folder) => Model::open(folder, options)?,
-            Origin::BuiltIn => built_in_model(options)?,
+            #[cfg(feature = "fable")]
+            Origin::BuiltIn => phidias::models::fable::open(options)?,
         };
         if let Some(note) = model.note() {
             self.console.note(note);
@@ -288,40 +306,19 @@ fn built_in(console: Console) -> Result<Origin> {
     Ok(Origin::BuiltIn)
 }
 
-#[cfg(feature = "fable")]
-fn built_in_source() -> Result<Source> {
-    Ok(phidias::models::fable::source()?)
-}
-
-#[cfg(feature = "fable")]
-fn built_in_model(options: OpenOptions<'_>) -> Result<Model> {
-    Ok(phidias::models::fable::open(options)?)
-}
-
-#[cfg(not(feature = "fable"))]
-const NO_DEMONSTRATION: &str =
-    "no MODEL given, and this build has no demonstration model (it lacks the feature 'fable')";
-
 #[cfg(not(feature = "fable"))]
 fn built_in(_: Console) -> Result<Origin> {
-    bail!(NO_DEMONSTRATION)
-}
-
-#[cfg(not(feature = "fable"))]
-fn built_in_source() -> Result<Source> {
-    bail!(NO_DEMONSTRATION)
-}
-
-#[cfg(not(feature = "fable"))]
-fn built_in_model(_: OpenOptions<'_>) -> Result<Model> {
-    bail!(NO_DEMONSTRATION)
+    bail!(
+        "no MODEL given, and this build has no demonstration model (it lacks the feature 'fable')"
+    )
 }
 
 /// A source without its text files, for commands that only look at tensors.
 pub fn open_source(origin: &Origin) -> Result<Source> {
     Ok(match origin {
         Origin::Folder(folder) => Source::open(folder)?,
-        Origin::BuiltIn => built_in_source()?,
+        #[cfg(feature = "fable")]
+        Origin::BuiltIn => phidias::models::fable::source()?,
     })
 }
 
