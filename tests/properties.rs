@@ -12,9 +12,11 @@ use phidias::engine::sampling::{Sampler, SamplingParams};
 use phidias::engine::tensor::{Buffer, Linear, Matrix};
 use phidias::engine::{Cancel, Kernels};
 use phidias::models::Source;
+use phidias::models::image::Picture;
 use phidias::models::quantize::quantize_folder;
 use phidias::models::session::Crossing;
 use phidias::models::transformer::{FeedForward, Layer};
+use phidias::models::vision::Scratch;
 use phidias::models::weights::{HEAD, Role};
 use phidias::{Error, Model, OpenOptions, SessionOptions, WeightFormat};
 use serde_json::{Value, json};
@@ -992,6 +994,40 @@ fn weights_are_pageable_where_they_are_mapped() {
             assert!(mapped.residency().unwrap().resident > 0);
         }
     }
+}
+
+/// The encoder of a packed folder is counted like every mapped weight, may be paged, and comes back after it
+/// was released.
+#[test]
+fn an_encoder_is_pageable_where_it_is_mapped() {
+    let target = TempDir::new().unwrap();
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/phi3v-tiny-nc4");
+    let out = target.path().join("q8");
+    quantize(&folder, &out, WeightFormat::Q8).unwrap();
+    let model = open(&out, WeightFormat::Q8);
+    let bytes = model.weight_bytes();
+    let source = Source::open(&out).unwrap();
+    let encoder = (source.checkpoint.tensors())
+        .filter(|(name, _)| name.contains(".vision_embed_tokens."))
+        .map(|(_, tensor)| tensor.bytes().len());
+    assert_eq!(bytes.pageable.encoder, encoder.sum::<usize>());
+    assert!(bytes.pageable.encoder > 0);
+    assert_eq!(source.planned(None).unwrap().1, bytes);
+    if cfg!(target_os = "linux") {
+        assert_eq!(model.residency().unwrap().mapped, bytes.all);
+    }
+    let (vision, processor) = model.vision().unwrap();
+    let picture = Picture::open(&folder.join("image0.png")).unwrap();
+    let picture = processor.process(&picture).unwrap();
+    let cpu = Cpu::new(Kernels::best(), Arc::new(Pool::new(Some(2)).unwrap()));
+    let features = || {
+        let (mut scratch, cancel) = (Scratch::default(), Cancel::default());
+        let rows = vision.encode(&cpu, &picture, &cancel, &mut |_, _| {}, &mut scratch);
+        rows.unwrap()
+    };
+    let before = features();
+    model.release_encoder();
+    assert_eq!(features().data(), before.data());
 }
 
 #[test]
