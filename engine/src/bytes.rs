@@ -85,6 +85,13 @@ impl Bytes {
         }
     }
 
+    /// Takes the pages of a mapped file out of this process's memory; they come back when they are touched.
+    pub fn release(&self) {
+        if let Storage::Mapped(map) = &*self.storage {
+            map.release(self.range.clone());
+        }
+    }
+
     /// Which share of a mapped file's bytes is in memory, from `samples` pages spread over them; `None`
     /// where the system does not tell, and for bytes that are not of a file.
     #[must_use]

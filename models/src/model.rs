@@ -7,12 +7,12 @@ use crate::image::ImageProcessor;
 use crate::quantize::{CACHE_FROM_BYTES, quantized};
 use crate::text::{Builtin, ChatTemplate, TextError, Tokenizer};
 use crate::transformer::Transformer;
-use crate::vision::Vision;
+use crate::vision::{self, Vision};
 use crate::weights::{EMBED, HEAD, Role, Spec, Weights};
 use phidias_engine::checkpoint::Checkpoint;
 use phidias_engine::checkpoint::prepack::{Entry, Prepack, Treatment};
 use phidias_engine::machine::Machine;
-use phidias_engine::memory::MemoryPlan;
+use phidias_engine::memory::{MemoryPlan, Pageable};
 use phidias_engine::pool::Pool;
 use phidias_engine::tensor::{DType, Tensor};
 use phidias_engine::{Bytes, Cancel};
@@ -57,8 +57,8 @@ pub struct OpenOptions<'a> {
 pub struct WeightBytes {
     /// All of them.
     pub all: usize,
-    /// Of these: experts in mapped files, whose pages need not all be in memory.
-    pub experts: usize,
+    /// Of these: tensors in mapped files, whose pages need not all be in memory.
+    pub pageable: Pageable,
 }
 
 /// How much of the mapped weights is in memory, from samples.
@@ -76,6 +76,8 @@ pub struct Model {
     config: Config,
     generation: GenerationConfig,
     format: WeightFormat,
+    /// Where the weights are.
+    checkpoint: Checkpoint,
     transformer: Transformer,
     vision: Option<(Vision, ImageProcessor)>,
     text: Option<Text>,
@@ -221,12 +223,13 @@ impl Source {
         let bytes = match self.conversion(format) {
             Some(entries) => {
                 let plan = Prepack::plan(&self.checkpoint, entries)?;
-                let experts = self.config.family.experts(&self.config);
+                // A tied head is packed into a matrix of its own.
+                let own_head = !self.config.tie_word_embeddings || format.packed().is_some();
                 WeightBytes {
                     all: plan.bytes(),
-                    experts: match self.checkpoint.bytes() >= CACHE_FROM_BYTES {
-                        true => plan.bytes_of(|name| experts.contains(name)),
-                        false => 0,
+                    pageable: match self.checkpoint.bytes() >= CACHE_FROM_BYTES {
+                        true => pageable(&self.config, own_head, |wanted| plan.bytes_of(wanted)),
+                        false => Pageable::default(),
                     },
                 }
             }
@@ -350,6 +353,7 @@ impl Model {
             config: source.config,
             generation: source.generation,
             format,
+            checkpoint,
             transformer,
             vision,
             text,
@@ -425,14 +429,22 @@ impl Model {
             mapped: 0,
             resident: 0,
         };
-        for matrix in self.transformer.matrices() {
-            let samples = (matrix.bytes() / SAMPLED).max(4);
-            if let Some(share) = matrix.data().resident_share(samples) {
-                sum.mapped += matrix.bytes();
-                sum.resident += (share * matrix.bytes() as f64) as usize;
+        for (_, tensor) in self.checkpoint.tensors() {
+            let bytes = tensor.bytes();
+            let samples = (bytes.len() / SAMPLED).max(4);
+            if let Some(share) = bytes.resident_share(samples) {
+                sum.mapped += bytes.len();
+                sum.resident += (share * bytes.len() as f64) as usize;
             }
         }
         (sum.mapped > 0).then_some(sum)
+    }
+    /// Takes the mapped weights that look at pictures out of this process's memory: until the next picture
+    /// nobody reads them. They come back when they are touched.
+    pub fn release_encoder(&self) {
+        let tensors = self.checkpoint.tensors();
+        (tensors.filter(|(name, _)| name.starts_with(vision::PREFIX)))
+            .for_each(|(_, tensor)| tensor.bytes().release());
     }
     /// Something the user should know about the opening: where quantized weights were kept.
     #[must_use]
@@ -463,12 +475,32 @@ fn copied(checkpoint: &Checkpoint, options: &mut OpenOptions<'_>) -> Result<Chec
 
 /// What the weights of a checkpoint take.
 fn weight_bytes(config: &Config, checkpoint: &Checkpoint) -> WeightBytes {
-    let experts = config.family.experts(config);
-    let mapped = (checkpoint.tensors())
-        .filter(|(name, tensor)| experts.contains(*name) && tensor.bytes().is_mapped());
+    let mapped = |wanted: Wanted<'_>| {
+        let tensors = (checkpoint.tensors())
+            .filter(|(name, tensor)| wanted(name) && tensor.bytes().is_mapped());
+        tensors.map(|(_, tensor)| tensor.bytes().len()).sum()
+    };
     WeightBytes {
         all: checkpoint.bytes(),
-        experts: mapped.map(|(_, tensor)| tensor.bytes().len()).sum(),
+        pageable: pageable(config, checkpoint.get(HEAD).is_some(), mapped),
+    }
+}
+
+/// Chooses tensors by their names.
+pub(crate) type Wanted<'a> = &'a dyn Fn(&str) -> bool;
+
+/// The weights that not every token reads. `own_head`: whether the head is a tensor of its own; the
+/// embedding table is read as a whole where it serves as one.
+pub(crate) fn pageable(
+    config: &Config,
+    own_head: bool,
+    bytes: impl Fn(Wanted<'_>) -> usize,
+) -> Pageable {
+    let experts = config.family.experts(config);
+    Pageable {
+        experts: bytes(&|name| experts.contains(name)),
+        embedding: bytes(&|name| own_head && name == EMBED),
+        encoder: bytes(&|name| name.starts_with(vision::PREFIX)),
     }
 }
 

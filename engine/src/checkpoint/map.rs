@@ -68,6 +68,24 @@ impl Map {
             .advise_range(memmap2::Advice::WillNeed, range.start, range.len());
     }
 
+    /// Takes `range` out of this process's memory. The pages stay with the system, which may keep or drop
+    /// them, and come back when they are touched.
+    /// # Panics
+    /// When `range` is not inside.
+    pub fn release(&self, range: Range<usize>) {
+        assert!(range.start <= range.end && range.end <= self.map.len());
+        #[cfg(target_os = "linux")]
+        {
+            let advice = memmap2::UncheckedAdvice::DontNeed;
+            // SAFETY: the call empties pages of memory that is a process's own. These are a file's, which
+            // nobody writes here: they read the same before and after.
+            let _ = unsafe {
+                self.map
+                    .unchecked_advise_range(advice, range.start, range.len())
+            };
+        }
+    }
+
     /// Which share of `range` is in memory, from at most `samples` pages spread over it; `None` where the
     /// system does not tell. Linux tells it of files that the user owns or may write, and says of others
     /// that they are there.
@@ -151,6 +169,35 @@ mod tests {
             }
             assert_eq!(map.resident_share(50_000..50_000, 0), None);
         }
+    }
+
+    /// What a map holds of this process's memory, as the system counts it.
+    #[cfg(target_os = "linux")]
+    fn held(map: &Map) -> usize {
+        let start = format!("{:x}-", map.0.as_ptr() as usize);
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut lines = maps.lines().skip_while(|line| !line.starts_with(&start));
+        let kib = lines.find_map(|line| line.strip_prefix("Rss:")).unwrap();
+        let kib = kib.trim().trim_end_matches("kB").trim();
+        kib.parse::<usize>().unwrap() << 10
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn released_pages_are_held_no_more_and_read_the_same() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        let bytes: Vec<u8> = (0..4u32 << 20).map(|i| (i % 251) as u8).collect();
+        std::fs::write(&path, &bytes).unwrap();
+        let map = Map::open(&path).unwrap();
+        assert!(map.as_ref() == bytes);
+        assert_eq!(held(&map), 4 << 20);
+        map.release((1 << 20) + 5..3 << 20);
+        // What lies on one huge page with the range may go with it.
+        assert!(held(&map) <= 2 << 20);
+        assert!(map.as_ref() == bytes);
+        assert_eq!(held(&map), 4 << 20);
+        map.release(7..7);
     }
 
     /// Pages that the system dropped are not there, and come back when they are asked for.
