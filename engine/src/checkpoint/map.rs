@@ -174,7 +174,7 @@ mod tests {
     /// What a map holds of this process's memory, as the system counts it.
     #[cfg(target_os = "linux")]
     fn held(map: &Map) -> usize {
-        let start = format!("{:x}-", map.0.as_ptr() as usize);
+        let start = format!("{:x}-", map.map.as_ptr() as usize);
         let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
         let mut lines = maps.lines().skip_while(|line| !line.starts_with(&start));
         let kib = lines.find_map(|line| line.strip_prefix("Rss:")).unwrap();
