@@ -1,0 +1,2 @@
+// Tokens grouped by expert, and the experts' products.
+#include "common.cuh"

@@ -1,0 +1,2 @@
+// All matrix products.
+#include "common.cuh"
