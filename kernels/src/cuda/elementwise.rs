@@ -1,6 +1,7 @@
 //! What is done to each value, or each row, alone.
 
 use super::device::{Arg, Device, DeviceError, Kernel, Launch, Source, Span};
+use super::rows::rows_of;
 
 /// The kernels of `elementwise.cu`.
 pub(super) const KERNELS: &[&str] = &["finish_logits"];
@@ -26,13 +27,13 @@ pub fn finish_logits(
     divisor: f32,
     unused: Span<'_, u32>,
 ) -> Result<(), DeviceError> {
-    let rows = rows(logits, vocab, "logits");
+    let (rows, vocab) = rows_of(logits, vocab, "logits");
     assert!(unused.len().is_multiple_of(2), "{} ends", unused.len());
     if rows == 0 {
         return Ok(());
     }
     let launch = Launch {
-        grid: [rows, vocab.div_ceil(256) as u32, 1],
+        grid: [rows, vocab.div_ceil(256), 1],
         block: [256, 1, 1],
         shared: 0,
     };
@@ -40,26 +41,12 @@ pub fn finish_logits(
         logits.on(device),
         unused.on(device),
         Arg::U32(rows),
-        Arg::U32(vocab as u32),
+        Arg::U32(vocab),
         Arg::F32(divisor),
         Arg::U32((unused.len() / 2) as u32),
     ];
     // SAFETY: a thread changes one logit, inside `rows * vocab` of them, and reads all pairs of `unused`.
     unsafe { device.launch(kernel("finish_logits"), launch, &args) }
-}
-
-/// The rows of a matrix of `cols` columns.
-/// # Panics
-/// When they are not whole, or more than a launch can have.
-fn rows<T: bytemuck::Pod>(matrix: Span<'_, T>, cols: usize, what: &str) -> u32 {
-    assert!(
-        cols > 0 && cols <= i32::MAX as usize && matrix.len().is_multiple_of(cols),
-        "{} {what} in rows of {cols}",
-        matrix.len()
-    );
-    let rows = matrix.len() / cols;
-    assert!(rows <= i32::MAX as usize, "{rows} rows of {what}");
-    rows as u32
 }
 
 #[cfg(test)]

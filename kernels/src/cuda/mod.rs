@@ -16,9 +16,12 @@ pub mod elementwise;
 pub mod experts;
 mod host;
 pub mod linear;
+pub mod nvrtc;
+mod rows;
 pub mod sample;
 
 pub use device::{
     Arg, Device, DeviceError, Kernel, Launch, Limits, Memory, Recording, Source, Span,
 };
 pub use host::{HostDevice, Order};
+pub use rows::{Quantized, Rounded};
