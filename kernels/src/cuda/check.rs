@@ -3,6 +3,8 @@
 //! A check is a function of a device. It runs on the host device with threads in three orders, and on the
 //! GPU when there is one; what cannot be run says so.
 
+mod elementwise;
+
 use super::{Device, DeviceError, HostDevice, Order};
 use std::io::Write;
 use std::sync::{Arc, Once};
@@ -31,6 +33,9 @@ pub(super) fn each_device(check: impl Fn(&Arc<dyn Device>) -> Result<(), DeviceE
         }
     }
 }
+
+/// Half a unit in the last place of 1.
+pub(super) const U: f64 = 1.0 / (1u64 << 24) as f64;
 
 /// SplitMix64 (Steele, Lea & Flood 2014).
 pub(super) struct Random(pub(super) u64);

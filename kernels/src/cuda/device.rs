@@ -1,7 +1,7 @@
 //! What kernels are launched on: one in-order queue of work, and memory that belongs to it.
 
 use bytemuck::Pod;
-use std::fmt::Debug;
+use std::fmt::{self, Debug};
 use std::marker::PhantomData;
 use std::mem::size_of;
 use std::ops::{Bound, RangeBounds};
@@ -421,12 +421,17 @@ impl Drop for Memory {
 /// Some consecutive values in the memory of a device: what kernels read and write.
 ///
 /// It says where, not who may write: the queue is in order, so nothing happens at once.
-#[derive(Debug)]
 pub struct Span<'m, T> {
     memory: &'m Memory,
     address: u64,
     len: usize,
     values: PhantomData<T>,
+}
+
+impl<T> Debug for Span<'_, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} values at {:#x}", self.len, self.address)
+    }
 }
 
 impl<T> Clone for Span<'_, T> {
@@ -448,6 +453,12 @@ impl<'m, T: Pod> Span<'m, T> {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// Whether it begins at a multiple of so many bytes.
+    #[must_use]
+    pub fn is_aligned(&self, bytes: usize) -> bool {
+        self.address.is_multiple_of(bytes as u64)
     }
 
     /// The memory it is in.

@@ -24,4 +24,4 @@ pub use device::{
     Arg, Device, DeviceError, Kernel, Launch, Limits, Memory, Recording, Source, Span,
 };
 pub use host::{HostDevice, Order};
-pub use rows::{Quantized, Rounded};
+pub use rows::{Activations, Form, Head};

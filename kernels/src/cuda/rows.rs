@@ -1,82 +1,82 @@
 //! Rows of activations as matrix products take them.
 
 use super::device::Span;
-use bytemuck::Pod;
-use phidias_quant::{BLOCK, bf16};
+use bytemuck::{Pod, Zeroable};
+use phidias_quant::BLOCK;
 
-/// Rows in blocks of signed bytes, the values of [`phidias_quant::activations`] in a plainer order:
-/// `x = quant * scale`, every scale a power of two, or a NaN where a value was not finite.
-#[derive(Clone, Copy, Debug)]
-pub struct Quantized<'m> {
-    /// Rows.
-    pub rows: usize,
-    /// Columns, which are padded with zeros to whole blocks of 32.
-    pub cols: usize,
-    /// `[rows][blocks][32]`
-    pub quants: Span<'m, i8>,
-    /// `[rows][blocks]`
-    pub scales: Span<'m, f32>,
-    /// `[rows][blocks]`, the sums of the quants: times a zero point, what that adds to a product.
-    pub sums: Span<'m, i32>,
+/// What a block of 32 quantized activations has beside them; see [`phidias_quant::activations`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Head {
+    /// The bits of `magic` less the zero point of the weights times the sum of the quants.
+    pub start: i32,
+    /// `1.5 * 2^23 * scale`; a NaN where a value was not finite.
+    pub magic: f32,
 }
 
-impl<'m> Quantized<'m> {
+/// Activations as a matrix takes them, `[rows][blocks][32]`; columns past the last are zeros.
+#[derive(Clone, Copy, Debug)]
+pub enum Activations<'m> {
+    /// For packed matrices.
+    Quantized {
+        /// `[rows][blocks][32]`
+        quants: Span<'m, i8>,
+        /// `[rows][blocks]`
+        heads: Span<'m, Head>,
+        /// The zero point of the format, which the heads are for.
+        zero: i32,
+    },
+    /// For matrices of bf16: the bits, rounded to nearest even.
+    Bf16(Span<'m, u16>),
+    /// For matrices of f32 and f16.
+    F32(Span<'m, f32>),
+}
+
+/// What activations are stored as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// [`Activations::Quantized`] for weights with that zero point.
+    Quantized {
+        /// 8 of q4, 128 of q8.
+        zero: i32,
+    },
+    /// [`Activations::Bf16`]
+    Bf16,
+    /// [`Activations::F32`]
+    F32,
+}
+
+impl Form {
     /// Bytes that so many rows take.
     #[must_use]
-    pub fn bytes(rows: usize, cols: usize) -> usize {
-        rows * cols.div_ceil(BLOCK) * (BLOCK + 8)
-    }
-
-    /// Rows in `place`, which is at least as long as [`Quantized::bytes`] says.
-    /// # Panics
-    /// When it is shorter, or does not begin at a multiple of 4.
-    #[must_use]
-    pub fn new(place: Span<'m, u8>, rows: usize, cols: usize) -> Self {
+    pub fn bytes(self, rows: usize, cols: usize) -> usize {
         let blocks = rows * cols.div_ceil(BLOCK);
-        let (scales, sums) = (blocks * BLOCK, blocks * (BLOCK + 4));
-        Self {
-            rows,
-            cols,
-            quants: place.slice(..scales).cast(),
-            scales: place.slice(scales..sums).cast(),
-            sums: place.slice(sums..Self::bytes(rows, cols)).cast(),
-        }
+        blocks
+            * match self {
+                Self::Quantized { .. } => BLOCK + size_of::<Head>(),
+                Self::Bf16 => 2 * BLOCK,
+                Self::F32 => 4 * BLOCK,
+            }
     }
 
-    /// Blocks in a row.
-    #[must_use]
-    pub fn blocks(&self) -> usize {
-        self.cols.div_ceil(BLOCK)
-    }
-}
-
-/// Rows rounded to bf16.
-#[derive(Clone, Copy, Debug)]
-pub struct Rounded<'m> {
-    /// Rows.
-    pub rows: usize,
-    /// Columns, which are padded with zeros to a multiple of 32.
-    pub cols: usize,
-    /// `[rows][padded columns]`
-    pub values: Span<'m, bf16>,
-}
-
-impl<'m> Rounded<'m> {
-    /// Bytes that so many rows take.
-    #[must_use]
-    pub fn bytes(rows: usize, cols: usize) -> usize {
-        rows * cols.next_multiple_of(BLOCK) * 2
-    }
-
-    /// Rows in `place`, which is at least as long as [`Rounded::bytes`] says.
+    /// Rows at the beginning of `place`.
     /// # Panics
-    /// When it is shorter, or does not begin at an even address.
+    /// When it is shorter than [`Form::bytes`], or its address is not a multiple of 16.
     #[must_use]
-    pub fn new(place: Span<'m, u8>, rows: usize, cols: usize) -> Self {
-        Self {
-            rows,
-            cols,
-            values: place.slice(..Self::bytes(rows, cols)).cast(),
+    pub fn place(self, place: Span<'_, u8>, rows: usize, cols: usize) -> Activations<'_> {
+        let place = place.slice(..self.bytes(rows, cols));
+        assert!(place.is_aligned(16), "activations at {place:?}");
+        match self {
+            Self::Quantized { zero } => {
+                let quants = rows * cols.next_multiple_of(BLOCK);
+                Activations::Quantized {
+                    quants: place.slice(..quants).cast(),
+                    heads: place.slice(quants..).cast(),
+                    zero,
+                }
+            }
+            Self::Bf16 => Activations::Bf16(place.cast()),
+            Self::F32 => Activations::F32(place.cast()),
         }
     }
 }
