@@ -5,7 +5,7 @@ use super::device::{Arg, Device, DeviceError, Kernel, Launch, Source, Span};
 use super::linear::{FEW, MANY, number};
 
 /// The kernels of `experts.cu`.
-pub const KERNELS: &[&str] = &["route", "sum_picks"];
+pub(super) const KERNELS: &[&str] = &["route", "sum_picks"];
 
 /// Experts that a token is given to.
 pub const PICKS: usize = 2;
@@ -50,7 +50,11 @@ impl<'m> Routes<'m> {
     pub fn new(words: Span<'m, u32>, tokens: usize, experts: usize) -> Self {
         assert!(experts >= PICKS, "{experts} experts for {PICKS} picks");
         let needed = Self::words(tokens, experts);
-        assert!(words.len() >= needed, "{} words for routes of {needed}", words.len());
+        assert!(
+            words.len() >= needed,
+            "{} words for routes of {needed}",
+            words.len()
+        );
         let places = tokens * PICKS;
         let part = |i: usize| words.slice(i * places..(i + 1) * places);
         let tiles = most_tiles(places, experts, tile(places, experts));
@@ -108,7 +112,11 @@ impl<'m> Routes<'m> {
 
 /// Places of a tile: few where an expert has few on average, since each tile reads its expert's weights.
 fn tile(places: usize, experts: usize) -> usize {
-    if places > 2 * FEW * experts { MANY } else { FEW }
+    if places > 2 * FEW * experts {
+        MANY
+    } else {
+        FEW
+    }
 }
 
 /// Tiles of `size` that so many places make at most, however they are spread over the experts.
@@ -127,12 +135,21 @@ pub fn route(
     jitter: f32,
     routes: &Routes<'_>,
 ) -> Result<(), DeviceError> {
-    let Routes { tokens, experts, .. } = *routes;
-    assert_eq!(scores.len(), tokens * experts, "scores of {tokens} tokens for {experts} experts");
+    let Routes {
+        tokens, experts, ..
+    } = *routes;
+    assert_eq!(
+        scores.len(),
+        tokens * experts,
+        "scores of {tokens} tokens for {experts} experts"
+    );
     if tokens == 0 {
         return Ok(());
     }
-    let kernel = Kernel { source: Source::Experts, name: "route" };
+    let kernel = Kernel {
+        source: Source::Experts,
+        name: "route",
+    };
     let launch = Launch {
         grid: [1, 1, 1],
         block: [ROUTE_THREADS, 1, 1],
@@ -169,14 +186,29 @@ pub fn sum_picks(
     cols: usize,
     y: Span<'_, f32>,
 ) -> Result<(), DeviceError> {
-    assert_eq!(outputs.len(), routes.places() * cols, "outputs of the experts");
-    assert_eq!(y.len(), routes.tokens * cols, "sums of the experts' outputs");
+    assert_eq!(
+        outputs.len(),
+        routes.places() * cols,
+        "outputs of the experts"
+    );
+    assert_eq!(
+        y.len(),
+        routes.tokens * cols,
+        "sums of the experts' outputs"
+    );
     if y.is_empty() {
         return Ok(());
     }
-    let kernel = Kernel { source: Source::Experts, name: "sum_picks" };
+    let kernel = Kernel {
+        source: Source::Experts,
+        name: "sum_picks",
+    };
     let launch = Launch {
-        grid: [number(routes.tokens), number(cols.div_ceil(SUM_THREADS as usize)), 1],
+        grid: [
+            number(routes.tokens),
+            number(cols.div_ceil(SUM_THREADS as usize)),
+            1,
+        ],
         block: [SUM_THREADS, 1, 1],
         shared: 0,
     };

@@ -2,15 +2,15 @@
 //!
 //! A result has the same bits for one token and for many, alone, beside others or in an expert's group.
 
-use super::device::{Arg, Device, DeviceError, Kernel, Launch, Memory, Source, Span};
+use super::device::{Arg, Device, DeviceError, Kernel, Launch, Source, Span};
 use super::experts::Routes;
-use bytemuck::{Pod, Zeroable};
+use super::rows::{Activations, Form, Head};
 use phidias_quant::packed::{PANEL_ROWS, PackedLayout};
 use phidias_quant::{BLOCK, Format, PackError};
 use std::ops::Range;
 
 /// The kernels of `linear.cu`.
-pub const KERNELS: &[&str] = &[
+pub(super) const KERNELS: &[&str] = &[
     "q4_decode",
     "q4_decode_gated",
     "q4_prompt",
@@ -26,8 +26,6 @@ pub const KERNELS: &[&str] = &[
     "f16_decode",
     "f16_decode_gated",
     "f16_prompt",
-    "pad_f32",
-    "pad_bf16",
 ];
 
 /// Matrices that one launch multiplies with one input.
@@ -61,6 +59,18 @@ pub enum Elements {
 }
 
 impl Elements {
+    /// What the activations that it is multiplied with are stored as.
+    #[must_use]
+    pub fn form(self) -> Form {
+        match self {
+            Self::Packed(format) => Form::Quantized {
+                zero: format.zero(),
+            },
+            Self::Bf16 => Form::Bf16,
+            Self::F16 | Self::F32 => Form::F32,
+        }
+    }
+
     /// Bytes of an element that is not packed.
     fn size(self) -> Option<usize> {
         match self {
@@ -96,7 +106,12 @@ impl Layout {
                     .ok_or(PackError::Shape { rows, cols })?
             }
         };
-        Ok(Self { elements, rows, cols, bytes })
+        Ok(Self {
+            elements,
+            rows,
+            cols,
+            bytes,
+        })
     }
 
     /// What it is stored as.
@@ -137,7 +152,11 @@ impl Layout {
     pub fn upload(&self, from: &[u8], to: Span<'_, u8>) -> Result<(), DeviceError> {
         assert_eq!(to.len(), self.bytes, "bytes of the matrix on the device");
         let row = self.elements.size().map(|size| size * self.cols);
-        assert_eq!(from.len(), row.map_or(self.bytes, |row| row * self.rows), "bytes of the matrix");
+        assert_eq!(
+            from.len(),
+            row.map_or(self.bytes, |row| row * self.rows),
+            "bytes of the matrix"
+        );
         if from.len() == self.bytes {
             return to.upload(from);
         }
@@ -151,7 +170,9 @@ impl Layout {
                 to[..row].copy_from_slice(from);
             }
             let bytes = from.len() / row * padded;
-            to.slice(i * rows * padded..).slice(..bytes).upload(&part[..bytes])?;
+            to.slice(i * rows * padded..)
+                .slice(..bytes)
+                .upload(&part[..bytes])?;
         }
         Ok(())
     }
@@ -185,7 +206,12 @@ impl<'m> Weights<'m> {
             assert_eq!(data.len(), layout.bytes, "bytes of a matrix with a bias");
         }
         let step = layout.bytes;
-        Self { layout, data, step, bias }
+        Self {
+            layout,
+            data,
+            step,
+            bias,
+        }
     }
 
     /// Its layout.
@@ -276,32 +302,6 @@ impl<'m> Gated<'m> {
     }
 }
 
-/// What a block of 32 quantized activations has beside them; see `quant/src/activations.rs`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
-#[repr(C)]
-pub struct Head {
-    /// The bits of `magic` less the zero point of the weights times the sum of the quants.
-    pub start: i32,
-    /// 1.5 * 2^23 * scale
-    pub magic: f32,
-}
-
-/// Activations as a matrix takes them, `[rows][blocks][32]`; columns past the last are zeros.
-#[derive(Clone, Copy, Debug)]
-pub enum Activations<'m> {
-    /// For packed matrices.
-    Quantized {
-        /// `[rows][blocks][32]`
-        quants: Span<'m, i8>,
-        /// `[rows][blocks]`, for the zero point of the format.
-        heads: Span<'m, Head>,
-    },
-    /// For [`Elements::Bf16`]: the bits, rounded to nearest even; see [`pad_bf16`].
-    Bf16(Span<'m, u16>),
-    /// For [`Elements::F32`] and [`Elements::F16`]; see [`pad_f32`].
-    F32(Span<'m, f32>),
-}
-
 /// `y = x w^T + bias`: several matrices of one input, `[tokens, cols]`; their outputs lie side by side,
 /// `[tokens, rows of all]`.
 /// # Errors
@@ -316,7 +316,12 @@ pub fn linear(
     tokens: usize,
     y: Span<'_, f32>,
 ) -> Result<(), DeviceError> {
-    let product = Product { matrices, gate: Gate::None, x, rows: Rows::Tokens(tokens) };
+    let product = Product {
+        matrices,
+        gate: Gate::None,
+        x,
+        rows: Rows::Tokens(tokens),
+    };
     product.launch(device, y)
 }
 
@@ -364,7 +369,12 @@ pub fn linear_experts(
     y: Span<'_, f32>,
 ) -> Result<(), DeviceError> {
     let matrices = std::slice::from_ref(w);
-    let product = Product { matrices, gate: Gate::None, x, rows: Rows::Grouped(routes) };
+    let product = Product {
+        matrices,
+        gate: Gate::None,
+        x,
+        rows: Rows::Grouped(routes),
+    };
     product.launch(device, y)
 }
 
@@ -383,54 +393,22 @@ fn gated(
             (&pair[..], Gate::Silu)
         }
         Gated::Interleaved { both, limit } => {
-            assert!(both.layout.rows.is_multiple_of(2), "{} rows in pairs", both.layout.rows);
+            assert!(
+                both.layout.rows.is_multiple_of(2),
+                "{} rows in pairs",
+                both.layout.rows
+            );
             assert!(*limit >= 0.0, "limit {limit}");
             (std::slice::from_ref(both), Gate::Gegelu(*limit))
         }
     };
-    Product { matrices, gate, x, rows }.launch(device, y)
-}
-
-/// `[rows, cols]` f32 to rows of whole blocks of 32 columns, zeros behind.
-/// # Errors
-/// When the device refuses the launch.
-/// # Panics
-/// When a length does not fit.
-pub fn pad_f32(device: &dyn Device, x: Span<'_, f32>, cols: usize, y: Span<'_, f32>) -> Result<(), DeviceError> {
-    pad(device, "pad_f32", x, cols, y)
-}
-
-/// The same, rounded to bf16.
-/// # Errors
-/// When the device refuses the launch.
-/// # Panics
-/// When a length does not fit.
-pub fn pad_bf16(device: &dyn Device, x: Span<'_, f32>, cols: usize, y: Span<'_, u16>) -> Result<(), DeviceError> {
-    pad(device, "pad_bf16", x, cols, y)
-}
-
-fn pad<T: Pod>(
-    device: &dyn Device,
-    name: &'static str,
-    x: Span<'_, f32>,
-    cols: usize,
-    y: Span<'_, T>,
-) -> Result<(), DeviceError> {
-    assert!(x.len().is_multiple_of(cols), "{} values in rows of {cols}", x.len());
-    let (rows, padded) = (x.len() / cols, cols.next_multiple_of(BLOCK));
-    assert_eq!(y.len(), rows * padded, "padded values");
-    if rows == 0 {
-        return Ok(());
+    Product {
+        matrices,
+        gate,
+        x,
+        rows,
     }
-    let launch = Launch {
-        grid: [number(rows), number(padded.div_ceil(THREADS as usize)), 1],
-        block: [THREADS, 1, 1],
-        shared: 0,
-    };
-    let args = [x.on(device), Arg::U32(number(cols)), Arg::U32(number(padded)), y.on(device)];
-    // SAFETY: `args` are those of the kernels `pad_*`. A block reads row `blockIdx.x` of `x`, `cols` values,
-    // and writes row `blockIdx.x` of `y`, `padded` values; the lengths are checked above.
-    unsafe { device.launch(Kernel { source: Source::Linear, name }, launch, &args) }
+    .launch(device, y)
 }
 
 /// The rows of a result.
@@ -465,7 +443,11 @@ impl Product<'_> {
         assert!(count <= MATRICES, "{count} matrices, {MATRICES} at most");
         let Layout { elements, cols, .. } = first.layout;
         for w in self.matrices {
-            assert_eq!((w.layout.elements, w.layout.cols), (elements, cols), "elements and columns of a matrix beside another");
+            assert_eq!(
+                (w.layout.elements, w.layout.cols),
+                (elements, cols),
+                "elements and columns of a matrix beside another"
+            );
         }
         let rows: usize = self.matrices.iter().map(|w| w.layout.rows).sum();
         let width = match self.gate {
@@ -477,11 +459,24 @@ impl Product<'_> {
             Rows::Tokens(tokens) => {
                 let few = tokens <= DECODE_TOKENS;
                 let tiles = tokens.div_ceil(if few { FEW } else { MANY });
-                assert!(self.matrices.iter().all(|w| w.count() == 1), "one of several experts' matrices is meant");
+                assert!(
+                    self.matrices.iter().all(|w| w.count() == 1),
+                    "one of several experts' matrices is meant"
+                );
                 (tokens, tokens, tiles, few)
             }
-            Rows::Scattered(routes) => (routes.places(), routes.tokens(), routes.tiles(), routes.tile() == FEW),
-            Rows::Grouped(routes) => (routes.places(), routes.places(), routes.tiles(), routes.tile() == FEW),
+            Rows::Scattered(routes) => (
+                routes.places(),
+                routes.tokens(),
+                routes.tiles(),
+                routes.tile() == FEW,
+            ),
+            Rows::Grouped(routes) => (
+                routes.places(),
+                routes.places(),
+                routes.tiles(),
+                routes.tile() == FEW,
+            ),
         };
         let (sources, list) = match self.rows {
             Rows::Tokens(_) => (None, None),
@@ -495,7 +490,8 @@ impl Product<'_> {
         }
         assert_eq!(y.len(), slots * width, "results of {slots} rows of {width}");
         let blocks = first.layout.blocks();
-        let (x, heads) = self.input(device, elements, inputs * blocks);
+        // Kernels count the blocks of all rows in 32 bits.
+        let (x, heads) = self.input(device, elements, number(inputs * blocks) as usize);
         if slots == 0 {
             return Ok(());
         }
@@ -537,10 +533,20 @@ impl Product<'_> {
             let columns = if silu { panels / 2 } else { panels };
             ([number(columns), number(tiles), 1], 0)
         } else {
-            ([number(tiles), number(panels.div_ceil(PANELS)), 1], stage_bytes(elements))
+            (
+                [number(tiles), number(panels.div_ceil(PANELS)), 1],
+                stage_bytes(elements),
+            )
         };
-        let kernel = Kernel { source: Source::Linear, name: name(elements, few, silu) };
-        let launch = Launch { grid, block: [THREADS, 1, 1], shared };
+        let kernel = Kernel {
+            source: Source::Linear,
+            name: name(elements, few, silu),
+        };
+        let launch = Launch {
+            grid,
+            block: [THREADS, 1, 1],
+            shared,
+        };
         // SAFETY: `args` are the `PARAMETERS` of `linear.cu`, whose every kernel reads of each matrix the
         // rows and columns that its layout has, of the activations `inputs` rows of `blocks` blocks, which
         // `input` has checked, and writes `slots` rows of `width` values. Tiles and sources are those that
@@ -552,7 +558,19 @@ impl Product<'_> {
     fn input(&self, device: &dyn Device, elements: Elements, blocks: usize) -> (Arg, Arg) {
         let values = blocks * BLOCK;
         match (elements, self.x) {
-            (Elements::Packed(_), Activations::Quantized { quants, heads }) => {
+            (
+                Elements::Packed(format),
+                Activations::Quantized {
+                    quants,
+                    heads,
+                    zero,
+                },
+            ) => {
+                assert_eq!(
+                    zero,
+                    format.zero(),
+                    "zero point of the activations and of the weights"
+                );
                 assert_eq!(quants.len(), values, "quantized activations");
                 assert_eq!(heads.len(), blocks, "heads of quantized activations");
                 (quants.on(device), heads.on(device))
@@ -565,7 +583,9 @@ impl Product<'_> {
                 assert_eq!(x.len(), values, "f32 activations");
                 (x.on(device), Arg::Address(0))
             }
-            (elements, _) => panic!("activations made for a matrix of other elements than {elements:?}"),
+            (elements, _) => {
+                panic!("activations made for a matrix of other elements than {elements:?}")
+            }
         }
     }
 }
