@@ -49,7 +49,7 @@ fn every_source_compiles_and_has_the_kernels_that_are_launched() {
     if !compiler_is_here() {
         return;
     }
-    for source in Source::ALL {
+    for &source in Source::ALL {
         for capability in CAPABILITIES {
             let machine = compile(source, Target::Machine(capability));
             assert!(machine.starts_with(b"\x7fELF"), "{}", source.file());
@@ -148,7 +148,7 @@ fn nothing_spills_and_blocks_find_their_registers() {
     };
     let folder = tempfile::tempdir().expect("a folder");
     let mut table = String::new();
-    for source in Source::ALL {
+    for &source in Source::ALL {
         for capability in CAPABILITIES {
             let text = portable(source, capability);
             let path = folder.path().join("kernels.ptx");

@@ -14,6 +14,7 @@ mod check;
 mod device;
 pub mod elementwise;
 pub mod experts;
+mod gpu;
 mod host;
 pub mod linear;
 pub mod nvrtc;
@@ -23,5 +24,6 @@ pub mod sample;
 pub use device::{
     Arg, Device, DeviceError, Kernel, Launch, Limits, Memory, Recording, Source, Span,
 };
+pub use gpu::Gpu;
 pub use host::{HostDevice, Order};
 pub use rows::{Activations, Form, Head};
