@@ -99,6 +99,12 @@ impl<'m> Routes<'m> {
         self.weights
     }
 
+    /// `[tokens][PICKS]`: the row of the experts' results that each pick has.
+    #[must_use]
+    pub fn places_of_picks(&self) -> Span<'m, u32> {
+        self.places
+    }
+
     /// Tiles that there are at most; those past the last one are empty.
     pub(super) fn tiles(&self) -> usize {
         self.tile_list.len() / TILE_WORDS
