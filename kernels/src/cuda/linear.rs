@@ -205,6 +205,7 @@ impl<'m> Weights<'m> {
             assert_eq!(bias.len(), layout.rows, "bias and rows");
             assert_eq!(data.len(), layout.bytes, "bytes of a matrix with a bias");
         }
+        assert!(data.is_aligned(16), "weights at {data:?}");
         let step = layout.bytes;
         Self {
             layout,
@@ -503,7 +504,7 @@ impl Product<'_> {
                     w.data.on(device),
                     w.bias.map_or(Arg::Address(0), |bias| bias.on(device)),
                     Arg::U32(number(w.layout.rows)),
-                    Arg::U32(number(w.step)),
+                    Arg::U32(if w.count() == 1 { 0 } else { number(w.step) }),
                 ]),
                 None => args.extend([Arg::Address(0), Arg::Address(0), Arg::U32(0), Arg::U32(0)]),
             }
@@ -571,15 +572,21 @@ impl Product<'_> {
                     format.zero(),
                     "zero point of the activations and of the weights"
                 );
+                assert!(
+                    quants.is_aligned(16) && heads.is_aligned(8),
+                    "activations at {quants:?}"
+                );
                 assert_eq!(quants.len(), values, "quantized activations");
                 assert_eq!(heads.len(), blocks, "heads of quantized activations");
                 (quants.on(device), heads.on(device))
             }
             (Elements::Bf16, Activations::Bf16(x)) => {
+                assert!(x.is_aligned(16), "activations at {x:?}");
                 assert_eq!(x.len(), values, "bf16 activations");
                 (x.on(device), Arg::Address(0))
             }
             (Elements::F32 | Elements::F16, Activations::F32(x)) => {
+                assert!(x.is_aligned(16), "activations at {x:?}");
                 assert_eq!(x.len(), values, "f32 activations");
                 (x.on(device), Arg::Address(0))
             }

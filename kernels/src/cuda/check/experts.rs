@@ -185,17 +185,11 @@ impl Expert {
         Ok(Self { layout, memory })
     }
 
-    fn all(&self) -> Weights<'_> {
-        Weights::new(self.layout, self.memory.span(), None)
-    }
-
-    fn one(&self, e: usize) -> Weights<'_> {
+    /// One of them, or all.
+    fn of(&self, expert: Option<usize>) -> Weights<'_> {
         let bytes = self.layout.bytes();
-        Weights::new(
-            self.layout,
-            self.memory.span().slice(e * bytes..(e + 1) * bytes),
-            None,
-        )
+        let range = expert.map_or(0..self.memory.bytes(), |e| e * bytes..(e + 1) * bytes);
+        Weights::new(self.layout, self.memory.span().slice(range), None)
     }
 }
 
@@ -228,20 +222,13 @@ fn experts_together_are_each_alone() {
                 assert_eq!(routes.tile() > 8, tokens == 70);
                 let x = random.values(tokens * hidden, 1.0);
                 let input = Input::new(device, elements, &x, hidden)?;
-                let stacked = |w: Weights<'_>| Gated::stacked(w).is_some();
-                assert!(stacked(both.all()));
                 for pair in [true, false] {
-                    let gated = |expert: Option<usize>| {
-                        let of = |w: &'_ Expert| expert.map_or(w.all(), |e| w.one(e));
-                        let whole = Gated::stacked(of(&both)).unwrap();
-                        if pair {
-                            Gated::Pair {
-                                gate: of(&gate),
-                                up: of(&up),
-                            }
-                        } else {
-                            whole
-                        }
+                    let gated = |expert: Option<usize>| match pair {
+                        true => Gated::Pair {
+                            gate: gate.of(expert),
+                            up: up.of(expert),
+                        },
+                        false => Gated::stacked(both.of(expert)).expect("whole panels"),
                     };
                     let middle = result(device, PICKS * tokens * inner)?;
                     gated_experts(
@@ -256,7 +243,7 @@ fn experts_together_are_each_alone() {
                     let outputs = result(device, PICKS * tokens * hidden)?;
                     linear_experts(
                         &**device,
-                        &down.all(),
+                        &down.of(None),
                         middle.activations(),
                         &routes,
                         outputs.span(),
@@ -278,7 +265,13 @@ fn experts_together_are_each_alone() {
                         let middle =
                             Input::new(device, elements, &middle.span::<f32>().to_vec()?, inner)?;
                         let y = result(device, hidden)?;
-                        linear(&**device, &[down.one(e)], middle.activations(), 1, y.span())?;
+                        linear(
+                            &**device,
+                            &[down.of(Some(e))],
+                            middle.activations(),
+                            1,
+                            y.span(),
+                        )?;
                         y.span().to_vec()
                     };
                     let (picks, weights) = (routes.picks().to_vec()?, routes.weights().to_vec()?);
