@@ -67,6 +67,13 @@ __device__ __forceinline__ void mma_u8s8(i32 d[4], const u32 a[4], const u32 b[2
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// d = c + a b, where the same c is needed again.
+__device__ __forceinline__ void mma_u8s8(i32 d[4], const u32 a[4], const u32 b[2], const i32 c[4]) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
+
 // The products are exact; how their sum is rounded is the hardware's affair, to about f32.
 __device__ __forceinline__ void mma_bf16(float d[4], const u32 a[4], const u32 b[2]) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"

@@ -28,18 +28,21 @@
 // Decode  A thread block has one panel (or the two that a gate needs) and up to 8 tokens, the columns of the
 //         instruction; a warp has one K range. Partial sums meet in shared memory.
 //         Limit  memory bandwidth. Two steps of loads are in flight, 64 bytes of quants a lane: 16 KiB a
-//                block. Two blocks fit a multiprocessor by their registers: 32 KiB. At 4.3 TB/s and 0.7 us
-//                latency 132 of them need 23 KiB each.
-//         Work   of a q4 block of a panel (288 bytes) a warp executes about 30 instructions. At 4.3 TB/s and
-//                1.7 GHz a multiprocessor gets 19 bytes a cycle: 15 cycles, in which it can issue 60.
+//                block. By its registers (104, for q8 76) a multiprocessor takes two blocks or three: 32 KiB
+//                or 48. At 4.3 TB/s and 0.7 us latency 132 of them need 23 KiB each.
+//         Work   of a q4 block of a panel (288 bytes) a warp executes 37 instructions, of a q8 one (544 bytes)
+//                33. At 4.3 TB/s and 1.7 GHz a multiprocessor gets 19 bytes a cycle: 15 cycles, in which it
+//                can issue 60.
 // Prompt  A thread block has 8 panels and 64 tokens, 8 warps of 2 panels and 32 tokens; weights and
-//         activations come through shared memory, some stages ahead (`cp.async`).
-//         Limit  packed: the f32 pipes. Per block, warp and 8 instructions of 4096 products: 64 additions and
-//                multiply-adds, 12 to unpack q4, 14 loads from shared memory and 10 others, so 1300 products
-//                a cycle and multiprocessor of the 2048 (sm_80) or 4096 (sm_90) that the int8 tensor cores do.
-//                bf16: shared memory, 4 KiB for 16 instructions.
-//         Work   from L2 a thread block takes 16 bytes a block and row of q4 and 40 a block and token: with
-//                128 rows and 64 tokens 4.9 KB for 262,144 products, 24 bytes a cycle at 1300.
+//         activations come through shared memory, some stages ahead (`cp.async`). Two blocks fit a
+//         multiprocessor, for which the 128 registers of a thread are filled.
+//         Limit  packed: issuing instructions. Of the 200 that a warp executes a block, 64 are additions and
+//                multiply-adds of the 32 sums of a lane, and 8 are matrix instructions of 4096 products:
+//                650 products a cycle and multiprocessor, of the 2048 (sm_80) or 4096 (sm_90) that the int8
+//                tensor cores could do. bf16: shared memory, 4 KiB for 16 instructions.
+//         Work   from L2 a thread block takes 18 bytes a block and row of q4 and 40 a block and token: with
+//                128 rows and 64 tokens 4.9 KB for 262,144 products, 12 bytes a cycle at 650.
+//         No GPU has timed either yet: the figures are counted, in machine code for sm_90.
 
 #include "common.cuh"
 
@@ -56,7 +59,7 @@ constexpr u32 MANY = 64;
 constexpr u32 PANELS = 8;
 
 // What the activations of a block have beside their bytes.
-struct Head {
+struct alignas(8) Head {
   i32 start;
   float magic;
 };
@@ -226,18 +229,21 @@ template <u32 LINES> struct Packed {
     }
   }
 
-  // Adds a block: `low` and `high` are the scales of the two rows, `starts` are of tokens 2 t and 2 t + 1.
-  //
-  // `magic` is 1.5 times a power of two, and `start` is at most 128 * 32 * 127 < 2^22 below it: it has the same
-  // exponent, from which `magic` is made again. That is cheaper than keeping it beside.
-  static __device__ __forceinline__ void add(Sums& sums, const u32 (&a)[4], const u32 (&b)[2], const i32 (&starts)[2], float low, float high) {
-    i32 d[4] = {starts[0], starts[1], starts[0], starts[1]};
-    mma_u8s8(d, a, b);
+  // Adds a block: `low` and `high` are the scales of the two rows, `heads` are of tokens 2 t and 2 t + 1.
+  static __device__ __forceinline__ void add(Sums& sums, const u32 (&a)[4], const u32 (&b)[2], const Head (&heads)[2], float low, float high) {
+    i32 starts[4] = {heads[0].start, heads[1].start, heads[0].start, heads[1].start}, d[4];
+    mma_u8s8(d, a, b, starts);
+#pragma unroll
     for (u32 i = 0; i < 4; i++) {
-      float magic = __uint_as_float((u32(starts[i % 2]) & 0xFF800000u) | 0x00400000u);
-      float product = __uint_as_float(u32(d[i])) - magic;
+      float product = __int_as_float(d[i]) - heads[i % 2].magic;
       sums.at[i] = fmaf(product, i < 2 ? low : high, sums.at[i]);
     }
+  }
+
+  // The head that has this start: `magic` is 1.5 times a power of two, and `start` at most 128 * 32 * 127 < 2^22
+  // units in the last place from it. They have the same exponent, and that is all of `magic`.
+  static __device__ __forceinline__ Head head_of(i32 start) {
+    return {start, __uint_as_float((u32(start) & 0xFF800000u) | 0x00400000u)};
   }
 
   // Decode: a step is what a lane loads at a time, 32 bytes of quants; two steps are in flight.
@@ -249,63 +255,73 @@ template <u32 LINES> struct Packed {
     i32 starts[BLOCKS][2];
   };
 
-  // What a lane reads of the activations: rows of `x`, or none where there is no such token.
-  struct Few {
-    const u8* x;
-    const Head* heads[2];
+  // Where a lane reads next, of N panels and of the activations.
+  template <u32 N> struct Cursor {
+    const u8* quants[N];
+    const u8* scales[N];
+    const u8* x;           // of token g
+    const Head* heads[2];  // of tokens 2 t and 2 t + 1
   };
 
-  static __device__ __forceinline__ Few few(const Product& p, const Tile& tile, Lane lane) {
-    Few few = {nullptr, {nullptr, nullptr}};
-    if (lane.g < tile.count) {
-      few.x = p.x + u64(source_of(p, tile.first + lane.g)) * p.blocks * BLOCK;
+  template <u32 N>
+  static __device__ __forceinline__ Cursor<N> cursor(const Product& p, const Panel (&panels)[N], const Tile& tile, Lane lane, u32 first) {
+    Cursor<N> c;
+#pragma unroll
+    for (u32 n = 0; n < N; n++) {
+      Rows rows = rows_of(panels[n], p.blocks);
+      c.quants[n] = rows.quants + u64(first) * BLOCK_BYTES + lane.t * LINE + lane.g * 8;
+      c.scales[n] = rows.scales + (first * PANEL_ROWS + 2 * lane.g) * 2;
     }
-    for (u32 j = 0; j < 2; j++) {
-      u32 token = 2 * lane.t + j;
-      if (token < tile.count) few.heads[j] = p.heads + u64(source_of(p, tile.first + token)) * p.blocks;
-    }
-    return few;
+    // Past the last token it stands in: columns do not mix, and theirs are not written.
+    auto row = [&](u32 token) { return u64(source_of(p, tile.first + min(token, tile.count - 1))) * p.blocks + first; };
+    c.x = p.x + row(lane.g) * BLOCK + lane.t * 4;
+#pragma unroll
+    for (u32 j = 0; j < 2; j++) c.heads[j] = p.heads + row(2 * lane.t + j);
+    return c;
   }
 
-  template <u32 N>
-  static __device__ __forceinline__ void load(Step<N>& step, const Rows (&rows)[N], const Few& few, Lane lane, u32 first, u32 last) {
+  // Loads a step, as far as there are blocks: `left`.
+  template <u32 N> static __device__ __forceinline__ void load(Step<N>& step, Cursor<N>& c, i32 left) {
+    constexpr u32 B = Step<N>::BLOCKS;
 #pragma unroll
-    for (u32 i = 0; i < Step<N>::BLOCKS; i++) {
-      u32 b = first + i;
-      if (b >= last) break;
+    for (u32 i = 0; i < B; i++) {
+      if (i32(i) >= left) break;
 #pragma unroll
       for (u32 n = 0; n < N; n++) {
-        const u8* quants = rows[n].quants + u64(b) * BLOCK_BYTES + lane.t * LINE + lane.g * 8;
 #pragma unroll
         for (u32 h = 0; h < LINES / 4; h++) {
-          U32x2 two = load_once8(quants + h * 4 * LINE);
+          U32x2 two = load_once8(c.quants[n] + i * BLOCK_BYTES + h * 4 * LINE);
           step.quants[i][n][2 * h] = two.x;
           step.quants[i][n][2 * h + 1] = two.y;
         }
-        step.scales[i][n] = *reinterpret_cast<const u32*>(rows[n].scales + (b * PANEL_ROWS + 2 * lane.g) * 2);
+        step.scales[i][n] = *reinterpret_cast<const u32*>(c.scales[n] + i * PANEL_ROWS * 2);
       }
-      step.a[i][0] = step.a[i][1] = 0;
-      if (few.x) {
-        const u32* x = reinterpret_cast<const u32*>(few.x + b * BLOCK);
-        step.a[i][0] = x[lane.t];
-        step.a[i][1] = x[lane.t + 4];
-      }
-      for (u32 j = 0; j < 2; j++) {
-        step.starts[i][j] = few.heads[j] ? few.heads[j][b].start : 0;
-      }
+      step.a[i][0] = *reinterpret_cast<const u32*>(c.x + i * BLOCK);
+      step.a[i][1] = *reinterpret_cast<const u32*>(c.x + i * BLOCK + 16);
+#pragma unroll
+      for (u32 j = 0; j < 2; j++) step.starts[i][j] = c.heads[j][i].start;
     }
+#pragma unroll
+    for (u32 n = 0; n < N; n++) {
+      c.quants[n] += B * BLOCK_BYTES;
+      c.scales[n] += B * PANEL_ROWS * 2;
+    }
+    c.x += B * BLOCK;
+#pragma unroll
+    for (u32 j = 0; j < 2; j++) c.heads[j] += B;
   }
 
-  template <u32 N> static __device__ __forceinline__ void add(Sums (&sums)[N], const Step<N>& step, u32 first, u32 last) {
+  template <u32 N> static __device__ __forceinline__ void add(Sums (&sums)[N], const Step<N>& step, i32 left) {
 #pragma unroll
     for (u32 i = 0; i < Step<N>::BLOCKS; i++) {
-      if (first + i >= last) break;
+      if (i32(i) >= left) break;
 #pragma unroll
       for (u32 n = 0; n < N; n++) {
         u32 a[4];
         unpack(step.quants[i][n], a);
         float low = f16_to_f32(u16(step.scales[i][n])), high = f16_to_f32(u16(step.scales[i][n] >> 16));
-        add(sums[n], a, step.a[i], step.starts[i], low, high);
+        Head heads[2] = {head_of(step.starts[i][0]), head_of(step.starts[i][1])};
+        add(sums[n], a, step.a[i], heads, low, high);
       }
     }
   }
@@ -313,19 +329,18 @@ template <u32 LINES> struct Packed {
   // The sums of the blocks `first .. last` of N panels.
   template <u32 N>
   static __device__ __forceinline__ void range(Sums (&sums)[N], const Product& p, const Panel (&panels)[N], const Tile& tile, Lane lane,
-              u32 first, u32 last) {
-    Rows rows[N];
-    for (u32 n = 0; n < N; n++) rows[n] = rows_of(panels[n], p.blocks);
-    Few few = Packed::few(p, tile, lane);
-    constexpr u32 B = Step<N>::BLOCKS;
+                                               u32 first, u32 last) {
+    constexpr i32 B = Step<N>::BLOCKS;
+    Cursor<N> c = cursor(p, panels, tile, lane, first);
     Step<N> even, odd;
-    load(even, rows, few, lane, first, last);
-    load(odd, rows, few, lane, first + B, last);
-    for (u32 b = first; b < last; b += 2 * B) {
-      add(sums, even, b, last);
-      load(even, rows, few, lane, b + 2 * B, last);
-      add(sums, odd, b + B, last);
-      load(odd, rows, few, lane, b + 3 * B, last);
+    i32 left = i32(last) - i32(first);
+    load(even, c, left);
+    load(odd, c, left - B);
+    for (; left > 0; left -= 2 * B) {
+      add(sums, even, left);
+      load(even, c, left - 2 * B);
+      add(sums, odd, left - B);
+      load(odd, c, left - 3 * B);
     }
   }
 
@@ -404,10 +419,10 @@ template <u32 LINES> struct Packed {
       const u8* x = from + X_AT + (first + lane.g) * BLOCK + lane.t * 4;
       u32 swap = lane.g / 4 * 16;
       u32 b[2] = {*reinterpret_cast<const u32*>(x + swap), *reinterpret_cast<const u32*>(x + (swap ^ 16))};
-      const Head* at = reinterpret_cast<const Head*>(from + HEADS_AT) + first + 2 * lane.t;
-      i32 starts[2] = {at[0].start, at[1].start};
+      U32x4 two = *reinterpret_cast<const U32x4*>(from + HEADS_AT + (first + 2 * lane.t) * sizeof(Head));
+      Head heads[2] = {{i32(two.x), __uint_as_float(two.y)}, {i32(two.z), __uint_as_float(two.w)}};
 #pragma unroll
-      for (u32 n = 0; n < 2; n++) add(sums[n][i], a[n], b, starts, low[n], high[n]);
+      for (u32 n = 0; n < 2; n++) add(sums[n][i], a[n], b, heads, low[n], high[n]);
     }
   }
 };
@@ -423,8 +438,9 @@ template <class W, class X> struct RowMajor {
     return panel.weights + u64(at < last ? at : last) * blocks * BLOCK * sizeof(W);
   }
 
+  // The row of a token; past the last one it stands in: sums of tokens do not mix, and theirs are not written.
   static __device__ __forceinline__ const u8* token_of(const Product& p, const Tile& tile, u32 token) {
-    return p.x + u64(source_of(p, tile.first + token)) * p.blocks * BLOCK * sizeof(X);
+    return p.x + u64(source_of(p, tile.first + min(token, tile.count - 1))) * p.blocks * BLOCK * sizeof(X);
   }
 
   // Prompt: a block a stage, `[panels][16 rows]` and `[tokens]`.
@@ -456,8 +472,7 @@ template <class W, class X> struct RowMajor {
     }
     for (u32 i = 0; i < X_PER_THREAD; i++) {
       u32 piece = thread + i * THREADS;
-      u32 token = min(piece / X_PIECES, tile.count - 1);
-      s.x[i] = token_of(p, tile, token) + piece % X_PIECES * 16;
+      s.x[i] = token_of(p, tile, piece / X_PIECES) + piece % X_PIECES * 16;
     }
     return s;
   }
@@ -504,7 +519,7 @@ struct Bf16 : RowMajor<u16, u16> {
 #pragma unroll
         for (u32 r = 0; r < 2; r++) step.rows[i][n][r] = load_once16(rows[n][r] + u64(b) * BLOCK * 2);
       }
-      step.x[i] = x ? *reinterpret_cast<const U32x4*>(x + u64(b) * BLOCK * 2) : U32x4{0, 0, 0, 0};
+      step.x[i] = *reinterpret_cast<const U32x4*>(x + u64(b) * BLOCK * 2);
     }
   }
 
@@ -524,7 +539,7 @@ struct Bf16 : RowMajor<u16, u16> {
     for (u32 n = 0; n < N; n++) {
       for (u32 r = 0; r < 2; r++) rows[n][r] = row_of(panels[n], 2 * lane.g + r, p.blocks) + lane.t * 16;
     }
-    const u8* x = lane.g < tile.count ? token_of(p, tile, lane.g) + lane.t * 16 : nullptr;
+    const u8* x = token_of(p, tile, lane.g) + lane.t * 16;
     constexpr u32 B = Step<N>::BLOCKS;
     Step<N> even, odd;
     load(even, rows, x, first, last);
@@ -582,11 +597,7 @@ template <class W> struct Floats : RowMajor<W, float> {
     for (u32 n = 0; n < N; n++) {
       for (u32 r = 0; r < 2; r++) rows[n][r] = Rows::row_of(panels[n], 2 * lane.g + r, p.blocks);
     }
-    // Past the last token the first one stands in; its sums are not written.
-    for (u32 j = 0; j < 2; j++) {
-      u32 token = 2 * lane.t + j;
-      x[j] = Rows::token_of(p, tile, token < tile.count ? token : 0);
-    }
+    for (u32 j = 0; j < 2; j++) x[j] = Rows::token_of(p, tile, 2 * lane.t + j);
     for (u32 k = first * BLOCK; k < last * BLOCK; k += COLS) {
       float w[N][2][COLS];
       for (u32 n = 0; n < N; n++) {
@@ -729,7 +740,7 @@ template <class Format> __device__ __forceinline__ void prompt(const Product& p)
     cp_async_commit();
     if (token >= tile.count) continue;
     const u8* from = shared + s % Format::STAGES * Format::STAGE_BYTES;
-#pragma unroll 1
+#pragma unroll
     for (u32 block = 0; block < Format::BLOCKS_PER_STAGE; block++) {
       u32 b = s * Format::BLOCKS_PER_STAGE + block;
       if (b >= p.blocks) break;

@@ -403,6 +403,10 @@ static inline void mma_s8(int d[4], const unsigned a[4], const unsigned b[2]) {
 static inline void mma_u8s8(int d[4], const unsigned a[4], const unsigned b[2]) {
   shim::mma<4>(d, a, b, [](unsigned r, unsigned i) { return (int)(uint8_t)(r >> 8 * i); }, [](unsigned r, unsigned i) { return (int)(int8_t)(r >> 8 * i); });
 }
+static inline void mma_u8s8(int d[4], const unsigned a[4], const unsigned b[2], const int c[4]) {
+  for (int i = 0; i < 4; i++) d[i] = c[i];
+  mma_u8s8(d, a, b);
+}
 static inline void mma_bf16(float d[4], const unsigned a[4], const unsigned b[2]) {
   auto element = [](unsigned r, unsigned i) { return __uint_as_float(i ? r & 0xFFFF0000u : r << 16); };
   shim::mma<2>(d, a, b, element, element);
