@@ -98,20 +98,20 @@ struct Product {
   u32 blocks;          // of 32 columns
   u32 range;           // blocks of a K range
   u32 gate;
-  float limit;           // of GEGELU
+  float limit;         // of GEGELU
   const u8* x;         // activations
   const Head* heads;   // their heads, if they are quantized
   u32 tokens;          // rows of the result, where there are no tiles
   const u32* sources;  // the row of `x` that a slot takes, or none: its own
   const Tile* tiles;   // or none: one matrix for all
-  float* y;              // [slots][stride]
+  float* y;            // [slots][stride]
   u32 stride;
 };
 
 // A panel as a product meets it.
 struct Panel {
   const u8* weights;  // of the matrix
-  const float* bias;    // of the matrix, or none
+  const float* bias;  // of the matrix, or none
   u32 index;          // which panel of the matrix
   u32 rows;           // of the matrix; none: nothing is to be written
   u32 column;         // of the result, for the first row of the matrix
@@ -150,7 +150,7 @@ __device__ __forceinline__ Tile tile_at(const Product& p, u32 index, u32 size) {
   if (p.tiles) return p.tiles[index];
   u32 first = index * size;
   u32 left = p.tokens - first;
-  return {0, first, left < size ? left : size, 0};
+  return {0, first, min(left, size), 0};
 }
 
 __device__ __forceinline__ u32 source_of(const Product& p, u32 slot) { return p.sources ? p.sources[slot] : slot; }
@@ -208,7 +208,8 @@ template <u32 LINES> struct Packed {
   static constexpr u32 BLOCK_BYTES = LINES * LINE;
 
   struct Rows {
-    const u8* scales, *quants;
+    const u8* scales;
+    const u8* quants;
   };
 
   static __device__ __forceinline__ Rows rows_of(const Panel& panel, u32 blocks) {
