@@ -4,6 +4,8 @@
 //! GPU when there is one; what cannot be run says so.
 
 mod elementwise;
+mod experts;
+mod linear;
 pub(super) mod probe;
 
 use super::{Device, DeviceError, Gpu, HostDevice, Order};

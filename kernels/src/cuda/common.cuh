@@ -13,7 +13,8 @@ typedef int i32;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-// Sixteen bytes that are loaded and stored at once; their address is a multiple of 16.
+// What is loaded and stored at once, from an address that is a multiple of its size.
+struct alignas(8) U32x2 { u32 x, y; };
 struct alignas(16) U32x4 { u32 x, y, z, w; };
 struct alignas(16) F32x4 { float x, y, z, w; };
 
@@ -66,6 +67,13 @@ __device__ __forceinline__ void mma_u8s8(i32 d[4], const u32 a[4], const u32 b[2
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// d = c + a b, where the same c is needed again.
+__device__ __forceinline__ void mma_u8s8(i32 d[4], const u32 a[4], const u32 b[2], const i32 c[4]) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
+
 // The products are exact; how their sum is rounded is the hardware's affair, to about f32.
 __device__ __forceinline__ void mma_bf16(float d[4], const u32 a[4], const u32 b[2]) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -85,6 +93,11 @@ __device__ __forceinline__ void cp_async16(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(shared)), "l"(global) : "memory");
 }
 
+// The same with 8 bytes.
+__device__ __forceinline__ void cp_async8(void* shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"((u32)__cvta_generic_to_shared(shared)), "l"(global) : "memory");
+}
+
 // Ends a group of copies.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -100,6 +113,13 @@ __device__ __forceinline__ U32x4 load_once16(const void* global) {
   return v;
 }
 
+// The same with 8 bytes.
+__device__ __forceinline__ U32x2 load_once8(const void* global) {
+  U32x2 v;
+  asm("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(global));
+  return v;
+}
+
 // 2^x in one instruction: off by up to 2^-22 of the result, which expf's two units in the last place
 // (2^-22.6) hardly beat; but it takes x times log2(e), and that product's rounding counts |x| times.
 __device__ __forceinline__ float exp2_approx(float x) {
@@ -111,6 +131,7 @@ __device__ __forceinline__ float exp2_approx(float x) {
 #else
 
 inline U32x4 load_once16(const void* global) { return *static_cast<const U32x4*>(global); }
+inline U32x2 load_once8(const void* global) { return *static_cast<const U32x2*>(global); }
 
 #endif
 

@@ -43,7 +43,7 @@ const size_t STACK = 128 << 10;
 enum class Turn { Ready, Barrier, Warp, Ended };
 
 // A copy to shared memory that is done when it is waited for, not before.
-struct Copy { void* to; const void* from; unsigned group; };
+struct Copy { void* to; const void* from; unsigned bytes, group; };
 
 struct Fiber {
   jmp_buf point;
@@ -415,6 +415,10 @@ static inline void mma_s8(int d[4], const unsigned a[4], const unsigned b[2]) {
 static inline void mma_u8s8(int d[4], const unsigned a[4], const unsigned b[2]) {
   shim::mma<4>(d, a, b, [](unsigned r, unsigned i) { return (int)(uint8_t)(r >> 8 * i); }, [](unsigned r, unsigned i) { return (int)(int8_t)(r >> 8 * i); });
 }
+static inline void mma_u8s8(int d[4], const unsigned a[4], const unsigned b[2], const int c[4]) {
+  for (int i = 0; i < 4; i++) d[i] = c[i];
+  mma_u8s8(d, a, b);
+}
 static inline void mma_bf16(float d[4], const unsigned a[4], const unsigned b[2]) {
   auto element = [](unsigned r, unsigned i) { return __uint_as_float(i ? r & 0xFFFF0000u : r << 16); };
   shim::mma<2>(d, a, b, element, element);
@@ -424,16 +428,19 @@ static inline void mma_f16(float d[4], const unsigned a[4], const unsigned b[2])
   shim::mma<2>(d, a, b, element, element);
 }
 
-static inline void cp_async16(void* shared, const void* global) {
-  if (((uintptr_t)shared | (uintptr_t)global) % 16) abort();
-  shim::state.now->copies.push_back({shared, global, shim::state.now->group});
+template <unsigned BYTES>
+inline void cp_async(void* shared, const void* global) {
+  if (((uintptr_t)shared | (uintptr_t)global) % BYTES) abort();
+  shim::state.now->copies.push_back({shared, global, BYTES, shim::state.now->group});
 }
+static inline void cp_async16(void* shared, const void* global) { cp_async<16>(shared, global); }
+static inline void cp_async8(void* shared, const void* global) { cp_async<8>(shared, global); }
 static inline void cp_async_commit() { shim::state.now->group++; }
 template <int N>
 inline void cp_async_wait() {
   shim::Fiber& f = *shim::state.now;
   while (!f.copies.empty() && f.copies.front().group + N < f.group) {
-    memcpy(f.copies.front().to, f.copies.front().from, 16);
+    memcpy(f.copies.front().to, f.copies.front().from, f.copies.front().bytes);
     f.copies.pop_front();
   }
 }
