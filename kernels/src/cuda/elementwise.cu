@@ -131,8 +131,6 @@ __device__ __forceinline__ float quick_gelu_of(float x) { return x / (1.0f + exp
 // `cpu/activation.rs` has the derivation.
 __device__ __forceinline__ float gelu_of(float x) {
   float t = fminf(fabsf(x), 15.0f);
-  // fminf passes over a NaN, which must stay one.
-  if (x != x) t = x;
   float above = 0.004153216f, below = 0.010410456f;
   above = above * t + 0.04088103f;
   above = above * t + 0.18396884f;
@@ -144,6 +142,7 @@ __device__ __forceinline__ float gelu_of(float x) {
   below = below * t + 1.6764511f;
   below = below * t + 1.0f;
   float tail = t * (above / below) * expf(-0.5f * (t * t));
+  // max(x, 0), but for a NaN, which only fminf passes over, and for minus infinity.
   return (0.5f * x + 0.5f * fabsf(x)) - tail;
 }
 

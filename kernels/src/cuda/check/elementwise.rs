@@ -113,7 +113,7 @@ fn assert_close(got: &[f32], want: &[f32], bound: impl Fn(usize) -> f64) {
 /// Below the smallest normal number a rounding may cost more than its share.
 const TINY: f64 = 1e-39;
 
-/// Values of every size, and those that are not finite.
+/// Values of every size, those that are not finite, and blocks of zeros and of subnormal values.
 fn all_kinds(random: &mut Random, n: usize) -> Vec<f32> {
     let odd = [
         0.0,
@@ -126,8 +126,10 @@ fn all_kinds(random: &mut Random, n: usize) -> Vec<f32> {
         f32::NAN,
     ];
     (0..n)
-        .map(|i| match i % 64 {
-            40 => odd[random.bits() as usize % odd.len()],
+        .map(|i| match (i / BLOCK % 5, i % 64) {
+            (3, _) => 0.0,
+            (4, _) => random.value() * 1e-39,
+            (_, 40) => odd[random.bits() as usize % odd.len()],
             _ => random.value() * [0.01, 1.0, 30.0][random.bits() as usize % 3],
         })
         .collect()

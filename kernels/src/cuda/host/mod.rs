@@ -12,8 +12,8 @@ use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
-/// In which order the threads of a block, and the blocks of a grid, take their turns. Results that
-/// differ between two of them come from a race: a barrier is missing.
+/// In which order the lanes of a warp, the warps of a block and the blocks of a grid take their turns.
+/// Results that differ between two of them come from a race: a barrier is missing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
     /// The first thread first.

@@ -1,8 +1,9 @@
 // Runs CUDA kernels on a CPU, for tests: the sources are compiled unchanged behind this header.
 //
 // A CUDA thread is a fiber with a stack of its own; the fibers of a block take turns, and blocks follow one
-// another. A fiber runs until it comes to a barrier, or needs other lanes of its warp. In which order
-// fibers and blocks take their turns is an argument: what depends on it is a race.
+// another. A fiber runs until it comes to a barrier, or needs other lanes of its warp; a warp runs as far as
+// it can before the next one has its turn. In which order lanes, warps and blocks take their turns is an
+// argument: what depends on it is a race.
 //
 // What it does not show: time; a partial mask (warp operations wait for all lanes that have not ended);
 // what a kernel reads where nobody wrote, except that memory is filled with NaNs before.
@@ -146,23 +147,38 @@ __attribute__((noinline)) static void enter() {
 struct Order {
   unsigned kind;
   uint64_t random;
-  void fill(std::vector<unsigned>& turns, unsigned n) {
-    turns.resize(n);
+  unsigned below(unsigned n) {
+    random = random * 6364136223846793005u + 1442695040888963407u;
+    return (random >> 33) % n;
+  }
+  std::vector<unsigned> of(unsigned n) {
+    std::vector<unsigned> turns(n);
     for (unsigned i = 0; i < n; i++) turns[i] = kind == 1 ? n - 1 - i : i;
-    if (kind < 2) return;
-    for (unsigned i = n; i > 1; i--) {
-      random = random * 6364136223846793005u + 1442695040888963407u;
-      std::swap(turns[i - 1], turns[(random >> 33) % i]);
-    }
+    if (kind == 2)
+      for (unsigned i = n; i > 1; i--) std::swap(turns[i - 1], turns[below(i)]);
+    return turns;
   }
 };
 
-static bool run_block(const std::vector<unsigned>& turns) {
-  unsigned n = state.threads;
+// Each lane that can goes on to where it has to wait. Whether there was one.
+static bool run_lanes(unsigned warp, const std::vector<unsigned>& lanes) {
+  bool ran = false;
+  for (unsigned l : lanes) {
+    unsigned i = warp * LANES + l;
+    if (i >= state.threads || state.fibers[i].turn != Turn::Ready) continue;
+    state.now = &state.fibers[i];
+    enter();
+    ran = true;
+  }
+  return ran;
+}
+
+static bool run_block(Order& order) {
+  unsigned n = state.threads, n_warps = (n + LANES - 1) / LANES;
   state.alive = n;
   state.waiting = 0;
   state.votes[0] = state.votes[1] = 0;
-  state.warps.assign((n + LANES - 1) / LANES, Warp{});
+  state.warps.assign(n_warps, Warp{});
   for (unsigned i = 0; i < n; i++) {
     Fiber& f = state.fibers[i];
     f.turn = Turn::Ready;
@@ -172,13 +188,13 @@ static bool run_block(const std::vector<unsigned>& turns) {
     f.copies.clear();
     state.warps[i / LANES].alive++;
   }
+  std::vector<unsigned> lanes = order.of(LANES), warps = order.of(n_warps);
   while (state.alive) {
     bool ran = false;
-    for (unsigned i : turns) {
-      if (state.fibers[i].turn != Turn::Ready) continue;
-      state.now = &state.fibers[i];
-      enter();
-      ran = true;
+    for (unsigned w : warps) {
+      // Shuffled, a warp may be overtaken anywhere.
+      unsigned steps = order.kind == 2 ? 1 + order.below(4) : ~0u;
+      while (steps-- > 0 && run_lanes(w, lanes)) ran = true;
     }
     if (!ran) return false;
   }
@@ -304,14 +320,10 @@ extern "C" __attribute__((visibility("default"))) int phidias_shim_launch(
     makecontext(&f.start, shim::body, 0);
   }
   shim::Order turns{order, seed};
-  std::vector<unsigned> blocks, threads;
-  turns.fill(blocks, grid[0] * grid[1] * grid[2]);
-  turns.fill(threads, state.threads);
-  for (unsigned b : blocks) {
+  for (unsigned b : turns.of(grid[0] * grid[1] * grid[2])) {
     state.block = {b % grid[0], b / grid[0] % grid[1], b / grid[0] / grid[1]};
     memset(shared, 0xFF, shared_bytes);
-    if (order >= 2) turns.fill(threads, state.threads);
-    if (!shim::run_block(threads)) {
+    if (!shim::run_block(turns)) {
       // Their stacks are in the middle of the kernel: new ones for the next launch.
       for (shim::Fiber& f : state.fibers) free(f.stack);
       state.fibers.clear();
