@@ -11,6 +11,8 @@
 #![allow(clippy::needless_range_loop)]
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod view;
 
 pub use phidias_quant as quant;

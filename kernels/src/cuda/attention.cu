@@ -1,0 +1,2 @@
+// Rotary embedding, the cache, attention.
+#include "common.cuh"

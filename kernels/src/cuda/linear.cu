@@ -1,0 +1,792 @@
+// Matrix products: rows of activations times weights, alone, side by side, gated, and of experts.
+//
+// Maths   y[t, r] = bias[r] + sum over K ranges, in order, of (sum over the blocks of the range, in order)
+//         packed   block = sw[r, b] * (sx[t, b] * (sum over i of u[r, b, i] * a[t, b, i] - zero * sum a[t, b]))
+//         bf16     block = two tensor core products of 16 columns, f32 inside; activations rounded to bf16
+//         floats   block = 32 fused multiply-adds in the order of the columns
+//         gates    y = up * silu(gate) of two matrices alike; GEGELU of neighbouring rows of one
+// Layout  packed weights as in `quant/src/packed.rs`: a panel of 16 rows is | scales [blocks][16] f16, padded
+//         to 64 bytes | quants [blocks][4 or 8 lines][64] |. The others are row-major, every row padded with
+//         zeros to whole blocks of 32 columns. Activations likewise `[tokens][blocks][32]`, i8 with a `Head`
+//         for each block, or bf16, or f32.
+// Exact   a block of packed weights is an integer, scaled by a power of two: exact; all else is f32. The K
+//         ranges are a function of the columns alone, and both kernels of a format add the same numbers in
+//         the same order, so a result has the same bits for one token and for many, alone or among others.
+//
+// The order of rows and columns is free to choose. The matrix instruction takes the rows l / 4 and l / 4 + 8
+// from lane l; here they are the rows 2 (l / 4) and 2 (l / 4) + 1 of the panel, which lie side by side in a
+// line: a lane reads 8 bytes, a warp 256 consecutive ones, and they *are* the fragment. Nothing is shuffled
+// and nothing goes through shared memory. Both nibbles of a q4 byte belong to one row and to columns 16
+// apart, as the fragment wants them. For bf16 a lane reads 16 bytes of a row, the columns 8 t to 8 t + 7,
+// and gives them to two instructions as their columns 2 t, 2 t + 1, 2 t + 8, 2 t + 9; activations alike.
+// Two neighbouring rows end in one lane, and so does the same row of two panels: every gate is a few
+// operations on registers.
+//
+// The zero point and the scale of a block of activations cost nothing: see `quant/src/activations.rs`. The
+// instruction starts from `start` and leaves the bits of a float; taking `magic` off is the product.
+//
+// Decode  A thread block has one panel (or the two that a gate needs) and up to 8 tokens, the columns of the
+//         instruction; a warp has one K range. Partial sums meet in shared memory.
+//         Limit  memory bandwidth. Two steps of loads are in flight, 64 bytes of quants a lane: 16 KiB a
+//                block. By its registers (104, for q8 76) a multiprocessor takes two blocks or three: 32 KiB
+//                or 48. At 4.3 TB/s and 0.7 us latency 132 of them need 23 KiB each.
+//         Work   of a q4 block of a panel (288 bytes) a warp executes 37 instructions, of a q8 one (544 bytes)
+//                33. At 4.3 TB/s and 1.7 GHz a multiprocessor gets 19 bytes a cycle: 15 cycles, in which it
+//                can issue 60.
+// Prompt  A thread block has 8 panels and 64 tokens, 8 warps of 2 panels and 32 tokens; weights and
+//         activations come through shared memory, some stages ahead (`cp.async`). Two blocks fit a
+//         multiprocessor, for which the 128 registers of a thread are filled.
+//         Limit  packed: issuing instructions. Of the 200 that a warp executes a block, 64 are additions and
+//                multiply-adds of the 32 sums of a lane, and 8 are matrix instructions of 4096 products:
+//                650 products a cycle and multiprocessor, of the 2048 (sm_80) or 4096 (sm_90) that the int8
+//                tensor cores could do. bf16: shared memory, 4 KiB for 16 instructions.
+//         Work   from L2 a thread block takes 18 bytes a block and row of q4 and 40 a block and token: with
+//                128 rows and 64 tokens 4.9 KB for 262,144 products, 12 bytes a cycle at 650.
+//         No GPU has timed either yet: the figures are counted, in machine code for sm_90.
+
+#include "common.cuh"
+
+constexpr u32 BLOCK = 32;
+constexpr u32 PANEL_ROWS = 16;
+constexpr u32 LINE = 64;
+// K ranges, and the warps of a decoding block.
+constexpr u32 RANGES = 8;
+constexpr u32 THREADS = 32 * RANGES;
+// Tokens of a decoding block, and of a prompt's.
+constexpr u32 FEW = 8;
+constexpr u32 MANY = 64;
+// Panels of a prompt's block.
+constexpr u32 PANELS = 8;
+
+// What the activations of a block have beside their bytes.
+struct alignas(8) Head {
+  i32 start;
+  float magic;
+};
+
+enum Gate : u32 { NONE, SILU, GEGELU };
+
+// The arguments that all the kernels take.
+//
+// Up to three matrices of one input, their results side by side; with SILU the gate and the up projection.
+// An expert's matrix begins `step` bytes after the one before it; experts have no bias.
+#define MATRIX(i) const u8* w##i, const float* bias##i, u32 rows##i, u32 step##i
+#define PARAMETERS                                                                                        \
+  MATRIX(0), MATRIX(1), MATRIX(2), u32 blocks, u32 range, u32 gate, float limit, const u8* x,             \
+    const Head* heads, u32 tokens, const u32* sources, const Tile* tiles, float* y, u32 stride
+#define PRODUCT                                                                                           \
+  Product{{w0, bias0, rows0, step0}, {w1, bias1, rows1, step1}, {w2, bias2, rows2, step2}, blocks,      \
+      range, gate, limit, x, heads, tokens, sources, tiles, y, stride}
+
+struct Matrix {
+  const u8* weights;
+  const float* bias;  // or none
+  u32 rows;
+  u32 step;
+};
+
+// Some slots (rows of the result), all of one expert. A list of them ends with empty ones.
+struct Tile {
+  u32 expert;
+  u32 first;
+  u32 count;
+  u32 unused;
+};
+
+struct Product {
+  Matrix first, second, third;
+  u32 blocks;          // of 32 columns
+  u32 range;           // blocks of a K range
+  u32 gate;
+  float limit;         // of GEGELU
+  const u8* x;         // activations
+  const Head* heads;   // their heads, if they are quantized
+  u32 tokens;          // rows of the result, where there are no tiles
+  const u32* sources;  // the row of `x` that a slot takes, or none: its own
+  const Tile* tiles;   // or none: one matrix for all
+  float* y;            // [slots][stride]
+  u32 stride;
+};
+
+// A panel as a product meets it.
+struct Panel {
+  const u8* weights;  // of the matrix
+  const float* bias;  // of the matrix, or none
+  u32 index;          // which panel of the matrix
+  u32 rows;           // of the matrix; none: nothing is to be written
+  u32 column;         // of the result, for the first row of the matrix
+};
+
+__device__ __forceinline__ u32 panels_of(const Matrix& m) { return (m.rows + PANEL_ROWS - 1) / PANEL_ROWS; }
+
+// Panel `index` of those of all matrices; with SILU even ones are the gate's, odd ones are up's. Past the
+// end it is the last one, with no rows.
+__device__ __forceinline__ Panel panel_at(const Product& p, u32 expert, u32 index) {
+  u32 n0 = panels_of(p.first), n1 = panels_of(p.second), n2 = panels_of(p.third);
+  u32 last = n0 + n1 + n2 - 1;
+  u32 i = min(index, last);
+  Panel panel = {p.first.weights, p.first.bias, i, p.first.rows, 0};
+  u32 step = p.first.step;
+  // Values are chosen, not places: the arguments stay where they are.
+  bool second = p.gate == SILU ? i % 2 == 1 : i >= n0;
+  if (second) {
+    panel = {p.second.weights, p.second.bias, i - n0, p.second.rows, p.first.rows};
+    step = p.second.step;
+  }
+  if (p.gate == SILU) {
+    panel.index = i / 2;
+    panel.column = 0;
+  } else if (i >= n0 + n1) {
+    panel = {p.third.weights, p.third.bias, i - n0 - n1, p.third.rows, p.first.rows + p.second.rows};
+    step = p.third.step;
+  }
+  panel.weights += u64(expert) * step;
+  if (index > last) panel.rows = 0;
+  return panel;
+}
+
+// The rows of the result that a thread block makes, `size` at most.
+__device__ __forceinline__ Tile tile_at(const Product& p, u32 index, u32 size) {
+  if (p.tiles) return p.tiles[index];
+  u32 first = index * size;
+  u32 left = p.tokens - first;
+  return {0, first, min(left, size), 0};
+}
+
+__device__ __forceinline__ u32 source_of(const Product& p, u32 slot) { return p.sources ? p.sources[slot] : slot; }
+
+__device__ __forceinline__ float with_bias(const Panel& panel, u32 row, float sum) {
+  return panel.bias ? sum + panel.bias[row] : sum;
+}
+
+__device__ __forceinline__ float silu_mul(float gate, float up) { return up * (gate / (1.0f + expf(-gate))); }
+
+__device__ __forceinline__ float unless_infinite(float v, float clamped) { return fabsf(v) == __uint_as_float(0x7F800000u) ? v : clamped; }
+
+// `kernels/src/cpu/gate.rs`; comparisons that keep a NaN.
+__device__ __forceinline__ float gegelu(float a, float b, float limit) {
+  a = unless_infinite(a, a > limit ? limit : a);
+  b = unless_infinite(b, b > limit ? limit : b < -limit ? -limit : b);
+  return a / (1.0f + expf(-1.702f * a)) * (b + 1.0f);
+}
+
+// Writes the rows `row` and `row + 1` of the matrix of `panel`, whose sums are `a` and `b`, of one slot.
+__device__ __forceinline__ void put_rows(const Product& p, const Panel& panel, u32 slot, u32 row, float a, float b) {
+  float* y = p.y + u64(slot) * p.stride + panel.column;
+  if (p.gate == GEGELU) {
+    if (row < panel.rows) {
+      y[row / 2] = gegelu(with_bias(panel, row, a), with_bias(panel, row + 1, b), p.limit);
+    }
+    return;
+  }
+  if (row < panel.rows) y[row] = with_bias(panel, row, a);
+  if (row + 1 < panel.rows) y[row + 1] = with_bias(panel, row + 1, b);
+}
+
+// Writes row `row` of the gate's panel and up's, whose sums are `a` and `b`, of one slot.
+__device__ __forceinline__ void put_gated(const Product& p, const Panel& gate, const Panel& up, u32 slot, u32 row, float a, float b) {
+  if (row < gate.rows) {
+    p.y[u64(slot) * p.stride + row] = silu_mul(with_bias(gate, row, a), with_bias(up, row, b));
+  }
+}
+
+// Where a lane stands in the fragments: rows 2 g and 2 g + 1 of a panel; token g of those it loads, tokens
+// 2 t and 2 t + 1 of those it sums.
+struct Lane {
+  u32 g, t;
+};
+
+__device__ __forceinline__ Lane lane_of(u32 thread) { return {thread % 32 / 4, thread % 4}; }
+
+// A lane's sums of one panel and 8 tokens: [row 2 g, 2 g + 1][token 2 t, 2 t + 1].
+struct Sums {
+  float at[4];
+};
+
+// Four or eight bits a weight: `LINES` is 4 or 8.
+template <u32 LINES> struct Packed {
+  static constexpr u32 BLOCK_BYTES = LINES * LINE;
+
+  struct Rows {
+    const u8* scales;
+    const u8* quants;
+  };
+
+  static __device__ __forceinline__ Rows rows_of(const Panel& panel, u32 blocks) {
+    u32 scales = (blocks * PANEL_ROWS * 2 + 63) / 64 * 64;
+    const u8* at = panel.weights + u64(panel.index) * (scales + u64(blocks) * BLOCK_BYTES);
+    return {at, at + scales};
+  }
+
+  // The fragment of a block from a lane's words: rows 2 g and 2 g + 1 of line t, and of line t + 4.
+  static __device__ __forceinline__ void unpack(const u32 (&w)[LINES / 2], u32 (&a)[4]) {
+    if constexpr (LINES == 4) {
+      a[0] = w[0] & 0x0F0F0F0F;
+      a[1] = w[1] & 0x0F0F0F0F;
+      a[2] = w[0] >> 4 & 0x0F0F0F0F;
+      a[3] = w[1] >> 4 & 0x0F0F0F0F;
+    } else {
+      for (u32 i = 0; i < 4; i++) a[i] = w[i];
+    }
+  }
+
+  // Adds a block: `low` and `high` are the scales of the two rows, `heads` are of tokens 2 t and 2 t + 1.
+  static __device__ __forceinline__ void add(Sums& sums, const u32 (&a)[4], const u32 (&b)[2], const Head (&heads)[2], float low, float high) {
+    i32 starts[4] = {heads[0].start, heads[1].start, heads[0].start, heads[1].start}, d[4];
+    mma_u8s8(d, a, b, starts);
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) {
+      float product = __int_as_float(d[i]) - heads[i % 2].magic;
+      sums.at[i] = fmaf(product, i < 2 ? low : high, sums.at[i]);
+    }
+  }
+
+  // The head that has this start: `magic` is 1.5 times a power of two, and `start` at most 128 * 32 * 127 < 2^22
+  // units in the last place from it. They have the same exponent, and that is all of `magic`.
+  static __device__ __forceinline__ Head head_of(i32 start) {
+    return {start, __uint_as_float((u32(start) & 0xFF800000u) | 0x00400000u)};
+  }
+
+  // Decode: a step is what a lane loads at a time, 32 bytes of quants; two steps are in flight.
+  template <u32 N> struct Step {
+    static constexpr u32 BLOCKS = 16 / (LINES * N);
+    u32 quants[BLOCKS][N][LINES / 2];
+    u32 scales[BLOCKS][N];
+    u32 a[BLOCKS][2];
+    i32 starts[BLOCKS][2];
+  };
+
+  // Where a lane reads next, of N panels and of the activations.
+  template <u32 N> struct Cursor {
+    const u8* quants[N];
+    const u8* scales[N];
+    const u8* x;           // of token g
+    const Head* heads[2];  // of tokens 2 t and 2 t + 1
+  };
+
+  template <u32 N>
+  static __device__ __forceinline__ Cursor<N> cursor(const Product& p, const Panel (&panels)[N], const Tile& tile, Lane lane, u32 first) {
+    Cursor<N> c;
+#pragma unroll
+    for (u32 n = 0; n < N; n++) {
+      Rows rows = rows_of(panels[n], p.blocks);
+      c.quants[n] = rows.quants + u64(first) * BLOCK_BYTES + lane.t * LINE + lane.g * 8;
+      c.scales[n] = rows.scales + (first * PANEL_ROWS + 2 * lane.g) * 2;
+    }
+    // Past the last token it stands in: columns do not mix, and theirs are not written.
+    auto row = [&](u32 token) { return u64(source_of(p, tile.first + min(token, tile.count - 1))) * p.blocks + first; };
+    c.x = p.x + row(lane.g) * BLOCK + lane.t * 4;
+#pragma unroll
+    for (u32 j = 0; j < 2; j++) c.heads[j] = p.heads + row(2 * lane.t + j);
+    return c;
+  }
+
+  // Loads a step, as far as there are blocks: `left`.
+  template <u32 N> static __device__ __forceinline__ void load(Step<N>& step, Cursor<N>& c, i32 left) {
+    constexpr u32 B = Step<N>::BLOCKS;
+#pragma unroll
+    for (u32 i = 0; i < B; i++) {
+      if (i32(i) >= left) break;
+#pragma unroll
+      for (u32 n = 0; n < N; n++) {
+#pragma unroll
+        for (u32 h = 0; h < LINES / 4; h++) {
+          U32x2 two = load_once8(c.quants[n] + i * BLOCK_BYTES + h * 4 * LINE);
+          step.quants[i][n][2 * h] = two.x;
+          step.quants[i][n][2 * h + 1] = two.y;
+        }
+        step.scales[i][n] = *reinterpret_cast<const u32*>(c.scales[n] + i * PANEL_ROWS * 2);
+      }
+      step.a[i][0] = *reinterpret_cast<const u32*>(c.x + i * BLOCK);
+      step.a[i][1] = *reinterpret_cast<const u32*>(c.x + i * BLOCK + 16);
+#pragma unroll
+      for (u32 j = 0; j < 2; j++) step.starts[i][j] = c.heads[j][i].start;
+    }
+#pragma unroll
+    for (u32 n = 0; n < N; n++) {
+      c.quants[n] += B * BLOCK_BYTES;
+      c.scales[n] += B * PANEL_ROWS * 2;
+    }
+    c.x += B * BLOCK;
+#pragma unroll
+    for (u32 j = 0; j < 2; j++) c.heads[j] += B;
+  }
+
+  template <u32 N> static __device__ __forceinline__ void add(Sums (&sums)[N], const Step<N>& step, i32 left) {
+#pragma unroll
+    for (u32 i = 0; i < Step<N>::BLOCKS; i++) {
+      if (i32(i) >= left) break;
+#pragma unroll
+      for (u32 n = 0; n < N; n++) {
+        u32 a[4];
+        unpack(step.quants[i][n], a);
+        float low = f16_to_f32(u16(step.scales[i][n])), high = f16_to_f32(u16(step.scales[i][n] >> 16));
+        Head heads[2] = {head_of(step.starts[i][0]), head_of(step.starts[i][1])};
+        add(sums[n], a, step.a[i], heads, low, high);
+      }
+    }
+  }
+
+  // The sums of the blocks `first .. last` of N panels.
+  template <u32 N>
+  static __device__ __forceinline__ void range(Sums (&sums)[N], const Product& p, const Panel (&panels)[N], const Tile& tile, Lane lane,
+                                               u32 first, u32 last) {
+    constexpr i32 B = Step<N>::BLOCKS;
+    Cursor<N> c = cursor(p, panels, tile, lane, first);
+    Step<N> even, odd;
+    i32 left = i32(last) - i32(first);
+    load(even, c, left);
+    load(odd, c, left - B);
+    for (; left > 0; left -= 2 * B) {
+      add(sums, even, left);
+      load(even, c, left - 2 * B);
+      add(sums, odd, left - B);
+      load(odd, c, left - 3 * B);
+    }
+  }
+
+  // Prompt: two blocks of everything a stage.
+  static constexpr u32 BLOCKS_PER_STAGE = 2;
+  static constexpr u32 STAGES = 3;
+  static constexpr u32 SCALES_AT = PANELS * BLOCKS_PER_STAGE * BLOCK_BYTES;
+  static constexpr u32 X_AT = SCALES_AT + PANELS * BLOCKS_PER_STAGE * PANEL_ROWS * 2;
+  static constexpr u32 HEADS_AT = X_AT + MANY * BLOCKS_PER_STAGE * BLOCK;
+  static constexpr u32 STAGE_BYTES = HEADS_AT + MANY * BLOCKS_PER_STAGE * sizeof(Head);
+  // Pieces of 16 bytes: of a panel's quants, which one warp copies; of its scales 4; of a token's activations 4.
+  static constexpr u32 PIECES = BLOCKS_PER_STAGE * BLOCK_BYTES / 16;
+  static_assert(PANELS * WARP == THREADS && MANY * 4 == THREADS, "all threads copy");
+
+  // What a thread copies of stage 0.
+  struct Source {
+    const u8* quants;  // and every 32nd piece after it
+    const u8* scales;
+    u32 x;  // where the token's row begins, in blocks
+  };
+
+  static __device__ __forceinline__ Source source(const Product& p, const Tile& tile, u32 panel, u32 thread) {
+    Rows rows = rows_of(panel_at(p, tile.expert, panel + thread / WARP), p.blocks);
+    // Past the last token the last one stands in.
+    u32 token = source_of(p, tile.first + min(thread / 4, tile.count - 1));
+    return {rows.quants + thread % WARP * 16, rows.scales + thread % 4 * 16, token * p.blocks};
+  }
+
+  static __device__ __forceinline__ void copy(u8* to, const Source& s, const Product& p, u32 stage, u32 thread) {
+    u32 b = stage * BLOCKS_PER_STAGE;
+    // The last stage may have a block less. (A panel's scales are padded.)
+    u32 left = p.blocks - b;
+    u32 panel = thread / WARP, lane = thread % WARP;
+#pragma unroll
+    for (u32 i = lane; i < PIECES; i += WARP) {
+      if (i * 16 < left * BLOCK_BYTES) {
+        cp_async16(to + (panel * PIECES + i) * 16, s.quants + u64(b) * BLOCK_BYTES + (i - lane) * 16);
+      }
+    }
+    if (lane < 4) cp_async16(to + SCALES_AT + (panel * 4 + lane) * 16, s.scales + b * PANEL_ROWS * 2);
+    // Halves of a block change places for every other four tokens: reading is then free of conflicts.
+    u32 token = thread / 4, block = thread % 4 / 2, half = thread % 2;
+    if (block < left) {
+      u32 at = (block * MANY + token) * BLOCK + (half ^ (token / 4 % 2)) * 16;
+      cp_async16(to + X_AT + at, p.x + u64(s.x + b) * BLOCK + thread % 4 * 16);
+    }
+    block = thread % 4;
+    if (block < BLOCKS_PER_STAGE && block < left) {
+      cp_async8(to + HEADS_AT + (block * MANY + token) * sizeof(Head), p.heads + s.x + b + block);
+    }
+  }
+
+  // Adds block `block` of a stage: panels `panel` and `panel + 1`, 32 tokens from `token` on.
+  static __device__ __forceinline__ void add(Sums (&sums)[2][4], const u8* from, u32 block, u32 panel, u32 token, Lane lane) {
+    u32 a[2][4];
+    float low[2], high[2];
+#pragma unroll
+    for (u32 n = 0; n < 2; n++) {
+      const u8* quants = from + ((panel + n) * BLOCKS_PER_STAGE + block) * BLOCK_BYTES + lane.t * LINE + lane.g * 8;
+      u32 w[LINES / 2];
+#pragma unroll
+      for (u32 h = 0; h < LINES / 4; h++) {
+        U32x2 two = *reinterpret_cast<const U32x2*>(quants + h * 4 * LINE);
+        w[2 * h] = two.x;
+        w[2 * h + 1] = two.y;
+      }
+      unpack(w, a[n]);
+      u32 at = SCALES_AT + (((panel + n) * BLOCKS_PER_STAGE + block) * PANEL_ROWS + 2 * lane.g) * 2;
+      u32 scales = *reinterpret_cast<const u32*>(from + at);
+      low[n] = f16_to_f32(u16(scales));
+      high[n] = f16_to_f32(u16(scales >> 16));
+    }
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) {
+      u32 first = block * MANY + token + 8 * i;
+      const u8* x = from + X_AT + (first + lane.g) * BLOCK + lane.t * 4;
+      u32 swap = lane.g / 4 * 16;
+      u32 b[2] = {*reinterpret_cast<const u32*>(x + swap), *reinterpret_cast<const u32*>(x + (swap ^ 16))};
+      U32x4 two = *reinterpret_cast<const U32x4*>(from + HEADS_AT + (first + 2 * lane.t) * sizeof(Head));
+      Head heads[2] = {{i32(two.x), __uint_as_float(two.y)}, {i32(two.z), __uint_as_float(two.w)}};
+#pragma unroll
+      for (u32 n = 0; n < 2; n++) add(sums[n][i], a[n], b, heads, low[n], high[n]);
+    }
+  }
+};
+
+// What bf16 and the floats share: row-major weights of `W`, activations of `X`, rows padded to whole blocks.
+template <class W, class X> struct RowMajor {
+  static constexpr u32 W_PIECES = BLOCK * sizeof(W) / 16, X_PIECES = BLOCK * sizeof(X) / 16;
+
+  // Row `row` of a panel; the last one of the matrix stands for those past it.
+  static __device__ __forceinline__ const u8* row_of(const Panel& panel, u32 row, u32 blocks) {
+    u32 at = panel.index * PANEL_ROWS + row;
+    u32 last = panel.rows > 0 ? panel.rows - 1 : 0;
+    return panel.weights + u64(at < last ? at : last) * blocks * BLOCK * sizeof(W);
+  }
+
+  // The row of a token; past the last one it stands in: sums of tokens do not mix, and theirs are not written.
+  static __device__ __forceinline__ const u8* token_of(const Product& p, const Tile& tile, u32 token) {
+    return p.x + u64(source_of(p, tile.first + min(token, tile.count - 1))) * p.blocks * BLOCK * sizeof(X);
+  }
+
+  // Prompt: a block a stage, `[panels][16 rows]` and `[tokens]`.
+  static constexpr u32 BLOCKS_PER_STAGE = 1;
+  static constexpr u32 X_AT = PANELS * PANEL_ROWS * BLOCK * sizeof(W);
+  static constexpr u32 STAGE_BYTES = X_AT + MANY * BLOCK * sizeof(X);
+  static constexpr u32 W_PER_THREAD = PANELS * PANEL_ROWS * W_PIECES / THREADS;
+  static constexpr u32 X_PER_THREAD = MANY * X_PIECES / THREADS;
+
+  // Where piece `piece` of row `row` stands. Pairs of rows lie together and their pieces change places, so
+  // that neither the rows of one parity nor neighbouring ones meet in the same banks.
+  static __device__ __forceinline__ u32 place(u32 row, u32 piece, u32 pieces) {
+    u32 pair = row / 2, in_pair = row % 2 * pieces + piece;
+    u32 swap = pieces == 8 ? pair % 8 : pair % 2 * 4;
+    return (pair * 2 * pieces + (in_pair ^ swap)) * 16;
+  }
+
+  struct Source {
+    const u8* w[W_PER_THREAD];
+    const u8* x[X_PER_THREAD];
+  };
+
+  static __device__ __forceinline__ Source source(const Product& p, const Tile& tile, u32 panel, u32 thread) {
+    Source s;
+    for (u32 i = 0; i < W_PER_THREAD; i++) {
+      u32 piece = thread + i * THREADS, row = piece / W_PIECES;
+      Panel of = panel_at(p, tile.expert, panel + row / PANEL_ROWS);
+      s.w[i] = row_of(of, row % PANEL_ROWS, p.blocks) + piece % W_PIECES * 16;
+    }
+    for (u32 i = 0; i < X_PER_THREAD; i++) {
+      u32 piece = thread + i * THREADS;
+      s.x[i] = token_of(p, tile, piece / X_PIECES) + piece % X_PIECES * 16;
+    }
+    return s;
+  }
+
+  static __device__ __forceinline__ void copy(u8* to, const Source& s, const Product &, u32 stage, u32 thread) {
+    for (u32 i = 0; i < W_PER_THREAD; i++) {
+      u32 piece = thread + i * THREADS;
+      u32 at = place(piece / W_PIECES, piece % W_PIECES, W_PIECES);
+      cp_async16(to + at, s.w[i] + u64(stage) * BLOCK * sizeof(W));
+    }
+    for (u32 i = 0; i < X_PER_THREAD; i++) {
+      u32 piece = thread + i * THREADS;
+      u32 at = place(piece / X_PIECES, piece % X_PIECES, X_PIECES);
+      cp_async16(to + X_AT + at, s.x[i] + u64(stage) * BLOCK * sizeof(X));
+    }
+  }
+};
+
+// bf16 weights and activations.
+struct Bf16 : RowMajor<u16, u16> {
+  // Adds a block from 16 bytes each of rows 2 g and 2 g + 1 and of token g.
+  static __device__ __forceinline__ void add(Sums& sums, const U32x4& low, const U32x4& high, const U32x4& x) {
+    u32 a[4] = {low.x, high.x, low.y, high.y}, b[2] = {x.x, x.y};
+    mma_bf16(sums.at, a, b);
+    u32 c[4] = {low.z, high.z, low.w, high.w}, d[2] = {x.z, x.w};
+    mma_bf16(sums.at, c, d);
+  }
+
+  // Decode: a step is 64 bytes of weights a lane; two are in flight.
+  template <u32 N> struct Step {
+    static constexpr u32 BLOCKS = 2 / N;
+    U32x4 rows[BLOCKS][N][2];
+    U32x4 x[BLOCKS];
+  };
+
+  template <u32 N>
+  static __device__ __forceinline__ void load(Step<N>& step, const u8* const (&rows)[N][2], const u8* x, u32 first, u32 last) {
+#pragma unroll
+    for (u32 i = 0; i < Step<N>::BLOCKS; i++) {
+      u32 b = first + i;
+      if (b >= last) break;
+#pragma unroll
+      for (u32 n = 0; n < N; n++) {
+#pragma unroll
+        for (u32 r = 0; r < 2; r++) step.rows[i][n][r] = load_once16(rows[n][r] + u64(b) * BLOCK * 2);
+      }
+      step.x[i] = *reinterpret_cast<const U32x4*>(x + u64(b) * BLOCK * 2);
+    }
+  }
+
+  template <u32 N> static __device__ __forceinline__ void add(Sums (&sums)[N], const Step<N>& step, u32 first, u32 last) {
+#pragma unroll
+    for (u32 i = 0; i < Step<N>::BLOCKS; i++) {
+      if (first + i >= last) break;
+#pragma unroll
+      for (u32 n = 0; n < N; n++) add(sums[n], step.rows[i][n][0], step.rows[i][n][1], step.x[i]);
+    }
+  }
+
+  template <u32 N>
+  static __device__ __forceinline__ void range(Sums (&sums)[N], const Product& p, const Panel (&panels)[N], const Tile& tile, Lane lane,
+              u32 first, u32 last) {
+    const u8* rows[N][2];
+    for (u32 n = 0; n < N; n++) {
+      for (u32 r = 0; r < 2; r++) rows[n][r] = row_of(panels[n], 2 * lane.g + r, p.blocks) + lane.t * 16;
+    }
+    const u8* x = token_of(p, tile, lane.g) + lane.t * 16;
+    constexpr u32 B = Step<N>::BLOCKS;
+    Step<N> even, odd;
+    load(even, rows, x, first, last);
+    load(odd, rows, x, first + B, last);
+    for (u32 b = first; b < last; b += 2 * B) {
+      add(sums, even, b, last);
+      load(even, rows, x, b + 2 * B, last);
+      add(sums, odd, b + B, last);
+      load(odd, rows, x, b + 3 * B, last);
+    }
+  }
+
+  static constexpr u32 STAGES = 4;
+
+  static __device__ __forceinline__ void add(Sums (&sums)[2][4], const u8* from, u32, u32 panel, u32 token, Lane lane) {
+    U32x4 rows[2][2];
+#pragma unroll
+    for (u32 n = 0; n < 2; n++) {
+#pragma unroll
+      for (u32 r = 0; r < 2; r++) {
+        u32 at = place((panel + n) * PANEL_ROWS + 2 * lane.g + r, lane.t, W_PIECES);
+        rows[n][r] = *reinterpret_cast<const U32x4*>(from + at);
+      }
+    }
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) {
+      u32 at = X_AT + place(token + 8 * i + lane.g, lane.t, X_PIECES);
+      U32x4 x = *reinterpret_cast<const U32x4*>(from + at);
+#pragma unroll
+      for (u32 n = 0; n < 2; n++) add(sums[n][i], rows[n][0], rows[n][1], x);
+    }
+  }
+};
+
+// f32 or f16 weights, f32 activations: the definition, for comparisons, not for speed. A lane has its rows
+// and tokens to itself.
+template <class W> struct Floats : RowMajor<W, float> {
+  using Rows = RowMajor<W, float>;
+  // Columns that a lane reads at a time.
+  static constexpr u32 COLS = 8;
+
+  // Eight weights, whose pieces of 16 bytes are at `at[0]` and, for f32, `at[1]`.
+  static __device__ __forceinline__ void widen(float (&out)[COLS], const u8* const (&at)[2]) {
+    if constexpr (sizeof(W) == 4) {
+      for (u32 i = 0; i < COLS; i++) out[i] = reinterpret_cast<const float*>(at[i / 4])[i % 4];
+    } else {
+      for (u32 i = 0; i < COLS; i++) out[i] = f16_to_f32(reinterpret_cast<const u16*>(at[0])[i]);
+    }
+  }
+
+  template <u32 N>
+  static __device__ __forceinline__ void range(Sums (&sums)[N], const Product& p, const Panel (&panels)[N], const Tile& tile, Lane lane,
+              u32 first, u32 last) {
+    const u8* rows[N][2], *x[2];
+    for (u32 n = 0; n < N; n++) {
+      for (u32 r = 0; r < 2; r++) rows[n][r] = Rows::row_of(panels[n], 2 * lane.g + r, p.blocks);
+    }
+    for (u32 j = 0; j < 2; j++) x[j] = Rows::token_of(p, tile, 2 * lane.t + j);
+    for (u32 k = first * BLOCK; k < last * BLOCK; k += COLS) {
+      float w[N][2][COLS];
+      for (u32 n = 0; n < N; n++) {
+        for (u32 r = 0; r < 2; r++) {
+          const u8* at = rows[n][r] + u64(k) * sizeof(W);
+          widen(w[n][r], {at, at + 16});
+        }
+      }
+      for (u32 j = 0; j < 2; j++) {
+        const float* values = reinterpret_cast<const float*>(x[j]) + k;
+        for (u32 i = 0; i < COLS; i++) {
+          float value = values[i];
+          for (u32 n = 0; n < N; n++) {
+            for (u32 r = 0; r < 2; r++) {
+              sums[n].at[2 * r + j] = fmaf(w[n][r][i], value, sums[n].at[2 * r + j]);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  static constexpr u32 STAGES = sizeof(W) == 4 ? 2 : 3;
+
+  static __device__ __forceinline__ void add(Sums (&sums)[2][4], const u8* from, u32, u32 panel, u32 token, Lane lane) {
+#pragma unroll 1
+    for (u32 c = 0; c < BLOCK / COLS; c++) {
+      float w[2][2][COLS];
+#pragma unroll
+      for (u32 n = 0; n < 2; n++) {
+#pragma unroll
+        for (u32 r = 0; r < 2; r++) {
+          u32 row = (panel + n) * PANEL_ROWS + 2 * lane.g + r;
+          constexpr u32 PIECES = COLS * sizeof(W) / 16;
+          const u8* at[2];
+          for (u32 h = 0; h < 2; h++) {
+            at[h] = from + Rows::place(row, c * PIECES + h % PIECES, Rows::W_PIECES);
+          }
+          widen(w[n][r], at);
+        }
+      }
+#pragma unroll
+      for (u32 i = 0; i < 4; i++) {
+#pragma unroll
+        for (u32 j = 0; j < 2; j++) {
+#pragma unroll
+          for (u32 h = 0; h < 2; h++) {
+            u32 at = Rows::place(token + 8 * i + 2 * lane.t + j, 2 * c + h, Rows::X_PIECES);
+            const float* x = reinterpret_cast<const float*>(from + Rows::X_AT + at);
+#pragma unroll
+            for (u32 k = 0; k < 4; k++) {
+#pragma unroll
+              for (u32 n = 0; n < 2; n++) {
+#pragma unroll
+                for (u32 r = 0; r < 2; r++) {
+                  float& sum = sums[n][i].at[2 * r + j];
+                  sum = fmaf(w[n][r][4 * h + k], x[k], sum);
+                }
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+};
+
+// Up to 8 tokens (`blockIdx.y` counts them) times one panel, or a gate's and up's (`blockIdx.x`).
+template <class Format, u32 N> __device__ __forceinline__ void decode(const Product& p) {
+  __shared__ float partial[RANGES][N][FEW][PANEL_ROWS];
+  u32 thread = threadIdx.x, warp = thread / 32;
+  Tile tile = tile_at(p, blockIdx.y, FEW);
+  if (tile.count == 0) return;
+  Panel panels[N];
+  for (u32 n = 0; n < N; n++) panels[n] = panel_at(p, tile.expert, blockIdx.x * N + n);
+
+  Lane lane = lane_of(thread);
+  Sums sums[N] = {};
+  u32 first = warp * p.range;
+  Format::range(sums, p, panels, tile, lane, first, min(first + p.range, p.blocks));
+  for (u32 n = 0; n < N; n++) {
+    for (u32 i = 0; i < 4; i++) partial[warp][n][2 * lane.t + i % 2][2 * lane.g + i / 2] = sums[n].at[i];
+  }
+  __syncthreads();
+
+  // A thread has two neighbouring rows of a token, or the two that a gate joins.
+  u32 rows = PANEL_ROWS * N / 2;
+  u32 token = thread / rows, row = thread % rows;
+  if (token >= tile.count) return;
+  float a = 0.0f, b = 0.0f;
+  for (u32 r = 0; r < RANGES; r++) {
+    a += partial[r][0][token][N == 1 ? 2 * row : row];
+    b += partial[r][N - 1][token][N == 1 ? 2 * row + 1 : row];
+  }
+  u32 slot = tile.first + token;
+  if constexpr (N == 1) {
+    put_rows(p, panels[0], slot, panels[0].index * PANEL_ROWS + 2 * row, a, b);
+  } else {
+    put_gated(p, panels[0], panels[1], slot, panels[0].index * PANEL_ROWS + row, a, b);
+  }
+}
+
+// 64 tokens (`blockIdx.x`) times 8 panels (`blockIdx.y`).
+template <class Format> __device__ __forceinline__ void prompt(const Product& p) {
+  DYN_SHARED(u8, shared);
+  u32 thread = threadIdx.x, warp = thread / 32;
+  Tile tile = tile_at(p, blockIdx.x, MANY);
+  if (tile.count == 0) return;
+
+  auto source = Format::source(p, tile, blockIdx.y * PANELS, thread);
+  u32 stages = (p.blocks + Format::BLOCKS_PER_STAGE - 1) / Format::BLOCKS_PER_STAGE;
+  for (u32 s = 0; s < Format::STAGES - 1; s++) {
+    if (s < stages) Format::copy(shared + s * Format::STAGE_BYTES, source, p, s, thread);
+    cp_async_commit();
+  }
+
+  Lane lane = lane_of(thread);
+  u32 panel = warp % (PANELS / 2) * 2, token = warp / (PANELS / 2) * 32;
+  Sums sums[2][4] = {}, totals[2][4] = {};
+  auto end_range = [&] {
+#pragma unroll
+    for (u32 n = 0; n < 2; n++) {
+#pragma unroll
+      for (u32 i = 0; i < 4; i++) {
+#pragma unroll
+        for (u32 j = 0; j < 4; j++) {
+          totals[n][i].at[j] += sums[n][i].at[j];
+          sums[n][i].at[j] = 0.0f;
+        }
+      }
+    }
+  };
+  u32 end = p.range;
+  for (u32 s = 0; s < stages; s++) {
+    // Stage s has come, for all threads; all have read the one that is overwritten next.
+    cp_async_wait<Format::STAGES - 2>();
+    __syncthreads();
+    u32 next = s + Format::STAGES - 1;
+    if (next < stages) Format::copy(shared + next % Format::STAGES * Format::STAGE_BYTES, source, p, next, thread);
+    cp_async_commit();
+    if (token >= tile.count) continue;
+    const u8* from = shared + s % Format::STAGES * Format::STAGE_BYTES;
+#pragma unroll
+    for (u32 block = 0; block < Format::BLOCKS_PER_STAGE; block++) {
+      u32 b = s * Format::BLOCKS_PER_STAGE + block;
+      if (b >= p.blocks) break;
+      Format::add(sums, from, block, panel, token, lane);
+      if (b + 1 == end) {
+        end_range();
+        end += p.range;
+      }
+    }
+  }
+  end_range();
+
+  Panel panels[2];
+  for (u32 n = 0; n < 2; n++) panels[n] = panel_at(p, tile.expert, blockIdx.y * PANELS + panel + n);
+#pragma unroll
+  for (u32 i = 0; i < 4; i++) {
+#pragma unroll
+    for (u32 j = 0; j < 2; j++) {
+      u32 at = token + 8 * i + 2 * lane.t + j;
+      if (at >= tile.count) continue;
+      u32 slot = tile.first + at;
+      if (p.gate == SILU) {
+#pragma unroll
+        for (u32 r = 0; r < 2; r++) {
+          u32 row = panels[0].index * PANEL_ROWS + 2 * lane.g + r;
+          put_gated(p, panels[0], panels[1], slot, row, totals[0][i].at[2 * r + j], totals[1][i].at[2 * r + j]);
+        }
+      } else {
+#pragma unroll
+        for (u32 n = 0; n < 2; n++) {
+          u32 row = panels[n].index * PANEL_ROWS + 2 * lane.g;
+          put_rows(p, panels[n], slot, row, totals[n][i].at[j], totals[n][i].at[2 + j]);
+        }
+      }
+    }
+  }
+}
+
+#define KERNELS_OF(name, Format, BLOCKS)                                                                       \
+  extern "C" __global__ void __launch_bounds__(THREADS, 2) name##_decode(PARAMETERS) { decode<Format, 1>(PRODUCT); }        \
+  extern "C" __global__ void __launch_bounds__(THREADS, 2) name##_decode_gated(PARAMETERS) { decode<Format, 2>(PRODUCT); }  \
+  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) name##_prompt(PARAMETERS) { prompt<Format>(PRODUCT); }
+
+KERNELS_OF(q4, Packed<4>, 2)
+KERNELS_OF(q8, Packed<8>, 2)
+KERNELS_OF(bf16, Bf16, 2)
+KERNELS_OF(f32, Floats<float>, 1)
+KERNELS_OF(f16, Floats<u16>, 1)

@@ -1,0 +1,2 @@
+// Choosing tokens.
+#include "common.cuh"
