@@ -10,7 +10,7 @@ use phidias::engine::checkpoint::CheckpointError;
 use phidias::engine::generate::{Detokenize, Event, GenerateError, GenerateOptions, generate};
 use phidias::engine::machine::Machine;
 use phidias::engine::sampling::SampleError;
-use phidias::engine::{AlignedBytes, Bytes, Cancel};
+use phidias::engine::{Bytes, Cancel, OwnedBytes};
 use phidias::models::Source;
 use phidias::models::config::ConfigError;
 use phidias::models::quantize::quantize_folder;
@@ -1318,7 +1318,7 @@ fn absurd_numbers_of_threads() {
 
 /// Opens a model from bytes in memory and runs a token through it. Only a panic fails.
 fn try_model(config: &[u8], weights: &[u8]) -> Result<(), Error> {
-    let bytes = Bytes::from(AlignedBytes::try_copy(weights).unwrap());
+    let bytes = Bytes::from(OwnedBytes::copy(weights).unwrap());
     let source = Source::from_bytes("any", config, b"{}", bytes)?;
     let as_stored = OpenOptions {
         threads: Some(1),

@@ -7,7 +7,7 @@ mod common;
 
 use phidias::engine::Isa;
 use safetensors::SafeTensors;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::fs;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -769,6 +769,12 @@ fn tokens_of_layers(routing: &Value) -> Vec<u64> {
     layers.iter().map(sum).collect()
 }
 
+/// A JSON value on each line.
+fn values(lines: &str) -> Vec<Value> {
+    let parse = |line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{line}: {e}"));
+    lines.lines().map(parse).collect()
+}
+
 #[test]
 fn statistics_tell_where_the_tokens_went() {
     let home = home();
@@ -812,7 +818,24 @@ fn statistics_tell_where_the_tokens_went() {
             .iter()
             .all(|n| *n >= 2 * scored)
     );
+    // Of a bench: every repetition, and nothing of the warm-up.
+    let bench = "-p 8,3 -n 2 -r 2 --threads 1 --rough-peaks --stats json";
+    let bench: Vec<_> = ["bench", &model[..]]
+        .into_iter()
+        .chain(bench.split(' '))
+        .collect();
+    let records = succeed(home.path(), &[&bench[..], &["--json"]].concat());
+    let records = values(&records.out);
+    let routings: Vec<_> = records.iter().map(|r| r["routing"].clone()).collect();
+    let counted: Vec<_> = routings.iter().map(tokens_of_layers).collect();
+    assert_eq!(counted, [8, 3, 2].map(|n| vec![2 * 2 * n; 2]));
+    // One token reads two experts.
+    assert_eq!(routings[2]["expert_reads"], json!([8, 8]));
+    let table = succeed(home.path(), &[&bench[..], &["--quiet"]].concat());
+    assert_eq!(values(&table.err), routings);
     let words = ["--stats", "has no experts"];
+    let dense = ["bench", "--synth", "phi-3.5-mini", "--stats", "json"];
+    fail(home.path(), 1, &dense, &words);
     fail(
         home.path(),
         1,
@@ -835,14 +858,23 @@ fn a_mixture_is_inspected_quantized_and_benched() {
     let packed = packed.to_str().unwrap();
     succeed(home.path(), &["quantize", &model, packed, "--format", "q4"]);
     let text = succeed(home.path(), &["inspect", packed]).out;
-    for words in ["phimoe", "4 experts (2 for a token) of MLP 48", "a token)"] {
+    for words in [
+        "phimoe",
+        "4 experts (2 for a token) of MLP 48",
+        " (pageable: experts ",
+        ", at least ",
+    ] {
         assert!(text.contains(words), "{words}: {text}");
     }
     let object: Value =
         serde_json::from_str(&succeed(home.path(), &["inspect", packed, "--json"]).out).unwrap();
     let plan = |name: &str| object["plan"][name].as_u64().unwrap();
-    assert_eq!(plan("working_set"), plan("pageable") / 2, "two of four");
-    assert!(plan("pageable") > 0 && plan("pageable") < plan("weights"));
+    // Two of four, and all of the embedding: a full context has more rows than it.
+    assert_eq!(plan("embedding"), 4096 * 32 * 2);
+    assert_eq!(plan("pageable"), plan("experts") + plan("embedding"));
+    assert_eq!(plan("working_set"), plan("experts") / 2 + plan("embedding"));
+    assert_eq!(plan("least"), plan("total") - plan("experts") / 2);
+    assert!(plan("experts") > 0 && plan("pageable") < plan("weights"));
     assert_eq!(object["num_local_experts"], 4);
     assert_eq!(object["num_experts_per_tok"], 2);
     assert_eq!(object["plan"]["runs"], true);
@@ -873,9 +905,9 @@ fn a_mixture_is_inspected_quantized_and_benched() {
     let bytes = |i: usize| records[i]["weight_bytes_per_token"].as_u64().unwrap();
     // Of the experts half is read for a token; the head and the rest wholly. The embedding, the norms and
     // the biases (less than 64 KiB here, and the table of 4096 rows of 32 in bf16) are not counted.
-    let all = plan("weights") - 4096 * 32 * 2;
+    let read = plan("weights") - plan("embedding") - plan("experts") / 2;
     let decode = bytes(1);
-    assert!(decode <= all - plan("pageable") / 2 && decode + 65_536 > all - plan("pageable") / 2);
+    assert!(decode <= read && decode + 65_536 > read);
     // Eight tokens share what they read.
     assert!(bytes(0) < decode / 4, "{} {decode}", bytes(0));
 }
@@ -1224,6 +1256,9 @@ fn chat_keeps_pictures_of_earlier_turns() {
         "{show}What?\nAnd?\n/image nowhere.png\n{show}{show}Both?\n/clear\nHi\n"
     ));
     assert_eq!(ran.code, Some(0), "{}", ran.err);
+    // Before there is a picture.
+    let plan = ran.err.lines().find(|l| l.contains("memory: ")).unwrap();
+    assert!(plan.contains(" + pictures "), "{plan}");
     let contexts: Vec<usize> = (ran.err.lines())
         .filter_map(|line| {
             line.split("context ")

@@ -6,14 +6,18 @@ mod common;
 use common::*;
 use phidias::engine::backend::{Cpu, ExpertScratch, Input, Routes};
 use phidias::engine::kv_cache::KvType;
+use phidias::engine::memory::Pageable;
 use phidias::engine::pool::Pool;
 use phidias::engine::sampling::{Sampler, SamplingParams};
 use phidias::engine::tensor::{Buffer, Linear, Matrix};
 use phidias::engine::{Cancel, Kernels};
+use phidias::models::Placement;
 use phidias::models::Source;
+use phidias::models::image::Picture;
 use phidias::models::quantize::quantize_folder;
 use phidias::models::session::Crossing;
 use phidias::models::transformer::{FeedForward, Layer};
+use phidias::models::vision::Scratch;
 use phidias::models::weights::{HEAD, Role};
 use phidias::{Error, Model, OpenOptions, SessionOptions, WeightFormat};
 use serde_json::{Value, json};
@@ -950,9 +954,10 @@ fn quantized_experts_agree_with_their_dequantized_weights() {
     assert!(checked > 0, "no fixture with experts");
 }
 
-/// A folder of packed experts is mapped and need not be in memory; what was quantized while loading is.
+/// Experts and embedding of a packed folder are mapped and need not be in memory; what was quantized while
+/// loading is.
 #[test]
-fn experts_are_pageable_where_they_are_mapped() {
+fn weights_are_pageable_where_they_are_mapped() {
     let target = TempDir::new().unwrap();
     for folder in text_fixtures() {
         let loaded = open(&folder, WeightFormat::Q4);
@@ -960,25 +965,70 @@ fn experts_are_pageable_where_they_are_mapped() {
         let out = target.path().join(folder.file_name().unwrap());
         quantize(&folder, &out, WeightFormat::Q4).unwrap();
         let mapped = open(&out, WeightFormat::Q4);
-        assert_eq!(loaded.weight_bytes().experts, 0);
-        assert_eq!(mapped.weight_bytes().experts > 0, moe);
+        assert_eq!(loaded.weight_bytes().pageable, Pageable::default());
         let experts = mapped.transformer().layers.iter().flat_map(|l| l.experts());
         let bytes: usize = experts.map(|expert| expert.bytes()).sum();
-        assert_eq!(mapped.weight_bytes().experts, bytes);
+        assert_eq!(bytes > 0, moe);
+        // A head that is tied to the embedding was packed into a matrix of its own.
+        let expected = Pageable {
+            experts: bytes,
+            embedding: mapped.transformer().embed_tokens.bytes(),
+            encoder: 0,
+        };
+        assert_eq!(mapped.weight_bytes().pageable, expected);
         let plan = phidias::Session::plan(&mapped, &run(16, 1, 16)).unwrap();
-        assert_eq!(plan.pageable, bytes);
-        // Two of sixteen.
-        assert_eq!(plan.working_set, bytes / 8);
+        assert_eq!(plan.pageable, expected);
+        // Two experts of sixteen, and what sixteen short rows may lie on: two pages each.
+        let rows = expected.embedding.min(16 * 8192);
+        assert_eq!(plan.working_set, bytes / 8 + rows);
+        let rest = expected.embedding - rows + bytes - bytes / 8;
+        assert_eq!(plan.total() - plan.least(), rest);
         let source = Source::open(&out).unwrap();
         assert_eq!(source.planned(None).unwrap().1, mapped.weight_bytes());
         if cfg!(target_os = "linux") {
             let now = mapped.residency().expect("mapped weights");
-            assert!(now.resident <= now.mapped && now.mapped > bytes);
+            assert!(now.resident <= now.mapped);
+            // Every tensor of the file, once: the embedding, and a head that is tied to it, too.
+            assert_eq!(now.mapped, mapped.weight_bytes().all);
             // It was written a moment ago, and run.
             session(&mapped, run(16, 1, 16)).extend(&[1, 2, 3]).unwrap();
             assert!(mapped.residency().unwrap().resident > 0);
         }
     }
+}
+
+/// The encoder of a packed folder is counted like every mapped weight, may be paged, and comes back after it
+/// was released.
+#[test]
+fn an_encoder_is_pageable_where_it_is_mapped() {
+    let target = TempDir::new().unwrap();
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/phi3v-tiny-nc4");
+    let out = target.path().join("q8");
+    quantize(&folder, &out, WeightFormat::Q8).unwrap();
+    let model = open(&out, WeightFormat::Q8);
+    let bytes = model.weight_bytes();
+    let source = Source::open(&out).unwrap();
+    let encoder = (source.checkpoint.tensors())
+        .filter(|(name, _)| name.contains(".vision_embed_tokens."))
+        .map(|(_, tensor)| tensor.bytes().len());
+    assert_eq!(bytes.pageable.encoder, encoder.sum::<usize>());
+    assert!(bytes.pageable.encoder > 0);
+    assert_eq!(source.planned(None).unwrap().1, bytes);
+    if cfg!(target_os = "linux") {
+        assert_eq!(model.residency().unwrap().mapped, bytes.all);
+    }
+    let (vision, processor) = model.vision().unwrap();
+    let picture = Picture::open(&folder.join("image0.png")).unwrap();
+    let picture = processor.process(&picture).unwrap();
+    let cpu = Cpu::new(Kernels::best(), Arc::new(Pool::new(Some(2)).unwrap()));
+    let features = || {
+        let (mut scratch, cancel) = (Scratch::default(), Cancel::default());
+        let rows = vision.encode(&cpu, &picture, &cancel, &mut |_, _| {}, &mut scratch);
+        rows.unwrap()
+    };
+    let before = features();
+    model.release_encoder();
+    assert_eq!(features().data(), before.data());
 }
 
 #[test]
@@ -1176,6 +1226,52 @@ fn child_measures_resident_memory() {
     let (weights, anonymous, _) = grown("model", WeightFormat::Q8);
     assert!(anonymous > weights * 3 / 4, "{anonymous} of {weights}");
     assert!(anonymous < weights + 14 * MIB, "{anonymous} of {weights}");
+}
+
+/// Where the weights lie changes no bit, and a copy leaves nothing mapped.
+#[test]
+fn weights_in_memory_of_ones_own_are_the_same_weights() {
+    let target = TempDir::new().unwrap();
+    let (source, packed) = (target.path().join("model"), target.path().join("packed"));
+    large_model(&source);
+    quantize(&source, &packed, WeightFormat::Q8).unwrap();
+    for (folder, format) in [(&source, WeightFormat::Bf16), (&packed, WeightFormat::Q8)] {
+        let at = |placement| {
+            let mut told = Vec::new();
+            let mut progress = |done: usize, total: usize| told.push((done, total));
+            let model = Model::open(
+                folder,
+                OpenOptions {
+                    placement,
+                    progress: Some(&mut progress),
+                    ..options(format)
+                },
+            );
+            let model = Arc::new(model.unwrap());
+            let mapped = model.residency().is_some();
+            let logits = all_logits(&model, run(4, 2, 8), &[1, 2, 3]);
+            (logits, mapped, told)
+        };
+        let (mapped, copied) = (at(Placement::Mapped), at(Placement::Copied));
+        assert_eq!((mapped.1, copied.1), (true, false));
+        assert_same(&mapped.0, &copied.0, "mapped and copied");
+        assert_eq!(mapped.2, []);
+        let (done, total) = *copied.2.last().unwrap();
+        assert!(done == total && copied.2.is_sorted(), "{:?}", copied.2);
+    }
+    // Cancelled before the first piece.
+    let cancel = Cancel::default();
+    cancel.cancel();
+    let cancelled = Model::open(
+        &packed,
+        OpenOptions {
+            placement: Placement::Copied,
+            cancel,
+            ..options(WeightFormat::Q8)
+        },
+    );
+    let error = cancelled.err().unwrap();
+    assert_eq!(error.to_string(), "cancelled");
 }
 
 fn with_cache(cache: &Path) -> OpenOptions<'static> {

@@ -1,7 +1,8 @@
 //! Bytes that are mapped from a file, owned, or built into the program: shared, never copied.
 
 use crate::checkpoint::map::Map;
-use phidias_quant::AlignedBytes;
+use crate::huge::OwnedBytes;
+use std::io;
 use std::ops::{Deref, Range};
 use std::sync::Arc;
 
@@ -14,7 +15,7 @@ pub struct Bytes {
 
 enum Storage {
     Mapped(Map),
-    Owned(AlignedBytes),
+    Owned(OwnedBytes),
     Static(&'static [u8]),
 }
 
@@ -22,7 +23,7 @@ impl Storage {
     fn as_slice(&self) -> &[u8] {
         match self {
             Self::Mapped(map) => map.as_ref(),
-            Self::Owned(bytes) => bytes.as_ref(),
+            Self::Owned(bytes) => bytes,
             Self::Static(bytes) => bytes,
         }
     }
@@ -67,6 +68,30 @@ impl Bytes {
         }
     }
 
+    /// Copies the bytes from `first` on. Those of a file are read, not looked at through its map: pages
+    /// that were not in use by this process stay so.
+    /// # Errors
+    /// The file's.
+    /// # Panics
+    /// When they are not inside.
+    pub fn read(&self, first: usize, out: &mut [u8]) -> io::Result<()> {
+        let part = &self[first..first + out.len()];
+        match &*self.storage {
+            Storage::Mapped(map) => map.read(self.range.start + first, out),
+            Storage::Owned(_) | Storage::Static(_) => {
+                out.copy_from_slice(part);
+                Ok(())
+            }
+        }
+    }
+
+    /// Takes the pages of a mapped file out of this process's memory; they come back when they are touched.
+    pub fn release(&self) {
+        if let Storage::Mapped(map) = &*self.storage {
+            map.release(self.range.clone());
+        }
+    }
+
     /// Which share of a mapped file's bytes is in memory, from `samples` pages spread over them; `None`
     /// where the system does not tell, and for bytes that are not of a file.
     #[must_use]
@@ -84,8 +109,8 @@ impl From<Map> for Bytes {
     }
 }
 
-impl From<AlignedBytes> for Bytes {
-    fn from(bytes: AlignedBytes) -> Self {
+impl From<OwnedBytes> for Bytes {
+    fn from(bytes: OwnedBytes) -> Self {
         Self::new(Storage::Owned(bytes))
     }
 }

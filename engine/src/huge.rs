@@ -1,4 +1,4 @@
-//! Zeroed memory on huge pages.
+//! Memory and files on huge pages.
 //!
 //! A core that reads ordinary pages of 4 KiB looks up an address for every 4 KiB, and its prefetchers
 //! stop at the end of each. In pages of 2 MiB the same memory is read faster (`docs/performance.md` has
@@ -9,11 +9,21 @@
 //! A piece need not be as large as a huge page. Maps taken one after the other lie side by side, Linux
 //! joins those that ask for the same, and a huge page may reach from one into the next; what a piece
 //! occupied is given back when it is dropped.
+//!
+//! Files have them too where the file system can (Linux: XFS, and since 6.16 ext4): pages that are written
+//! 2 MiB at a time, from a multiple of 2 MiB on, lie together ([`HugeWriter`]), and so do pages that are read
+//! through a map that asked for it. A file that came into memory otherwise stays in small pages until the
+//! system drops it.
 
 use bytemuck::Pod;
 use memmap2::MmapMut;
+use phidias_quant::{ALIGN, Line};
+use std::io::Write;
 use std::ops::{Deref, DerefMut};
 use std::{fmt, io};
+
+/// Bytes of a huge page on every machine that has them (x86-64, AArch64 with 4 KiB pages).
+pub const HUGE_PAGE: usize = 2 << 20;
 
 /// Smaller pieces come from the heap: the system allows a process only so many maps (65,530 by
 /// default), should they not be joined.
@@ -77,9 +87,124 @@ impl<T: Pod> fmt::Debug for HugeBox<T> {
     }
 }
 
+/// Bytes of this process, from a multiple of 64 on, on huge pages where they can be had.
+pub struct OwnedBytes {
+    lines: HugeBox<Line>,
+    len: usize,
+}
+
+impl OwnedBytes {
+    /// `len` zeros; pages are taken when they are first written.
+    /// # Errors
+    /// The system does not promise that much memory.
+    pub fn zeroed(len: usize) -> io::Result<Self> {
+        let lines = HugeBox::zeroed(len.div_ceil(ALIGN))?;
+        Ok(Self { lines, len })
+    }
+
+    /// A copy of `bytes`.
+    /// # Errors
+    /// As [`OwnedBytes::zeroed`].
+    pub fn copy(bytes: &[u8]) -> io::Result<Self> {
+        let mut copy = Self::zeroed(bytes.len())?;
+        copy.copy_from_slice(bytes);
+        Ok(copy)
+    }
+}
+
+impl Deref for OwnedBytes {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        &bytemuck::cast_slice(&self.lines)[..self.len]
+    }
+}
+
+impl DerefMut for OwnedBytes {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.len]
+    }
+}
+
+/// Hands on what is written in pieces of a huge page, each from a multiple of its size on, so that a file
+/// written from its start lies in the page cache on huge pages. The rest is written by `flush`, once, at
+/// the end.
+pub struct HugeWriter<W> {
+    out: W,
+    piece: Vec<u8>,
+}
+
+impl<W: Write> HugeWriter<W> {
+    /// Of a file at its start.
+    pub fn new(out: W) -> Self {
+        let piece = Vec::with_capacity(HUGE_PAGE);
+        Self { out, piece }
+    }
+}
+
+impl<W: Write> Write for HugeWriter<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let (now, _) = bytes.split_at(bytes.len().min(HUGE_PAGE - self.piece.len()));
+        self.piece.extend_from_slice(now);
+        if self.piece.len() == HUGE_PAGE {
+            self.out.write_all(&self.piece)?;
+            self.piece.clear();
+        }
+        Ok(now.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.write_all(&self.piece)?;
+        self.piece.clear();
+        self.out.flush()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn owned_bytes_start_on_a_line_and_keep_their_length() {
+        for len in [0, 1, 63, 64, 65, SMALLEST_MAP - 1, SMALLEST_MAP + 65] {
+            let bytes: Vec<u8> = (0..len).map(|i| (i % 251) as u8).collect();
+            let copy = OwnedBytes::copy(&bytes).unwrap();
+            assert!(*copy == bytes[..], "{len}");
+            assert_eq!(copy.as_ptr() as usize % ALIGN, 0);
+        }
+        assert!(OwnedBytes::zeroed(usize::MAX / 2).is_err());
+    }
+
+    /// Notes the lengths of what it is given.
+    #[derive(Default)]
+    struct Pieces(Vec<usize>, Vec<u8>);
+
+    impl Write for Pieces {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.push(bytes.len());
+            self.1.extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_file_is_written_in_whole_huge_pages() {
+        let bytes: Vec<u8> = (0..2 * HUGE_PAGE + 12_345)
+            .map(|i| (i % 251) as u8)
+            .collect();
+        for step in [1000, HUGE_PAGE - 1, HUGE_PAGE, HUGE_PAGE + 1, bytes.len()] {
+            let mut out = Pieces::default();
+            let mut writer = HugeWriter::new(&mut out);
+            for piece in bytes.chunks(step) {
+                writer.write_all(piece).unwrap();
+            }
+            writer.flush().unwrap();
+            assert!(out.1 == bytes, "{step}");
+            assert_eq!(out.0, [HUGE_PAGE, HUGE_PAGE, 12_345], "{step}");
+        }
+    }
 
     #[test]
     fn zeros_that_can_be_written() {

@@ -3,15 +3,35 @@
 use crate::machine::Machine;
 use std::fmt;
 
+/// Bytes of weights in mapped files that need not all be in memory: what is not at work may be dropped,
+/// and the file has it again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pageable {
+    /// Experts: a token reads those it is given to.
+    pub experts: usize,
+    /// The embedding table: a token reads its row.
+    pub embedding: usize,
+    /// What looks at pictures, and is not read by tokens.
+    pub encoder: usize,
+}
+
+impl Pageable {
+    /// All bytes.
+    #[must_use]
+    pub fn all(&self) -> usize {
+        self.experts + self.embedding + self.encoder
+    }
+}
+
 /// Bytes that running a model takes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryPlan {
     /// Weights: pages of mapped files, or owned memory.
     pub weights: usize,
-    /// Of `weights`: pages of mapped files that a token reads few of, as those of experts. They may be
-    /// more than the memory; the disk is read then.
-    pub pageable: usize,
-    /// Of `pageable`: what one token reads.
+    /// Of `weights`: what need not all be in memory. It may be more than the memory; the disk is read then.
+    pub pageable: Pageable,
+    /// Of `pageable`: the experts of a token, the rows of a full context, and the encoder where it works
+    /// while all else is held.
     pub working_set: usize,
     /// The KV cache when the context is full, without what is dropped.
     pub kv_cache: usize,
@@ -21,6 +41,9 @@ pub struct MemoryPlan {
     pub dropped: usize,
     /// Activations of the largest chunk.
     pub activations: usize,
+    /// Of pictures: their features, and what the encoder works with beyond what the decoder gives up or
+    /// has not taken yet.
+    pub pictures: usize,
     /// Positions the cache was planned for.
     pub context: usize,
 }
@@ -30,7 +53,7 @@ pub struct MemoryPlan {
 pub enum Fit {
     /// All of it.
     Whole,
-    /// All but the pageable weights, and of those what a token reads: the disk is read for the others.
+    /// All but the pageable weights that are not at work: the disk is read for them.
     WithDisk,
 }
 
@@ -70,13 +93,14 @@ impl MemoryPlan {
         self.weights
             .saturating_add(self.kv_cache)
             .saturating_add(self.activations)
+            .saturating_add(self.pictures)
     }
 
     /// The bytes without which no token can be computed at a reasonable speed: all but the pageable
-    /// weights that a token does not read.
+    /// weights that are not at work.
     #[must_use]
     pub fn least(&self) -> usize {
-        let rest = self.pageable.saturating_sub(self.working_set);
+        let rest = self.pageable.all().saturating_sub(self.working_set);
         self.total().saturating_sub(rest)
     }
 
@@ -97,18 +121,38 @@ impl MemoryPlan {
 
 impl fmt::Display for MemoryPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [weights, kv, activations, total] =
-            [self.weights, self.kv_cache, self.activations, self.total()].map(Size);
+        let [weights, kv, activations] = [self.weights, self.kv_cache, self.activations].map(Size);
         write!(f, "weights {weights}")?;
-        if self.pageable > 0 {
-            let [experts, a_token] = [self.pageable, self.working_set].map(Size);
-            write!(f, " (experts {experts}, {a_token} a token)")?;
+        let Pageable {
+            experts,
+            embedding,
+            encoder,
+        } = self.pageable;
+        let parts = [
+            ("experts", experts),
+            ("embedding", embedding),
+            ("encoder", encoder),
+        ];
+        let parts = parts.into_iter().filter(|(_, bytes)| *bytes > 0);
+        let parts: Vec<_> = parts
+            .map(|(name, bytes)| format!("{name} {}", Size(bytes)))
+            .collect();
+        if !parts.is_empty() {
+            write!(f, " (pageable: {})", parts.join(", "))?;
         }
         write!(f, " + KV cache {kv} (context {}", self.context)?;
         if self.dropped > 0 {
             write!(f, ", {} dropped", Size(self.dropped))?;
         }
-        write!(f, ") + activations {activations} = {total}")
+        write!(f, ") + activations {activations}")?;
+        if self.pictures > 0 {
+            write!(f, " + pictures {}", Size(self.pictures))?;
+        }
+        write!(f, " = {}", Size(self.total()))?;
+        if self.least() < self.total() {
+            write!(f, ", at least {}", Size(self.least()))?;
+        }
+        Ok(())
     }
 }
 
@@ -171,7 +215,10 @@ mod tests {
         let gib = 1usize << 30;
         let plan = MemoryPlan {
             weights: 24 * gib,
-            pageable: 22 * gib,
+            pageable: Pageable {
+                experts: 22 * gib,
+                ..Pageable::default()
+            },
             working_set: 3 * gib,
             kv_cache: gib,
             context: 4096,
@@ -189,11 +236,11 @@ mod tests {
         let error = with(5).unwrap_err().to_string();
         assert_eq!(
             error,
-            "not enough memory: weights 24.00 GiB (experts 22.00 GiB, 3.00 GiB a token) + \
-             KV cache 1.00 GiB (context 4096) + activations 0 B = 25.00 GiB; 5.00 GiB can be had"
+            "not enough memory: weights 24.00 GiB (pageable: experts 22.00 GiB) + KV cache 1.00 GiB \
+             (context 4096) + activations 0 B = 25.00 GiB, at least 6.00 GiB; 5.00 GiB can be had"
         );
         let dense = MemoryPlan {
-            pageable: 0,
+            pageable: Pageable::default(),
             working_set: 0,
             ..plan
         };

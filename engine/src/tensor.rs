@@ -250,6 +250,10 @@ impl Buffer {
     /// Changes the shape; the contents are to be overwritten.
     pub fn reshape(&mut self, rows: usize, cols: usize) {
         (self.rows, self.cols) = (rows, cols);
+        if rows * cols > self.data.capacity() {
+            // Growing would copy what is overwritten anyway, into up to twice the room.
+            self.data = Vec::new();
+        }
         self.data.resize(rows * cols, 0.0);
     }
     /// Rows.

@@ -110,6 +110,11 @@ impl ClipConfig {
         CHANNELS * self.image_size * self.image_size
     }
 
+    /// Floats of a patch.
+    pub(crate) fn patch(&self) -> usize {
+        CHANNELS * self.patch_size * self.patch_size
+    }
+
     fn heads(&self) -> Heads {
         Heads {
             heads: self.num_attention_heads,
@@ -210,6 +215,30 @@ impl Scratch {
     #[must_use]
     pub fn hidden(&self) -> &Buffer {
         &self.x
+    }
+
+    /// Bytes of its buffers. The one input was the patches' once, in floats, and that of `fc2` in `format`.
+    #[cfg(test)]
+    pub(crate) fn bytes(
+        &self,
+        format: Option<phidias_engine::Format>,
+        config: &ClipConfig,
+    ) -> usize {
+        let Self {
+            x,
+            normed,
+            branch,
+            patches,
+            projected,
+            heads,
+            wide,
+            input,
+        } = self;
+        let buffers = [x, normed, branch, patches, projected, heads, wide];
+        let floats: usize = buffers.map(|b| size_of_val(b.data())).iter().sum();
+        let input_row = Input::bytes_per_row(format, config.intermediate_size)
+            .max(Input::bytes_per_row(None, config.patch()));
+        floats + input.rows() * input_row
     }
 
     /// The same after `post_layernorm`; row 0 of each picture is CLIP's pooled output.

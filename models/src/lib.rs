@@ -46,5 +46,5 @@ pub use config::{Config, GenerationConfig};
 pub use error::Error;
 pub use family::Family;
 pub use format::WeightFormat;
-pub use model::{Model, OpenOptions, Residency, Source, Text, WeightBytes};
+pub use model::{Model, OpenOptions, Placement, Residency, Source, Text, WeightBytes};
 pub use session::{Crossing, Session, SessionOptions};

@@ -7,11 +7,14 @@ use crate::image::ImageProcessor;
 use crate::quantize::{CACHE_FROM_BYTES, quantized};
 use crate::text::{Builtin, ChatTemplate, TextError, Tokenizer};
 use crate::transformer::Transformer;
-use crate::vision::Vision;
+use crate::vision::{self, Vision};
 use crate::weights::{EMBED, HEAD, Role, Spec, Weights};
 use phidias_engine::checkpoint::Checkpoint;
 use phidias_engine::checkpoint::prepack::{Entry, Prepack, Treatment};
-use phidias_engine::tensor::DType;
+use phidias_engine::machine::Machine;
+use phidias_engine::memory::{MemoryPlan, Pageable};
+use phidias_engine::pool::Pool;
+use phidias_engine::tensor::{DType, Tensor};
 use phidias_engine::{Bytes, Cancel};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -20,6 +23,18 @@ use std::path::{Path, PathBuf};
 /// large is limited by memory bandwidth on a CPU, and a quarter of the bytes is four times the speed.
 pub const AUTO_Q4_BYTES: usize = 1 << 30;
 
+/// Where the weights of a model lie.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Placement {
+    /// In the system's pages of their file: read when first needed, shared between processes, dropped when
+    /// memory is short.
+    #[default]
+    Mapped,
+    /// In memory of this process, read at once. Faster where the system keeps files in small pages
+    /// (`docs/performance.md`).
+    Copied,
+}
+
 /// How to open a model.
 #[derive(Default)]
 pub struct OpenOptions<'a> {
@@ -27,11 +42,13 @@ pub struct OpenOptions<'a> {
     pub format: Option<WeightFormat>,
     /// Folder for weights that were quantized while loading; `None`: keep them in memory only.
     pub cache: Option<PathBuf>,
-    /// Threads that quantize; `None`: as many as this process may use.
+    /// Where the weights lie.
+    pub placement: Placement,
+    /// Threads that quantize or copy; `None`: as many as this process may use.
     pub threads: Option<usize>,
-    /// Stops the quantization.
+    /// Stops the quantization or the copy.
     pub cancel: Cancel,
-    /// Told how far the quantization is: bytes done, bytes in all.
+    /// Told how far the quantization or the copy is: bytes done, bytes in all.
     pub progress: Option<&'a mut dyn FnMut(usize, usize)>,
 }
 
@@ -40,8 +57,8 @@ pub struct OpenOptions<'a> {
 pub struct WeightBytes {
     /// All of them.
     pub all: usize,
-    /// Of these: experts in mapped files, whose pages need not all be in memory.
-    pub experts: usize,
+    /// Of these: tensors in mapped files, whose pages need not all be in memory.
+    pub pageable: Pageable,
 }
 
 /// How much of the mapped weights is in memory, from samples.
@@ -59,6 +76,8 @@ pub struct Model {
     config: Config,
     generation: GenerationConfig,
     format: WeightFormat,
+    /// Where the weights are.
+    checkpoint: Checkpoint,
     transformer: Transformer,
     vision: Option<(Vision, ImageProcessor)>,
     text: Option<Text>,
@@ -204,12 +223,13 @@ impl Source {
         let bytes = match self.conversion(format) {
             Some(entries) => {
                 let plan = Prepack::plan(&self.checkpoint, entries)?;
-                let experts = self.config.family.experts(&self.config);
+                // A tied head is packed into a matrix of its own.
+                let own_head = !self.config.tie_word_embeddings || format.packed().is_some();
                 WeightBytes {
                     all: plan.bytes(),
-                    experts: match self.checkpoint.bytes() >= CACHE_FROM_BYTES {
-                        true => plan.bytes_of(|name| experts.contains(name)),
-                        false => 0,
+                    pageable: match self.checkpoint.bytes() >= CACHE_FROM_BYTES {
+                        true => pageable(&self.config, own_head, |wanted| plan.bytes_of(wanted)),
+                        false => Pageable::default(),
                     },
                 }
             }
@@ -313,6 +333,10 @@ impl Model {
                 quantized(&source.checkpoint, &plan, format, &mut options, &mut note)?
             }
         };
+        let checkpoint = match options.placement {
+            Placement::Mapped => checkpoint,
+            Placement::Copied => copied(&checkpoint, &mut options)?,
+        };
         let weights = Weights::check(&source.config.specs(), &checkpoint)?;
         let transformer = source.config.family.load(&source.config, &weights)?;
         let vision = match &source.config.vision {
@@ -329,6 +353,7 @@ impl Model {
             config: source.config,
             generation: source.generation,
             format,
+            checkpoint,
             transformer,
             vision,
             text,
@@ -404,14 +429,22 @@ impl Model {
             mapped: 0,
             resident: 0,
         };
-        for matrix in self.transformer.matrices() {
-            let samples = (matrix.bytes() / SAMPLED).max(4);
-            if let Some(share) = matrix.data().resident_share(samples) {
-                sum.mapped += matrix.bytes();
-                sum.resident += (share * matrix.bytes() as f64) as usize;
+        for (_, tensor) in self.checkpoint.tensors() {
+            let bytes = tensor.bytes();
+            let samples = (bytes.len() / SAMPLED).max(4);
+            if let Some(share) = bytes.resident_share(samples) {
+                sum.mapped += bytes.len();
+                sum.resident += (share * bytes.len() as f64) as usize;
             }
         }
         (sum.mapped > 0).then_some(sum)
+    }
+    /// Takes the mapped weights that look at pictures out of this process's memory: until the next picture
+    /// nobody reads them. They come back when they are touched.
+    pub fn release_encoder(&self) {
+        let tensors = self.checkpoint.tensors();
+        (tensors.filter(|(name, _)| name.starts_with(vision::PREFIX)))
+            .for_each(|(_, tensor)| tensor.bytes().release());
     }
     /// Something the user should know about the opening: where quantized weights were kept.
     #[must_use]
@@ -420,14 +453,54 @@ impl Model {
     }
 }
 
+/// The weights in memory of this process; refused before it is taken when it cannot be had.
+fn copied(checkpoint: &Checkpoint, options: &mut OpenOptions<'_>) -> Result<Checkpoint, Error> {
+    let mapped = |tensor: &Tensor| tensor.bytes().is_mapped();
+    if !checkpoint.tensors().any(|(_, tensor)| mapped(tensor)) {
+        return Ok(checkpoint.clone());
+    }
+    let plan = MemoryPlan {
+        weights: checkpoint.bytes(),
+        ..MemoryPlan::default()
+    };
+    plan.check(&Machine::detect())?;
+    let mut ignore = |_: usize, _: usize| {};
+    let progress: &mut dyn FnMut(usize, usize) = match &mut options.progress {
+        Some(progress) => progress,
+        None => &mut ignore,
+    };
+    let pool = Pool::new(options.threads)?;
+    Ok(checkpoint.copied(&pool, &options.cancel, progress)?)
+}
+
 /// What the weights of a checkpoint take.
 fn weight_bytes(config: &Config, checkpoint: &Checkpoint) -> WeightBytes {
-    let experts = config.family.experts(config);
-    let mapped = (checkpoint.tensors())
-        .filter(|(name, tensor)| experts.contains(*name) && tensor.bytes().is_mapped());
+    let mapped = |wanted: Wanted<'_>| {
+        let tensors = (checkpoint.tensors())
+            .filter(|(name, tensor)| wanted(name) && tensor.bytes().is_mapped());
+        tensors.map(|(_, tensor)| tensor.bytes().len()).sum()
+    };
     WeightBytes {
         all: checkpoint.bytes(),
-        experts: mapped.map(|(_, tensor)| tensor.bytes().len()).sum(),
+        pageable: pageable(config, checkpoint.get(HEAD).is_some(), mapped),
+    }
+}
+
+/// Chooses tensors by their names.
+pub(crate) type Wanted<'a> = &'a dyn Fn(&str) -> bool;
+
+/// The weights that not every token reads. `own_head`: whether the head is a tensor of its own; the
+/// embedding table is read as a whole where it serves as one.
+pub(crate) fn pageable(
+    config: &Config,
+    own_head: bool,
+    bytes: impl Fn(Wanted<'_>) -> usize,
+) -> Pageable {
+    let experts = config.family.experts(config);
+    Pageable {
+        experts: bytes(&|name| experts.contains(name)),
+        embedding: bytes(&|name| own_head && name == EMBED),
+        encoder: bytes(&|name| name.starts_with(vision::PREFIX)),
     }
 }
 

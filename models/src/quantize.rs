@@ -7,6 +7,7 @@ use crate::weights::Weights;
 use phidias_engine::Cancel;
 use phidias_engine::checkpoint::prepack::{Entry, Prepack, Treatment};
 use phidias_engine::checkpoint::{Checkpoint, CheckpointError};
+use phidias_engine::huge::HugeWriter;
 use phidias_engine::machine::free_disk;
 use phidias_engine::pool::Pool;
 use std::fs;
@@ -115,7 +116,8 @@ pub(crate) fn write_file(
     let mut temporary = not_private(tempfile::Builder::new().prefix(".quantizing-"), 0o666)
         .tempfile_in(folder)
         .map_err(io)?;
-    plan.write(temporary.as_file_mut(), file, pool, cancel, progress)?;
+    let mut out = HugeWriter::new(temporary.as_file_mut());
+    plan.write(&mut out, file, pool, cancel, progress)?;
     temporary.persist(file).map_err(|e| io(e.error))?;
     Ok(())
 }

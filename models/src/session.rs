@@ -10,7 +10,7 @@ use crate::image::Processed;
 use crate::model::{Model, WeightBytes};
 use crate::text::{Detokenizer, PLACEHOLDER, TextError};
 use crate::transformer::{Cancelled, Observer, Pass, Placed, Workspace};
-use phidias_engine::backend::{Cpu, Ops, PICKS};
+use phidias_engine::backend::{Cpu, Input, Ops, PICKS};
 use phidias_engine::generate::{Detokenize, Sequence};
 use phidias_engine::kv_cache::{KvCache, KvType};
 use phidias_engine::memory::MemoryPlan;
@@ -55,32 +55,79 @@ pub struct SessionOptions {
     pub check_memory: bool,
 }
 
-/// What decides the memory that pictures take.
+/// Which pictures a session will see.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct PictureMemory {
-    /// Crops of the largest one.
-    pub crops: usize,
-    /// Positions of all of them.
-    pub rows: usize,
+pub enum PictureMemory {
+    /// None.
+    #[default]
+    Without,
+    /// All of them before the first token: what looking takes is given back before the decoder begins.
+    First {
+        /// Crops of the largest one.
+        crops: usize,
+        /// Positions of all of them.
+        rows: usize,
+    },
+    /// One after the other, as many as the context has room for, while the decoder's memory is held.
+    Anytime {
+        /// Crops of the largest one.
+        crops: usize,
+    },
+}
+
+/// Bytes that pictures take.
+#[derive(Clone, Copy, Debug, Default)]
+struct Looking {
+    /// Features, which stay, and what the encoder works with beyond what the decoder takes later.
+    held: usize,
+    /// Of the encoder's weights: what is read beyond that.
+    weights: usize,
 }
 
 impl PictureMemory {
-    /// That of some pictures.
+    /// That of some pictures that are looked at first.
     #[must_use]
     pub fn of(pictures: &[Processed]) -> Self {
-        Self {
-            crops: pictures.iter().map(Processed::crops).max().unwrap_or(0),
-            rows: pictures.iter().map(Processed::tokens).sum(),
+        match pictures.iter().map(Processed::crops).max() {
+            None => Self::Without,
+            Some(crops) => Self::First {
+                crops,
+                rows: pictures.iter().map(Processed::tokens).sum(),
+            },
         }
     }
 
-    /// Bytes: features stay, what the encoder works with is gone before the decoder starts.
-    fn bytes(self, c: &Config, decoder: usize) -> usize {
-        let encoder = c.vision.as_ref().map_or(0, |vision| {
-            vision.activation_bytes(c.hidden_size, self.crops)
-        });
-        4 * self.rows * c.hidden_size + encoder.max(decoder)
+    /// What they take beside a decoder that takes `later` bytes for a cache of `context` positions and
+    /// its activations, where the encoder's weights take `weights`.
+    fn bytes(
+        self,
+        config: &Config,
+        format: WeightFormat,
+        weights: usize,
+        context: usize,
+        later: usize,
+    ) -> Looking {
+        let (crops, rows, shared) = match self {
+            Self::Without => return Looking::default(),
+            Self::First { crops, rows } => (crops, rows, later),
+            Self::Anytime { crops } => (crops, context, 0),
+        };
+        let hidden = config.hidden_size;
+        let vision = config.vision.as_ref();
+        let works = vision.map_or(0, |v| v.activation_bytes(hidden, crops, format));
+        let features = rows.saturating_mul(hidden * size_of::<f32>());
+        Looking {
+            held: features.saturating_add(works.saturating_sub(shared)),
+            weights: weights.saturating_sub(shared.saturating_sub(works)),
+        }
     }
+}
+
+/// Bytes of pages that a row may lie on: it may begin near the end of one. Pages of 4 KiB, the smallest
+/// there are where these programs run.
+fn pages_of_row(bytes: usize) -> usize {
+    const PAGE: usize = 4096;
+    (bytes.div_ceil(PAGE) + 1) * PAGE
 }
 
 impl Default for SessionOptions {
@@ -128,32 +175,42 @@ pub fn memory_plan(
     // Dropping comes before a chunk, so what the last chunk hides is still there.
     let hidden = shape.hidden_bytes(kind, context - chunk);
     let dropped = if options.drop_hidden { hidden } else { 0 };
+    let kv_cache = shape.bytes(kind, context) - dropped;
+    let activations = activation_bytes(config, format, chunk);
+    let pageable = weights.pageable;
+    let later = kv_cache.saturating_add(activations);
+    let pictures = (options.pictures).bytes(config, format, pageable.encoder, context, later);
+    let experts = (config.moe).map_or(0, |moe| pageable.experts / moe.experts * PICKS);
+    let rows = pages_of_row(pageable.embedding / config.vocab_size).saturating_mul(context);
     Ok(MemoryPlan {
         weights: weights.all,
-        pageable: weights.experts,
-        working_set: config
-            .moe
-            .map_or(0, |moe| weights.experts / moe.experts * PICKS),
-        kv_cache: shape.bytes(kind, context) - dropped,
+        pageable,
+        working_set: experts + rows.min(pageable.embedding) + pictures.weights,
+        kv_cache,
         hidden,
         dropped,
-        activations: (options.pictures).bytes(config, activation_bytes(config, chunk)),
+        activations,
+        pictures: pictures.held,
         context,
     })
 }
 
 /// Bytes of activations of a chunk of `tokens`.
-fn activation_bytes(c: &Config, tokens: usize) -> usize {
+fn activation_bytes(c: &Config, format: WeightFormat, tokens: usize) -> usize {
+    let input = |cols| Input::bytes_per_row(format.packed(), cols);
+    let (hidden, inner) = (c.hidden_size, c.intermediate_size);
     let qkv = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim;
-    // x, normed, branch; qkv, heads; gated; the inputs of the matrices, as floats at most.
-    let floats = 4 * c.hidden_size + qkv + c.intermediate_size;
-    let inputs = 2 * c.hidden_size + c.intermediate_size;
-    // Of each pick: gated, the expert's output, and what its matrix takes.
-    let pick = c.intermediate_size + c.hidden_size + c.intermediate_size.max(c.hidden_size);
-    let experts = c.moe.map_or(0, |moe| PICKS * pick + moe.experts);
-    let row = 4 * (floats + inputs + experts);
-    row.saturating_mul(tokens)
-        .saturating_add(4 * LOGIT_ROWS * c.vocab_size)
+    // x, normed, branch, heads; qkv; gated.
+    let floats = 4 * hidden + qkv + inner;
+    let inputs = 2 * input(hidden) + input(inner);
+    // The router's scores and its input; of each pick gated, the expert's output, and what its matrix takes.
+    let experts = c.moe.map_or(0, |moe| {
+        let pick = 4 * (inner + hidden) + input(inner.max(hidden));
+        4 * (moe.experts + hidden) + PICKS * pick
+    });
+    (4 * floats + inputs + experts)
+        .saturating_mul(tokens)
+        .saturating_add(LOGIT_ROWS * (4 * (c.vocab_size + hidden) + input(hidden)))
 }
 
 /// What a session is doing in a long prompt.
@@ -544,5 +601,109 @@ enum Want<'a> {
 impl From<Cancelled> for Error {
     fn from(_: Cancelled) -> Self {
         Self::Cancelled
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::pageable;
+    use crate::synth::Preset;
+    use crate::weights::Spec;
+
+    /// Phi-3.5-vision in q4: 18 bytes for 32 weights of the matrices, bf16 else.
+    fn published() -> (Config, WeightBytes) {
+        let preset: Preset = "phi-3.5-vision".parse().unwrap();
+        let config = preset.configuration(None).unwrap();
+        let bytes = |spec: &Spec| {
+            let elements: usize = spec.shape.iter().product();
+            match spec.role.takes_format() {
+                true => elements / 32 * 18,
+                false => elements * 2,
+            }
+        };
+        let specs = config.specs();
+        let weights = WeightBytes {
+            all: specs.iter().map(bytes).sum(),
+            pageable: pageable(&config, true, |wanted| {
+                let specs = specs.iter().filter(|spec| wanted(&spec.name));
+                specs.map(bytes).sum()
+            }),
+        };
+        (config, weights)
+    }
+
+    fn plan(pictures: PictureMemory) -> MemoryPlan {
+        let (config, weights) = published();
+        let options = SessionOptions {
+            context: Some(4096),
+            pictures,
+            ..SessionOptions::default()
+        };
+        memory_plan(&config, WeightFormat::Q4, weights, &options).unwrap()
+    }
+
+    /// The goal: 4 GB for the whole model, a picture of 16 tiles, and 4096 positions.
+    #[test]
+    fn a_full_vision_model_takes_less_than_four_gigabytes() {
+        let plan = plan(PictureMemory::First {
+            crops: 17,
+            rows: 2509,
+        });
+        assert_eq!(plan.kv_cache, 4096 * 393_216);
+        assert_eq!(plan.pageable.embedding, 32_064 * 3072 * 2);
+        // The decoder's matrices, and less than 1 MB of its norms.
+        let decoder = plan.weights - plan.pageable.all();
+        assert!((2_093_838_336..2_094_838_336).contains(&decoder));
+        // ViT-L has 0.30e9 weights in its matrices, and 0.02e9 are the projector's.
+        assert!((170_000_000..195_000_000).contains(&plan.pageable.encoder));
+        // The encoder works before there is a cache, so only the features are held beside it.
+        assert_eq!(plan.pictures, 2509 * 3072 * 4);
+        // A row of 6144 bytes touches two pages, or three.
+        assert_eq!(plan.working_set, 4096 * 3 * 4096);
+        assert!(plan.least() < 4_000_000_000, "{plan}");
+        assert!(plan.least() > 3_800_000_000, "{plan}");
+    }
+
+    #[test]
+    fn pictures_of_a_conversation_are_looked_at_beside_the_cache() {
+        let text = plan(PictureMemory::Without);
+        assert_eq!(text.pictures, 0);
+        assert!(!text.to_string().contains("pictures"), "{text}");
+        let seen = plan(PictureMemory::Anytime { crops: 17 });
+        let (config, weights) = published();
+        let works = config.vision.as_ref().unwrap();
+        let works = works.activation_bytes(3072, 17, WeightFormat::Q4);
+        // As many features as the context has positions.
+        assert_eq!(seen.pictures, 4096 * 3072 * 4 + works);
+        assert_eq!(
+            seen.working_set,
+            text.working_set + weights.pageable.encoder
+        );
+        assert_eq!(seen.total(), text.total() + seen.pictures);
+        for words in [" encoder 1", " + pictures 1"] {
+            assert!(seen.to_string().contains(words), "{words}: {seen}");
+        }
+    }
+
+    /// With next to no cache the encoder is what takes most.
+    #[test]
+    fn a_small_context_still_holds_the_encoder() {
+        let (config, weights) = published();
+        let pictures = PictureMemory::First { crops: 17, rows: 0 };
+        let options = SessionOptions {
+            context: Some(1),
+            pictures,
+            ..SessionOptions::default()
+        };
+        let plan = memory_plan(&config, WeightFormat::Q4, weights, &options).unwrap();
+        let works = config.vision.as_ref().unwrap();
+        let works = works.activation_bytes(3072, 17, WeightFormat::Q4);
+        let later = plan.kv_cache + plan.activations;
+        // One block of the cache is less than the encoder and what it works with.
+        assert!(later < works + weights.pageable.encoder);
+        assert_eq!(plan.pictures, works.saturating_sub(later));
+        let encoder = weights.pageable.encoder - later.saturating_sub(works);
+        assert_eq!(plan.working_set, 3 * 4096 + encoder);
     }
 }

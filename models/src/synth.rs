@@ -119,8 +119,7 @@ pub fn synthesize(preset: Preset, out: &Path, options: SynthOptions<'_>) -> Resu
         ];
         let preprocessor = preset.preprocessor().as_ref().map(pretty);
         files.extend(preprocessor.map(|bytes| ("preprocessor_config.json", bytes)));
-        let form = vocabulary::Form::of(config.vocab_size);
-        files.extend(vocabulary::files(form, preset.max_position_embeddings));
+        files.extend(preset.tokenizer_files()?);
         for (name, bytes) in files {
             let path = folder.join(name);
             fs::write(&path, bytes).map_err(|source| Error::Io { path, source })?;
@@ -136,6 +135,14 @@ impl Preset {
     pub fn configuration(&self, layers: Option<usize>) -> Result<Config, Error> {
         let json = pretty(&self.config(self.checked(layers)?, WeightFormat::Bf16));
         Ok(Config::from_json(Path::new(self.name), &json)?)
+    }
+
+    /// The tokenizer's files that [`synthesize`] writes: name and bytes.
+    /// # Errors
+    /// A configuration that is refused; no preset has one.
+    pub fn tokenizer_files(&self) -> Result<Vec<(&'static str, Vec<u8>)>, Error> {
+        let form = vocabulary::Form::of(self.configuration(None)?.vocab_size);
+        Ok(vocabulary::files(form, self.max_position_embeddings))
     }
 
     /// The number of layers asked for: at least one, at most the published model's.

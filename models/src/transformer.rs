@@ -253,12 +253,4 @@ impl Transformer {
             + experts.map(Expert::bytes).sum::<usize>()
             + self.lm_head.linear.weight.bytes()
     }
-
-    /// Every matrix, the embedding table included.
-    pub fn matrices(&self) -> impl Iterator<Item = &Matrix> {
-        let experts = self.layers.iter().flat_map(|layer| layer.experts());
-        (self.layers.iter().flat_map(Layer::matrices))
-            .chain(experts.flat_map(Expert::matrices))
-            .chain([&self.lm_head.linear.weight, &self.embed_tokens])
-    }
 }

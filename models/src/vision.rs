@@ -8,14 +8,16 @@
 //! project    Linear(4C, H), GELU, Linear(H, H), of all rows, separators included
 //! ```
 //!
-//! Crops go through the encoder a few at a time: that bounds the memory, and changes nothing.
+//! Crops go through the encoder a few at a time, and rows through the projector: that bounds the
+//! memory, and changes nothing.
 
 use crate::clip::{self, Clip, ClipConfig};
+use crate::format::WeightFormat;
 use crate::image::{CROP_LEN, Processed};
 use crate::transformer::Cancelled;
 use crate::weights::{Role, Spec, Weights};
 use phidias_engine::Cancel;
-use phidias_engine::backend::{Activation, Cpu, Input};
+use phidias_engine::backend::{Activation, Cpu, Input, Ops};
 use phidias_engine::checkpoint::CheckpointError;
 use phidias_engine::tensor::{Buffer, Linear};
 
@@ -25,8 +27,10 @@ pub const GRID: usize = 24;
 const SIDE: usize = GRID / 2;
 /// Rows of a crop, separators not counted.
 pub const TILE_TOKENS: usize = SIDE * SIDE;
-/// Crops that are encoded together.
-pub const SLICE: usize = 4;
+/// Crops that are encoded together: 1154 rows for the matrices, which more would not make faster.
+pub const SLICE: usize = 2;
+/// Rows that are projected together.
+const PROJECTED: usize = 512;
 
 /// Which part of a picture comes first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,7 +50,8 @@ pub struct VisionConfig {
     pub order: PartOrder,
 }
 
-const PREFIX: &str = "model.vision_embed_tokens.";
+/// What the names of its tensors begin with.
+pub(crate) const PREFIX: &str = "model.vision_embed_tokens.";
 const ENCODER: &str = "model.vision_embed_tokens.img_processor.vision_model.";
 
 impl VisionConfig {
@@ -72,16 +77,21 @@ impl VisionConfig {
         specs
     }
 
-    /// Bytes of f32 that encoding a picture of `crops` crops takes at most, beside its features.
+    /// Bytes that encoding a picture of `crops` crops takes at most, beside its features of width `hidden`.
     #[must_use]
-    pub fn activation_bytes(&self, hidden: usize, crops: usize) -> usize {
-        let c = &self.clip;
-        let slice = SLICE.min(crops) * c.tokens();
-        // x, normed, branch, heads; projections; the MLP; the inputs of the matrices.
-        let encoder = slice * (4 * c.hidden_size + 3 * c.hidden_size + 2 * c.intermediate_size);
+    pub fn activation_bytes(&self, hidden: usize, crops: usize, format: WeightFormat) -> usize {
+        let (c, slice) = (&self.clip, SLICE.min(crops));
+        let floats = size_of::<f32>();
+        let input = |cols| Input::bytes_per_row(format.packed(), cols);
+        // x, normed, branch, heads; projections; the MLP; patches.
+        let row = 4 * c.hidden_size + 3 * c.hidden_size + c.intermediate_size + c.patch();
+        // The patches' matrix stays in floats, and one input serves all matrices.
+        let inputs = input(c.intermediate_size.max(c.hidden_size)).max(floats * c.patch());
+        let encoder = slice * (c.tokens() * (floats * row + inputs) + floats * CROP_LEN);
         let rows = crops * (TILE_TOKENS + SIDE) + 1;
-        let projector = rows * (2 * self.merged() + 2 * hidden);
-        4 * (encoder + SLICE.min(crops) * CROP_LEN + projector)
+        let projected = floats * (self.merged() + 2 * hidden) + input(self.merged().max(hidden));
+        let pixels = crops * CROP_LEN; // bytes
+        encoder + pixels + rows * floats * self.merged() + rows.min(PROJECTED) * projected
     }
 }
 
@@ -105,7 +115,10 @@ pub struct Scratch {
     pixels: Vec<f32>,
     /// `[tokens, 4C]`
     rows: Buffer,
+    /// Some of them.
+    some: Buffer,
     wide: Buffer,
+    projected: Buffer,
     input: Input,
 }
 
@@ -173,15 +186,26 @@ impl Vision {
             }
             progress(slice.end, crops);
         }
-        let mut features = Buffer::default();
+        Ok(cpu.enter(|ops| self.project(ops, s)))
+    }
+
+    /// The projector on all of `s.rows`.
+    fn project(&self, ops: &Ops<'_>, s: &mut Scratch) -> Buffer {
         let [first, second] = &self.projection;
-        cpu.enter(|ops| {
-            ops.input(&s.rows, &first.weight, &mut s.input);
+        let (merged, hidden) = (s.rows.cols(), second.weight.rows());
+        let mut features = Buffer::default();
+        features.reshape(s.rows.rows(), hidden);
+        let outs = features.data_mut().chunks_mut(PROJECTED * hidden);
+        for (rows, out) in s.rows.data().chunks(PROJECTED * merged).zip(outs) {
+            s.some.reshape(rows.len() / merged, merged);
+            s.some.data_mut().copy_from_slice(rows);
+            ops.input(&s.some, &first.weight, &mut s.input);
             ops.activated_linear(first, Activation::Gelu, &s.input, &mut s.wide);
             ops.input(&s.wide, &second.weight, &mut s.input);
-            ops.linear(second, &s.input, &mut features);
-        });
-        Ok(features)
+            ops.linear(second, &s.input, &mut s.projected);
+            out.copy_from_slice(s.projected.data());
+        }
+        features
     }
 
     /// The encoder's hidden states before its last layer, of some crops.
@@ -257,6 +281,61 @@ impl Places {
         Lines {
             first: self.tiles_at + row * SIDE * stride + column * SIDE,
             stride,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::Picture;
+    use crate::{Model, OpenOptions};
+    use phidias_engine::Kernels;
+    use phidias_engine::pool::Pool;
+    use std::path::Path;
+    use std::sync::Arc;
+
+    fn bytes(buffer: &Buffer) -> usize {
+        size_of_val(buffer.data())
+    }
+
+    /// What encoding holds is what the plan says; of buffers that are used twice the plan has the larger use.
+    #[test]
+    fn the_plan_is_what_is_held() {
+        let folder = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../tests/fixtures/phi3v-tiny-nc4"
+        );
+        for format in [WeightFormat::F32, WeightFormat::Q8] {
+            let options = OpenOptions {
+                format: Some(format),
+                ..OpenOptions::default()
+            };
+            let model = Model::open(Path::new(folder), options).unwrap();
+            let (vision, processor) = model.vision().unwrap();
+            let picture = Path::new(folder).join("image0.png");
+            let picture = Picture::open(&picture).unwrap();
+            // The global view and one tile: a whole slice.
+            let one = processor.clone().with_num_crops(1).unwrap();
+            let picture = one.process(&picture).unwrap();
+            assert_eq!(picture.crops(), SLICE);
+            let cpu = Cpu::new(Kernels::best(), Arc::new(Pool::new(Some(2)).unwrap()));
+            let (mut s, cancel) = (Scratch::default(), Cancel::default());
+            let features = vision.encode(&cpu, &picture, &cancel, &mut |_, _| {}, &mut s);
+            let hidden = features.unwrap().cols();
+            let floats = [&s.rows, &s.some, &s.wide, &s.projected];
+            let input = Input::bytes_per_row(format.packed(), hidden) * s.input.rows();
+            let held = floats.map(bytes).iter().sum::<usize>()
+                + size_of_val(&s.pixels[..])
+                + picture.padded().data().len()
+                + input
+                + s.clip.bytes(format.packed(), vision.clip.config());
+            let planned = model.config().vision.as_ref().unwrap();
+            let planned = planned.activation_bytes(hidden, picture.crops(), format);
+            assert!(
+                held <= planned && planned < held + held / 10,
+                "{format}: {held} bytes held, {planned} planned"
+            );
         }
     }
 }

@@ -92,6 +92,12 @@ pub struct Block<'a> {
 }
 
 impl Activations {
+    /// Bytes of a row of `cols` values.
+    #[must_use]
+    pub fn bytes_per_row(cols: usize) -> usize {
+        cols.div_ceil(BLOCK) * (BLOCK + size_of::<i32>() + size_of::<f32>())
+    }
+
     /// Makes room for `rows` rows of `cols` values that will meet weights with the zero point
     /// `zero`; what was there is overwritten by the next use.
     pub fn reshape(&mut self, rows: usize, cols: usize, zero: i32) {
@@ -100,6 +106,10 @@ impl Activations {
         self.blocks = cols.div_ceil(BLOCK);
         let blocks = rows * self.blocks;
         let lines = (blocks * BLOCK).div_ceil(ALIGN);
+        if lines > self.quants.capacity() {
+            // Growing would copy what is overwritten anyway, into up to twice the room.
+            (self.quants, self.starts, self.magics) = Default::default();
+        }
         self.quants.resize(lines, Line::default());
         self.starts.resize(blocks, 0);
         self.magics.resize(blocks, 0.0);

@@ -6,7 +6,7 @@ pub const ALIGN: usize = 64;
 /// One cache line: the unit in which aligned memory is taken.
 #[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C, align(64))]
-pub(crate) struct Line([u8; ALIGN]);
+pub struct Line([u8; ALIGN]);
 
 impl Default for Line {
     fn default() -> Self {

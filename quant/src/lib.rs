@@ -20,7 +20,7 @@ pub mod packed;
 pub mod q4;
 pub mod q8;
 
-pub use aligned::{ALIGN, AlignedBytes};
+pub use aligned::{ALIGN, AlignedBytes, Line};
 pub use half::{bf16, f16};
 pub use packed::{Format, PackError, Packed, PackedLayout};
 

@@ -13,6 +13,7 @@ use super::{
 };
 use phidias_engine::kernels::cpu::peak::Number;
 use phidias_engine::kv_cache::KvType;
+use phidias_models::blocks::moe::LayerRouting;
 use phidias_models::session::Prefill;
 use phidias_models::{Config, Model, Session, SessionOptions, WeightFormat};
 use serde::Serialize;
@@ -247,12 +248,16 @@ pub struct Record {
     pub samples: Vec<f64>,
     /// The limits just before the test and just after it.
     pub peaks: Around,
+    /// Of each layer, how the tokens of all repetitions were spread over its experts.
+    #[serde(skip)]
+    pub routing: Vec<LayerRouting>,
 }
 
 /// What was timed.
 struct Timed {
     test: Test,
     samples: Vec<f64>,
+    routing: Vec<LayerRouting>,
     work: Work,
 }
 
@@ -294,8 +299,9 @@ impl ModelBench {
         let account = Account::of(model, kv_type);
         let mut before = self.measure_peaks(&runner.session, progress)?;
         for &test in &self.tests {
-            let samples = runner.time(test, self.conditions.repetitions)?;
-            let reads = runner.expert_reads / samples.len().max(1);
+            let (samples, routing) = runner.time(test, self.conditions.repetitions)?;
+            let reads: usize = routing.iter().map(|layer| layer.reads as usize).sum();
+            let reads = reads / samples.len().max(1);
             let work = match test.kind {
                 Kind::Prefill => account.prefill(test.depth, test.tokens, runner.chunk, reads),
                 Kind::Decode => account.decode(test.depth, test.tokens),
@@ -306,6 +312,7 @@ impl ModelBench {
             let timed = Timed {
                 test,
                 samples,
+                routing,
                 work,
             };
             each(self.record(model, threads, kv_type, timed, peaks))?;
@@ -336,6 +343,7 @@ impl ModelBench {
         let Timed {
             test,
             samples,
+            routing,
             work,
         } = timed;
         let tok_s = Spread::of(&samples).expect("at least one repetition");
@@ -383,6 +391,7 @@ impl ModelBench {
             },
             samples,
             peaks,
+            routing,
         }
     }
 }
@@ -396,8 +405,6 @@ struct Runner {
     /// Whether the session is filling its cache: a prompt that is timed draws no bars.
     filling: Arc<AtomicBool>,
     chunk: usize,
-    /// Experts that the passes of the last test's repetitions read.
-    expert_reads: usize,
 }
 
 impl Runner {
@@ -418,13 +425,16 @@ impl Runner {
             progress: Arc::clone(progress),
             filling,
             chunk: SessionOptions::default().chunk,
-            expert_reads: 0,
             session,
         }
     }
 
-    /// Tokens a second of each repetition.
-    fn time(&mut self, test: Test, repetitions: usize) -> Result<Vec<f64>, BenchError> {
+    /// Tokens a second of each repetition, and the routing of all of them.
+    fn time(
+        &mut self,
+        test: Test,
+        repetitions: usize,
+    ) -> Result<(Vec<f64>, Vec<LayerRouting>), BenchError> {
         self.fill(test.depth)?;
         self.warm_up(test)?;
         self.session.take_routing();
@@ -438,9 +448,7 @@ impl Runner {
             }
             samples.push(test.tokens as f64 / time.as_secs_f64());
         }
-        let layers = self.session.take_routing();
-        self.expert_reads = layers.iter().map(|l| l.reads as usize).sum();
-        Ok(samples)
+        Ok((samples, self.session.take_routing()))
     }
 
     /// Brings the cache to `depth` tokens, with the frequencies that one token more asks for.

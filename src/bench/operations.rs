@@ -18,7 +18,7 @@ use phidias_engine::kv_cache::{KvCache, KvShape, KvType};
 use phidias_engine::mask::BlockSparse;
 use phidias_engine::pool::Pool;
 use phidias_engine::tensor::{Buffer, DType, Linear, Matrix};
-use phidias_engine::{AlignedBytes, Bytes, Cancel, Kernels};
+use phidias_engine::{Bytes, Cancel, Kernels, OwnedBytes};
 use phidias_models::WeightFormat;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -657,7 +657,7 @@ fn matrices(
     let mut all = vec![first.clone()];
     for _ in 1..copies {
         let copy =
-            AlignedBytes::try_copy(&first).ok_or(BenchError::OutOfMemory { bytes: first.len() })?;
+            OwnedBytes::copy(&first).map_err(|_| BenchError::OutOfMemory { bytes: first.len() })?;
         all.push(Bytes::from(copy));
     }
     (all.into_iter())

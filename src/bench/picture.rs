@@ -125,7 +125,8 @@ impl PictureBench {
             let start = Instant::now();
             let picture = Picture::open(file).map_err(Error::from)?;
             let decoded = Instant::now();
-            let processed = processor.process(&picture).map_err(Error::from)?;
+            let processed = pool.install(|| processor.process(&picture));
+            let processed = processed.map_err(Error::from)?;
             let ready = Instant::now();
             let mut encoded = ready;
             let mut crops = |_, _| encoded = Instant::now();

@@ -60,6 +60,10 @@ pub struct Global {
     /// Threads [default: physical cores, within the affinity mask and the cgroup's quota]
     #[arg(long, global = true, value_name = "N", value_parser = threads)]
     pub threads: Option<usize>,
+    /// Read the weights into memory of this process instead of mapping their file: a slower start and no
+    /// sharing, but faster answers where the system keeps files in small pages
+    #[arg(long, global = true)]
+    pub copy_weights: bool,
     /// Print nothing but the answer and errors
     #[arg(long, short, global = true)]
     pub quiet: bool,
@@ -102,7 +106,18 @@ pub struct Running {
     pub allow_swap: bool,
 }
 
-/// What else to print about an answer.
+/// What else to print.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct Statistics {
+    /// Of a mixture of experts: how the tokens were spread over them, as one JSON object on stderr, of
+    /// bench one for each test; with --json as the field "routing". It holds "tokens_per_expert", for each
+    /// layer the tokens of each expert (two experts for a token), and "expert_reads", for each layer how
+    /// often an expert was read: once for each pass in which it had a token. bench counts all repetitions
+    /// together, without the warm-up
+    #[arg(long, value_name = "json", value_enum)]
+    pub stats: Option<Stats>,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Stats {
     Json,
@@ -194,10 +209,8 @@ pub struct Run {
     /// With --json: log-probabilities of each token and of the N likeliest ones
     #[arg(long, value_name = "N", requires = "json")]
     pub logprobs: Option<usize>,
-    /// Of a mixture of experts: print the tokens of each expert in each layer, as one JSON object on
-    /// stderr; with --json as the field "routing"
-    #[arg(long, value_name = "json", value_enum)]
-    pub stats: Option<Stats>,
+    #[command(flatten)]
+    pub statistics: Statistics,
     #[command(flatten)]
     pub running: Running,
     #[command(flatten)]
@@ -319,10 +332,8 @@ pub struct Eval {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
-    /// Of a mixture of experts: print the tokens of each expert in each layer, as one JSON object on
-    /// stderr; with --json as the field "routing"
-    #[arg(long, value_name = "json", value_enum)]
-    pub stats: Option<Stats>,
+    #[command(flatten)]
+    pub statistics: Statistics,
     #[command(flatten)]
     pub running: Running,
 }
@@ -358,10 +369,10 @@ pub struct Bench {
     pub repetitions: usize,
     /// Prompt lookup, at most N tokens guessed for a pass: tokens a pass and a second on a text that
     /// repeats itself and on one that does not, against none; after the tests of -p and -n, or alone
-    #[arg(long, value_name = "N", value_delimiter = ',', value_parser = lookup, conflicts_with_all = ["peaks", "kernels"])]
+    #[arg(long, value_name = "N", value_delimiter = ',', value_parser = lookup, conflicts_with_all = ["peaks", "kernels", "stats"])]
     pub lookup: Vec<usize>,
     /// Only a picture: what each stage takes until the decoder could begin
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["peaks", "kernels", "prompt", "new", "lookup", "kv"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["peaks", "kernels", "prompt", "new", "lookup", "kv", "stats"])]
     pub image: Option<PathBuf>,
     /// With --image: tiles that it may be cut into [default: the model's]
     #[arg(long, value_name = "N", requires = "image")]
@@ -371,14 +382,16 @@ pub struct Bench {
     #[arg(long, value_name = "N", value_delimiter = ',', value_parser = threads)]
     pub threads: Vec<usize>,
     /// Only the machine's own limits: read bandwidth, and multiply-adds in registers
-    #[arg(long)]
+    #[arg(long, conflicts_with = "stats")]
     pub peaks: bool,
     /// Only the kernels, each alone, at the shapes of Phi-3.5-mini and of Phi-3-small's attention
-    #[arg(long, conflicts_with = "peaks")]
+    #[arg(long, conflicts_with_all = ["peaks", "stats"])]
     pub kernels: bool,
     /// With --kernels: draw them as a roofline
     #[arg(long, value_name = "FILE.svg", requires = "kernels")]
     pub plot: Option<PathBuf>,
+    #[command(flatten)]
+    pub statistics: Statistics,
     /// Print one JSON object a line instead of the table
     #[arg(long)]
     pub json: bool,

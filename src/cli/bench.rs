@@ -4,6 +4,7 @@ use super::args::{Bench, Global};
 use super::console::{Steps, Unit};
 use super::files;
 use super::open::{Origin, Setup, cache_folder, open_source};
+use super::stats::{self, routing};
 use anyhow::{Context, Result, anyhow, bail};
 use phidias::bench::model::{Around, Kind};
 use phidias::bench::{
@@ -21,7 +22,7 @@ use phidias::models::text::Tokenizer;
 use phidias::models::{Config, Error};
 use phidias::{Model, WeightFormat};
 use serde::Serialize;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -76,15 +77,15 @@ fn model(args: &Bench, setup: &Setup, machine: &Machine, peaks: PeakOptions) -> 
         conditions,
         lookups: args.lookup.clone(),
     };
-    let (name, model) = open(args, setup, |config, folder| {
-        bench.check(config)?;
-        match folder {
-            Some(folder) if !args.lookup.is_empty() => {
-                let tokenizer = Tokenizer::open(folder).map_err(Error::from)?;
-                lookup.check(config, tokenizer.as_ref(), folder)
-            }
-            _ => Ok(()),
+    let stats = args.statistics.stats;
+    let (name, model) = open(args, setup, |name, config, folder| {
+        stats::check(stats, config, name)?;
+        bench.check(config).map_err(BenchError::from)?;
+        if let Some(folder) = folder.filter(|_| !args.lookup.is_empty()) {
+            let tokenizer = Tokenizer::open(folder).map_err(Error::from)?;
+            lookup.check(config, tokenizer.as_ref(), folder)?;
         }
+        Ok(())
     })?;
     (bench.conditions.name, lookup.conditions.name) = (name.clone(), name);
     let weights = model.weight_bytes().all;
@@ -98,8 +99,20 @@ fn model(args: &Bench, setup: &Setup, machine: &Machine, peaks: PeakOptions) -> 
     let steps = Arc::new(setup.console.steps());
     let mut table = Table::default();
     if !bench.tests.is_empty() {
-        bench.run(&model, &told_by(&steps), |record| {
-            steps.suspend(|| table.record(args, &record, &cells(&record)))
+        let told = told_by(&steps);
+        bench.run(&model, &told, |record| -> Result<()> {
+            let cells = cells(&record);
+            let record = WithRouting {
+                routing: stats.map(|_| routing(&record.routing)),
+                record,
+            };
+            steps.suspend(|| {
+                table.record(args, &record, &cells)?;
+                if let Some(routing) = record.routing.filter(|_| !args.json) {
+                    eprintln!("{routing}");
+                }
+                Ok(())
+            })
         })?;
     }
     if !args.lookup.is_empty() {
@@ -111,6 +124,15 @@ fn model(args: &Bench, setup: &Setup, machine: &Machine, peaks: PeakOptions) -> 
     Ok(())
 }
 
+/// A record, and what `--stats` adds.
+#[derive(Serialize)]
+struct WithRouting {
+    #[serde(flatten)]
+    record: Record,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    routing: Option<Value>,
+}
+
 fn picture(
     args: &Bench,
     setup: &Setup,
@@ -118,7 +140,7 @@ fn picture(
     peaks: PeakOptions,
     file: &Path,
 ) -> Result<()> {
-    let (name, model) = open(args, setup, |_, _| Ok(()))?;
+    let (name, model) = open(args, setup, |_, _, _| Ok(()))?;
     let (_, own) = model.vision()?;
     let processor = match args.num_crops {
         Some(crops) => own.clone().with_num_crops(crops)?,
@@ -163,21 +185,18 @@ fn tests(args: &Bench) -> Result<Vec<Test>> {
 fn open(
     args: &Bench,
     setup: &Setup,
-    check: impl Fn(&Config, Option<&Path>) -> Result<(), BenchError>,
+    check: impl Fn(&str, &Config, Option<&Path>) -> Result<()>,
 ) -> Result<(String, Arc<Model>)> {
     let Some(preset) = &args.synth else {
         let origin = setup.locate(args.model.as_deref())?;
-        let folder = match &origin {
-            Origin::Folder(folder) => Some(folder.as_path()),
-            Origin::BuiltIn => None,
-        };
-        check(&open_source(&origin)?.config, folder)?;
-        let model = setup.open(&origin, args.format)?;
         let name = args.model.as_deref().unwrap_or("fable (built in)");
+        check(name, &open_source(&origin)?.config, origin.folder())?;
+        let model = setup.open(&origin, args.format)?;
         return Ok((name.to_owned(), model));
     };
+    let name = preset;
     let preset: Preset = preset.parse()?;
-    check(&preset.configuration(args.layers)?, None)?;
+    check(name, &preset.configuration(args.layers)?, None)?;
     let format = args.format.unwrap_or(WeightFormat::Q4);
     let folder = synthetic(setup, preset, args.layers, format)?;
     let model = setup.open(&Origin::Folder(folder), Some(format))?;
@@ -502,7 +521,7 @@ fn plural(threads: usize) -> String {
     }
 }
 
-fn peaks_json(machine: &Machine, peaks: &Peaks) -> serde_json::Value {
+fn peaks_json(machine: &Machine, peaks: &Peaks) -> Value {
     json!({
         "cpu": cpu_name(),
         "threads": peaks.threads,

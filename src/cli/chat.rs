@@ -9,7 +9,7 @@ use phidias::Session;
 use phidias::engine::generate::{Event, FinishReason, GenerateError, GenerateOptions, generate};
 use phidias::engine::tensor::Buffer;
 use phidias::models::image::Processed;
-use phidias::models::session::Piece;
+use phidias::models::session::{PictureMemory, Piece};
 use phidias::models::text::{Conversation, Detokenizer, Segment, Special};
 use rustyline::error::ReadlineError;
 use rustyline::history::FileHistory;
@@ -37,7 +37,14 @@ pub fn chat(args: &Chat, global: &Global) -> Result<()> {
         conversation.system(Some(system.clone()))?;
     }
     let options = generate_options(&model, &args.sampling, setup.console);
-    let session = setup.session(&model, &args.running, &[])?;
+    // Pictures may come in any turn, up to the largest that the model takes.
+    let pictures = match model.vision() {
+        Ok((_, processor)) => PictureMemory::Anytime {
+            crops: 1 + processor.num_crops(),
+        },
+        Err(_) => PictureMemory::Without,
+    };
+    let session = setup.session(&model, &args.running, pictures)?;
     let mut chat = Talk {
         setup,
         session,
@@ -111,7 +118,7 @@ impl Talk {
             images: vec![file.into()],
             num_crops: None,
         };
-        match pictures.open(self.session.model()) {
+        match pictures.open(&self.setup, self.session.model()) {
             Err(error) => eprintln!("{error}"),
             Ok(pictures) => {
                 let tokens: usize = pictures.iter().map(Processed::tokens).sum();

@@ -33,7 +33,11 @@ pub fn eval(args: &Eval, global: &Global) -> Result<()> {
     }
     let origin = setup.locate(args.model.as_deref())?;
     let model = setup.open(&origin, args.running.format)?;
-    stats::check(args.stats, &model)?;
+    stats::check(
+        args.statistics.stats,
+        model.config(),
+        model.path().display(),
+    )?;
     let context = args
         .running
         .ctx
@@ -77,7 +81,10 @@ pub fn eval(args: &Eval, global: &Global) -> Result<()> {
         bar.set(done as u64, Some(total as u64))
     })?;
     drop(bar);
-    let routing = args.stats.map(|_| routing(&session.take_routing()));
+    let routing = args
+        .statistics
+        .stats
+        .map(|_| routing(&session.take_routing()));
     print(&figures, routing, args.json)
 }
 

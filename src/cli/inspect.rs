@@ -1,7 +1,7 @@
 //! `phidias inspect`: what a model is made of and what it will take.
 
 use super::args::{Global, Inspect};
-use super::open::{Origin, Setup, beyond_memory, open_source, refusal};
+use super::open::{Setup, beyond_memory, open_source, refusal};
 use anyhow::Result;
 use phidias::engine::backend::PICKS;
 use phidias::engine::machine::Machine;
@@ -15,10 +15,8 @@ pub fn inspect(args: &Inspect, global: &Global) -> Result<()> {
     let setup = Setup::new(global)?;
     let origin = setup.locate(args.model.as_deref())?;
     let source = open_source(&origin)?;
-    let name = match &origin {
-        Origin::Folder(folder) => folder.display().to_string(),
-        Origin::BuiltIn => source.checkpoint.path().display().to_string(),
-    };
+    let name = origin.folder().unwrap_or(source.checkpoint.path());
+    let name = name.display().to_string();
     let (format, weights) = source.planned(args.running.format)?;
     let plan = memory_plan(
         &source.config,
@@ -64,13 +62,18 @@ pub fn inspect(args: &Inspect, global: &Global) -> Result<()> {
             "plan": {
                 "context": plan.context,
                 "weights": plan.weights,
-                "pageable": plan.pageable,
+                "pageable": plan.pageable.all(),
+                "experts": plan.pageable.experts,
+                "embedding": plan.pageable.embedding,
+                "encoder": plan.pageable.encoder,
                 "working_set": plan.working_set,
                 "kv_cache": plan.kv_cache,
                 "kv_hidden": plan.hidden,
                 "kv_dropped": plan.dropped,
                 "activations": plan.activations,
+                "pictures": plan.pictures,
                 "total": plan.total(),
+                "least": plan.least(),
                 "available": machine.memory_available,
                 "fits": plan.check(&machine) == Ok(Fit::Whole),
                 "runs": plan.check(&machine).is_ok(),

@@ -5,6 +5,7 @@ use super::files::{is_device, temporary_beside};
 use super::open::Setup;
 use super::pictures;
 use anyhow::{Context, Result, bail};
+use phidias::models::session::PictureMemory;
 use phidias::models::text::Segment;
 use phidias::{Session, WeightFormat};
 use serde_json::json;
@@ -23,7 +24,7 @@ pub fn logits(args: &Logits, global: &Global) -> Result<()> {
         WeightFormat::F32
     };
     let model = setup.open(&origin, Some(args.running.format.unwrap_or(default)))?;
-    let pictures = args.pictures.open(&model)?;
+    let pictures = args.pictures.open(&setup, &model)?;
     let segments = match &args.prompt {
         Some(prompt) => pictures::segments(&model, prompt, args.raw, &pictures)?,
         None if !pictures.is_empty() => {
@@ -32,8 +33,8 @@ pub fn logits(args: &Logits, global: &Global) -> Result<()> {
         None => vec![Segment::Text(args.tokens.clone())],
     };
     let named = named_ids(&segments);
-    let mut session = setup.session(&model, &args.running, &pictures)?;
-    let ids = pictures::attach(&setup, &mut session, segments, &pictures)?;
+    let mut session = setup.session(&model, &args.running, PictureMemory::of(&pictures))?;
+    let ids = pictures::attach(&setup, &mut session, segments, pictures)?;
     let name = || args.out.display().to_string();
     if is_device(&args.out) {
         let mut file = OpenOptions::new()

@@ -8,9 +8,8 @@ use phidias::engine::machine::Machine;
 use phidias::engine::memory::{DoesNotFit, Fit, MemoryPlan, Size};
 use phidias::engine::pool::Pool;
 use phidias::engine::{Cancel, Isa, Kernels};
-use phidias::models::image::Processed;
 use phidias::models::session::{PictureMemory, Prefill, Recomputing};
-use phidias::models::{Crossing, Source};
+use phidias::models::{Crossing, Placement, Source};
 use phidias::{GenerateOptions, Model, OpenOptions, Session, SessionOptions, WeightFormat};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,13 +20,26 @@ pub struct Setup {
     pub cancel: Cancel,
     pub kernels: &'static Kernels,
     pub threads: Option<usize>,
+    placement: Placement,
     revision: Option<String>,
 }
 
 /// Where the weights come from.
 pub enum Origin {
     Folder(PathBuf),
+    #[cfg(feature = "fable")]
     BuiltIn,
+}
+
+impl Origin {
+    /// The folder, where it is one.
+    pub fn folder(&self) -> Option<&Path> {
+        match self {
+            Self::Folder(folder) => Some(folder),
+            #[cfg(feature = "fable")]
+            Self::BuiltIn => None,
+        }
+    }
 }
 
 impl Setup {
@@ -54,19 +66,28 @@ impl Setup {
             cancel: cancel_on_ctrl_c(),
             kernels,
             threads: global.threads,
+            placement: match global.copy_weights {
+                true => Placement::Copied,
+                false => Placement::Mapped,
+            },
             revision: global.revision.clone(),
         })
     }
 
-    /// Finds the folder of MODEL, fetching it when it is a Hugging Face id.
+    /// Finds MODEL: the built-in one when there is none.
     pub fn locate(&self, model: Option<&str>) -> Result<Origin> {
-        let Some(model) = model else {
-            return built_in(self.console);
-        };
-        if Path::new(model).exists() {
-            return Ok(Origin::Folder(model.into()));
+        match model {
+            Some(model) => self.folder(model).map(Origin::Folder),
+            None => built_in(self.console),
         }
-        self.fetch(model).map(Origin::Folder)
+    }
+
+    /// Finds the folder of MODEL, fetching it when it is a Hugging Face id.
+    pub fn folder(&self, model: &str) -> Result<PathBuf> {
+        match Path::new(model).exists() {
+            true => Ok(model.into()),
+            false => self.fetch(model),
+        }
     }
 
     #[cfg(feature = "hub")]
@@ -98,18 +119,24 @@ impl Setup {
 
     /// Opens a model, quantizing it when the format asks for that.
     pub fn open(&self, origin: &Origin, format: Option<WeightFormat>) -> Result<Arc<Model>> {
-        let mut bar = self.console.bar("quantizing", Unit::Bytes);
+        let what = match self.placement {
+            Placement::Mapped => "quantizing",
+            Placement::Copied => "reading the weights",
+        };
+        let mut bar = self.console.bar(what, Unit::Bytes);
         let mut progress = |done: usize, total: usize| bar.set(done as u64, Some(total as u64));
         let options = OpenOptions {
             format,
             cache: cache_folder(),
+            placement: self.placement,
             threads: self.threads,
             cancel: self.cancel.clone(),
             progress: Some(&mut progress),
         };
         let model = match origin {
             Origin::Folder(folder) => Model::open(folder, options)?,
-            Origin::BuiltIn => built_in_model(options)?,
+            #[cfg(feature = "fable")]
+            Origin::BuiltIn => phidias::models::fable::open(options)?,
         };
         if let Some(note) = model.note() {
             self.console.note(note);
@@ -122,10 +149,10 @@ impl Setup {
         &self,
         model: &Arc<Model>,
         running: &Running,
-        pictures: &[Processed],
+        pictures: PictureMemory,
     ) -> Result<Session> {
         let options = SessionOptions {
-            pictures: PictureMemory::of(pictures),
+            pictures,
             ..self.session_options(running)
         };
         let plan = Session::plan(model, &options)?;
@@ -154,10 +181,14 @@ impl Setup {
         Ok(session)
     }
 
+    /// Threads, as many as were asked for.
+    pub fn pool(&self) -> Result<Pool> {
+        Ok(Pool::new(self.threads).map_err(phidias::Error::from)?)
+    }
+
     /// What a model is computed on where no session is.
     pub fn cpu(&self) -> Result<Cpu> {
-        let pool = Pool::new(self.threads).map_err(phidias::Error::from)?;
-        Ok(Cpu::new(self.kernels, Arc::new(pool)))
+        Ok(Cpu::new(self.kernels, Arc::new(self.pool()?)))
     }
 
     /// Says when the disk will be read; refuses what does not fit, unless that is wanted.
@@ -232,13 +263,13 @@ impl Setup {
     }
 }
 
-/// The line about experts that do not all fit in memory.
+/// The line about weights that do not all fit in memory.
 pub fn beyond_memory(plan: &MemoryPlan, machine: &Machine) -> String {
     let available = machine.memory_available.unwrap_or(0);
     let available = Size(usize::try_from(available).unwrap_or(usize::MAX));
     format!(
-        "more than the {available} that can be had: of {} of experts, those that are not resident are read from disk when a token needs them",
-        Size(plan.pageable)
+        "more than the {available} that can be had: of {} of pageable weights, what is not resident is read from disk when it is needed",
+        Size(plan.pageable.all())
     )
 }
 
@@ -285,40 +316,19 @@ fn built_in(console: Console) -> Result<Origin> {
     Ok(Origin::BuiltIn)
 }
 
-#[cfg(feature = "fable")]
-fn built_in_source() -> Result<Source> {
-    Ok(phidias::models::fable::source()?)
-}
-
-#[cfg(feature = "fable")]
-fn built_in_model(options: OpenOptions<'_>) -> Result<Model> {
-    Ok(phidias::models::fable::open(options)?)
-}
-
-#[cfg(not(feature = "fable"))]
-const NO_DEMONSTRATION: &str =
-    "no MODEL given, and this build has no demonstration model (it lacks the feature 'fable')";
-
 #[cfg(not(feature = "fable"))]
 fn built_in(_: Console) -> Result<Origin> {
-    bail!(NO_DEMONSTRATION)
-}
-
-#[cfg(not(feature = "fable"))]
-fn built_in_source() -> Result<Source> {
-    bail!(NO_DEMONSTRATION)
-}
-
-#[cfg(not(feature = "fable"))]
-fn built_in_model(_: OpenOptions<'_>) -> Result<Model> {
-    bail!(NO_DEMONSTRATION)
+    bail!(
+        "no MODEL given, and this build has no demonstration model (it lacks the feature 'fable')"
+    )
 }
 
 /// A source without its text files, for commands that only look at tensors.
 pub fn open_source(origin: &Origin) -> Result<Source> {
     Ok(match origin {
         Origin::Folder(folder) => Source::open(folder)?,
-        Origin::BuiltIn => built_in_source()?,
+        #[cfg(feature = "fable")]
+        Origin::BuiltIn => phidias::models::fable::source()?,
     })
 }
 

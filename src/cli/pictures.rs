@@ -26,7 +26,7 @@ pub struct Pictures {
 
 impl Pictures {
     /// Reads and prepares them.
-    pub fn open(&self, model: &Model) -> Result<Vec<Processed>> {
+    pub fn open(&self, setup: &Setup, model: &Model) -> Result<Vec<Processed>> {
         if self.images.is_empty() {
             return Ok(Vec::new());
         }
@@ -42,8 +42,12 @@ impl Pictures {
                 false => files.push(image.clone()),
             }
         }
+        let pool = setup.pool()?;
         (files.iter())
-            .map(|file| Ok(processor.process(&Picture::open(file)?)?))
+            .map(|file| {
+                let picture = Picture::open(file)?;
+                Ok(pool.install(|| processor.process(&picture))?)
+            })
             .collect()
     }
 }
@@ -72,7 +76,7 @@ pub fn attach(
     setup: &Setup,
     session: &mut Session,
     segments: Vec<Segment>,
-    pictures: &[Processed],
+    pictures: Vec<Processed>,
 ) -> Result<Vec<u32>> {
     let (positions, context) = (
         segments.iter().map(Segment::len).sum::<usize>(),
@@ -84,7 +88,9 @@ pub fn attach(
             pictures.len()
         );
     }
-    let features = encode(setup, session, pictures)?;
+    let features = encode(setup, session, &pictures)?;
+    // Their pixels are not needed beside the decoder's memory.
+    drop(pictures);
     let pieces: Vec<_> = (segments.into_iter())
         .map(|segment| match segment {
             Segment::Text(ids) => Piece::Text(ids),
@@ -113,6 +119,7 @@ pub fn encode(
         features.push(Arc::new(rows.map_err(phidias::Error::from)?));
         before += picture.crops();
     }
+    model.release_encoder();
     Ok(features)
 }
 
@@ -121,7 +128,7 @@ pub fn embed(args: &super::args::Embed, global: &super::args::Global) -> Result<
     let setup = Setup::new(global)?;
     let model = setup.open(&setup.locate(Some(&args.model))?, args.format)?;
     let (vision, _) = model.vision()?;
-    let [picture] = &args.picture.open(&model)?[..] else {
+    let [picture] = &args.picture.open(&setup, &model)?[..] else {
         bail!("--image: expected one picture");
     };
     let cpu = setup.cpu()?;

@@ -2,7 +2,7 @@
 
 use super::args::{Global, Quantize};
 use super::console::Unit;
-use super::open::{Origin, Setup};
+use super::open::Setup;
 use anyhow::{Result, bail};
 use phidias::engine::memory::Size;
 use phidias::models::quantize::quantize_folder;
@@ -14,9 +14,7 @@ pub fn quantize(args: &Quantize, global: &Global) -> Result<()> {
     if args.format == WeightFormat::F32 {
         bail!("--format f32: expected q4, q8 or bf16; f32 runs from the original folder");
     }
-    let Origin::Folder(folder) = setup.locate(Some(&args.model))? else {
-        bail!("expected a folder")
-    };
+    let folder = setup.folder(&args.model)?;
     let mut bar = setup.console.bar("quantizing", Unit::Bytes);
     let mut written = 0;
     let mut progress = |done: usize, total: usize| {

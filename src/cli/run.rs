@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail};
 use phidias::engine::generate::{Event, FinishReason, GenerateOptions, Outcome, generate};
 use phidias::engine::memory::Size;
 use phidias::models::Text;
+use phidias::models::session::PictureMemory;
 use phidias::models::text::{Detokenizer, Special};
 use serde_json::{Value, json};
 use std::fs;
@@ -20,13 +21,17 @@ pub fn run(args: &Run, global: &Global) -> Result<()> {
     let (model, from_stdin) = positional(&args.model)?;
     let prompt = prompt(args, from_stdin)?;
     let model = setup.open(&setup.locate(model)?, args.running.format)?;
-    stats::check(args.stats, &model)?;
-    let pictures = args.pictures.open(&model)?;
+    stats::check(
+        args.statistics.stats,
+        model.config(),
+        model.path().display(),
+    )?;
+    let pictures = args.pictures.open(&setup, &model)?;
     let segments = pictures::segments(&model, &prompt, args.raw, &pictures)?;
     let mut options = generate_options(&model, &args.sampling, setup.console);
     options.sampling.logprobs = args.logprobs;
-    let mut session = setup.session(&model, &args.running, &pictures)?;
-    let ids = pictures::attach(&setup, &mut session, segments, &pictures)?;
+    let mut session = setup.session(&model, &args.running, PictureMemory::of(&pictures))?;
+    let ids = pictures::attach(&setup, &mut session, segments, pictures)?;
     let mut detokenizer = detokenizer(model.text()?, &ids, args.raw)?;
     let mut out = Output {
         stdout: io::stdout(),
@@ -46,7 +51,10 @@ pub fn run(args: &Run, global: &Global) -> Result<()> {
     );
     out.end(outcome.is_ok())?;
     let outcome = outcome?;
-    let routing = args.stats.map(|_| routing(&session.take_routing()));
+    let routing = args
+        .statistics
+        .stats
+        .map(|_| routing(&session.take_routing()));
     if args.json {
         let mut object = out.object(&outcome, &options.stop_strings);
         object["kv_bytes"] = json!(session.cache().bytes());

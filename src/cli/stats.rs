@@ -2,17 +2,15 @@
 
 use super::args::Stats;
 use anyhow::{Result, bail};
-use phidias::Model;
+use phidias::models::Config;
 use phidias::models::blocks::moe::LayerRouting;
 use serde_json::{Value, json};
+use std::fmt::Display;
 
-/// Refuses statistics of a model that has none, before anything is computed.
-pub fn check(asked: Option<Stats>, model: &Model) -> Result<()> {
-    if asked.is_some() && model.config().moe.is_none() {
-        bail!(
-            "--stats: {} has no experts, so there is nothing to count",
-            model.path().display()
-        );
+/// Refuses statistics of a model that has none, before anything is computed; `name` is the model's.
+pub fn check(asked: Option<Stats>, config: &Config, name: impl Display) -> Result<()> {
+    if asked.is_some() && config.moe.is_none() {
+        bail!("--stats: {name} has no experts, so there is nothing to count");
     }
     Ok(())
 }

@@ -40,7 +40,7 @@ impl Ops<'_> {
         let kernels = self.kernels;
         assert_columns(x.cols, &w.weight);
         y.reshape(x.rows(), w.weight.rows());
-        let parts = self.split(y.columns_mut(), super::linear::unit(&w.weight));
+        let parts = self.split(y.columns_mut(), super::linear::unit(&w.weight, x.rows()));
         self.team.each_part(parts, |(rows, mut y)| {
             multiply(kernels, w, rows, x, y.reborrow());
             (0..y.rows()).for_each(|t| activation.apply(kernels, y.row(t)));

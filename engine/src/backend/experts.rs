@@ -206,7 +206,7 @@ impl Ops<'_> {
         let token = |row: usize| x.row(routes.tokens[row]);
         self.inputs(&groups, |e| e.gate_up.matrix(), token, inputs);
         s.gated.reshape(rows, inner);
-        let gate_rows = |_: &Expert| GateUp::ROWS;
+        let gate_rows = |_: &Expert, tokens| GateUp::rows_at_once(tokens);
         self.grouped(
             &groups,
             inputs,
@@ -221,7 +221,7 @@ impl Ops<'_> {
         let row = |row: usize| gated.row(row);
         self.inputs(&groups, |e| &e.down_proj.weight, row, inputs);
         s.outputs.reshape(rows, hidden);
-        let panels = |e: &Expert| unit(&e.down_proj.weight);
+        let panels = |e: &Expert, tokens| unit(&e.down_proj.weight, tokens);
         self.grouped(
             &groups,
             inputs,
@@ -307,7 +307,7 @@ impl Ops<'_> {
         &self,
         groups: &[Group<'_>],
         inputs: &[Input],
-        unit: impl Fn(&Expert) -> usize,
+        unit: impl Fn(&Expert, usize) -> usize,
         y: &mut Buffer,
         compute: impl Fn(&Kernels, &Expert, Range<usize>, &Input, ColsMut<'_>) + Sync,
     ) {
@@ -318,7 +318,7 @@ impl Ops<'_> {
         for ((expert, rows), input) in groups.iter().zip(inputs) {
             let (own, right) = rest.split_at_mut(rows.len() * width);
             rest = right;
-            let unit = unit(expert);
+            let unit = unit(expert, rows.len());
             let pieces = self.team.pieces(usize::MAX) * rows.len();
             let pieces = pieces.div_ceil(all).min(width.div_ceil(unit));
             let own = ColsMut::new(own, rows.len(), width);
@@ -335,10 +335,10 @@ impl Ops<'_> {
 mod tests {
     use super::*;
     use crate::backend::Cpu;
+    use crate::huge::OwnedBytes;
     use crate::pool::Pool;
     use crate::tensor::{DType, Tensor};
     use phidias_kernels::cpu::Kernels;
-    use phidias_quant::AlignedBytes;
     use std::sync::Arc;
 
     fn buffer(rows: usize, cols: usize, value: impl FnMut(usize) -> f32) -> Buffer {
@@ -435,8 +435,8 @@ mod tests {
 
     /// A matrix of f32 that looks random.
     fn matrix(rows: usize, cols: usize, seed: usize) -> Linear {
-        let mut bytes = AlignedBytes::try_zeroed(rows * cols * 4).unwrap();
-        for (i, chunk) in bytes.as_mut().chunks_exact_mut(4).enumerate() {
+        let mut bytes = OwnedBytes::zeroed(rows * cols * 4).unwrap();
+        for (i, chunk) in bytes.chunks_exact_mut(4).enumerate() {
             let value = ((i * 7 + seed * 31) % 23) as f32 / 23.0 - 0.5;
             chunk.copy_from_slice(&value.to_le_bytes());
         }

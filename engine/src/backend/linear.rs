@@ -2,7 +2,7 @@
 
 use super::{Input, InputKind, Ops, add, assert_columns};
 use crate::tensor::{Buffer, Linear, Matrix, MatrixView};
-use phidias_kernels::cpu::Kernels;
+use phidias_kernels::cpu::{Kernels, panels_at_once};
 use phidias_kernels::view::ColsMut;
 use phidias_quant::packed::PANEL_ROWS;
 use std::ops::Range;
@@ -30,7 +30,9 @@ pub enum GateUp {
 
 impl GateUp {
     /// Outputs that are computed before the gate is applied.
-    pub(super) const ROWS: usize = 2 * PANEL_ROWS;
+    pub(super) fn rows_at_once(tokens: usize) -> usize {
+        PANEL_ROWS * panels_at_once(tokens)
+    }
 
     /// A matrix that its input is made for.
     #[must_use]
@@ -59,7 +61,7 @@ impl GateUp {
         }
     }
 
-    /// Outputs `out` for all rows of `x`, [`GateUp::ROWS`] at a time, so that the projections stay in the
+    /// Outputs `out` for all rows of `x`, [`GateUp::rows_at_once`] at a time, so that the projections stay in the
     /// cache; `y` is `[tokens, out.len()]`.
     pub(super) fn compute(
         &self,
@@ -69,9 +71,10 @@ impl GateUp {
         mut y: ColsMut<'_>,
     ) {
         let n = x.rows();
-        let mut scratch = vec![0.0; 2 * n * Self::ROWS.min(out.len())];
-        for first in out.clone().step_by(Self::ROWS) {
-            let width = Self::ROWS.min(out.end - first);
+        let rows = Self::rows_at_once(n);
+        let mut scratch = vec![0.0; 2 * n * rows.min(out.len())];
+        for first in out.clone().step_by(rows) {
+            let width = rows.min(out.end - first);
             let scratch = &mut scratch[..2 * n * width];
             let column = first - out.start;
             let (gate, up) = match self {
@@ -97,10 +100,10 @@ impl GateUp {
         }
     }
 
-    /// Whether any [`GateUp::ROWS`] of its outputs can be computed alone: their rows begin with a panel.
+    /// Whether any panels of its outputs can be computed alone: the rows of both begin with one.
     fn divides(&self) -> bool {
         match self {
-            Self::Stacked(both) => self.inner().is_multiple_of(unit(&both.weight)),
+            Self::Stacked(_) => self.inner().is_multiple_of(PANEL_ROWS),
             Self::Pair { .. } | Self::Interleaved { .. } => true,
         }
     }
@@ -127,7 +130,7 @@ impl Ops<'_> {
             assert_columns(x.cols, &w.weight);
             let (own, right) = rest.split_at(rows(w));
             rest = right;
-            let pieces = self.split(own, unit(&w.weight));
+            let pieces = self.split(own, unit(&w.weight, x.rows()));
             parts.extend(pieces.into_iter().map(|(rows, y)| (w, rows, y)));
         }
         self.team
@@ -156,7 +159,7 @@ impl Ops<'_> {
             });
             return;
         }
-        let parts = self.split(y.columns_mut(), GateUp::ROWS);
+        let parts = self.split(y.columns_mut(), GateUp::rows_at_once(n));
         self.team
             .each_part(parts, |(rows, y)| w.compute(kernels, rows, x, y));
     }
@@ -217,10 +220,10 @@ pub(super) fn multiply(
     }
 }
 
-/// Weight rows that must stay together: two panels, which the kernels take at a time.
-pub(super) fn unit(w: &Matrix) -> usize {
+/// Weight rows that stay together: the panels that the kernels take at a time for so many tokens.
+pub(super) fn unit(w: &Matrix, tokens: usize) -> usize {
     match w.view() {
-        MatrixView::Packed(_) => 2 * PANEL_ROWS,
+        MatrixView::Packed(_) => PANEL_ROWS * panels_at_once(tokens),
         MatrixView::Dense(_) => PANEL_ROWS,
     }
 }

@@ -17,6 +17,7 @@ pub use linear::GateUp;
 use crate::pool::{Pool, Team};
 use crate::tensor::{Buffer, Matrix, MatrixView};
 use phidias_kernels::cpu::Kernels;
+use phidias_quant::Format;
 use phidias_quant::activations::{Activations, TILE};
 use std::sync::Arc;
 
@@ -61,6 +62,15 @@ impl Input {
         match &self.kind {
             InputKind::Floats(buffer) => buffer.rows(),
             InputKind::Quantized(quantized) => quantized.rows(),
+        }
+    }
+
+    /// Bytes of a row of `cols` columns, for matrices in a packed format or stored as floats.
+    #[must_use]
+    pub fn bytes_per_row(format: Option<Format>, cols: usize) -> usize {
+        match format {
+            Some(_) => Activations::bytes_per_row(cols),
+            None => cols * size_of::<f32>(),
         }
     }
 

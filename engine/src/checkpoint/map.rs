@@ -7,10 +7,14 @@ use std::ops::Range;
 use std::path::Path;
 
 /// A file mapped for reading.
-pub struct Map(memmap2::Mmap);
+pub struct Map {
+    map: memmap2::Mmap,
+    #[cfg(unix)]
+    file: File,
+}
 
 impl Map {
-    /// Maps the whole of `path`.
+    /// Maps the whole of `path`. Pages that are not in memory yet are asked for as huge ones.
     ///
     /// The file must not be shortened while the program runs: reading past the new end of a
     /// mapped file is a bus error that cannot be caught. Downloads and `quantize` therefore write
@@ -22,7 +26,34 @@ impl Map {
         // SAFETY: the bytes are only ever read, and as plain data for which every bit pattern is
         // valid; another process changing them changes values, not memory safety. Shortening the
         // file is excluded by the documentation above.
-        unsafe { memmap2::Mmap::map(&file) }.map(Self)
+        let map = unsafe { memmap2::Mmap::map(&file) }?;
+        // Where file systems cannot have them, this is refused or does nothing.
+        #[cfg(target_os = "linux")]
+        let _ = map.advise(memmap2::Advice::HugePage);
+        Ok(Self {
+            map,
+            #[cfg(unix)]
+            file,
+        })
+    }
+
+    /// Reads the bytes from `first` on, without touching the map.
+    /// # Errors
+    /// The file's.
+    /// # Panics
+    /// When they are not inside.
+    pub fn read(&self, first: usize, out: &mut [u8]) -> io::Result<()> {
+        let part = &self.map[first..first + out.len()];
+        #[cfg(unix)]
+        {
+            let _ = part;
+            std::os::unix::fs::FileExt::read_exact_at(&self.file, out, first as u64)
+        }
+        #[cfg(not(unix))]
+        {
+            out.copy_from_slice(part);
+            Ok(())
+        }
     }
 
     /// Asks the system to read `range` ahead; returns before it is there. Advice only: where it is not
@@ -30,11 +61,29 @@ impl Map {
     /// # Panics
     /// When `range` is not inside.
     pub fn will_need(&self, range: Range<usize>) {
-        assert!(range.start <= range.end && range.end <= self.0.len());
+        assert!(range.start <= range.end && range.end <= self.map.len());
         #[cfg(unix)]
         let _ = self
-            .0
+            .map
             .advise_range(memmap2::Advice::WillNeed, range.start, range.len());
+    }
+
+    /// Takes `range` out of this process's memory. The pages stay with the system, which may keep or drop
+    /// them, and come back when they are touched.
+    /// # Panics
+    /// When `range` is not inside.
+    pub fn release(&self, range: Range<usize>) {
+        assert!(range.start <= range.end && range.end <= self.map.len());
+        #[cfg(target_os = "linux")]
+        {
+            let advice = memmap2::UncheckedAdvice::DontNeed;
+            // SAFETY: the call empties pages of memory that is a process's own. These are a file's, which
+            // nobody writes here: they read the same before and after.
+            let _ = unsafe {
+                self.map
+                    .unchecked_advise_range(advice, range.start, range.len())
+            };
+        }
     }
 
     /// Which share of `range` is in memory, from at most `samples` pages spread over it; `None` where the
@@ -44,7 +93,7 @@ impl Map {
     /// When `range` is not inside.
     #[must_use]
     pub fn resident_share(&self, range: Range<usize>, samples: usize) -> Option<f64> {
-        assert!(range.start <= range.end && range.end <= self.0.len());
+        assert!(range.start <= range.end && range.end <= self.map.len());
         let page = page_size()?;
         let (first, end) = (range.start / page, range.end.div_ceil(page));
         let count = samples.min(end - first);
@@ -61,7 +110,7 @@ impl Map {
     #[cfg(target_os = "linux")]
     fn is_resident(&self, at: usize) -> Option<bool> {
         let mut state = 0u8;
-        let start = self.0[at..].as_ptr();
+        let start = self.map[at..].as_ptr();
         // SAFETY: a map begins on a page, so `start` does, and one byte from there lies in the map; the
         // call writes one byte for the one page, and reads nothing of it.
         let failed = unsafe { libc::mincore(start.cast_mut().cast(), 1, &raw mut state) };
@@ -87,7 +136,7 @@ fn page_size() -> Option<usize> {
 
 impl AsRef<[u8]> for Map {
     fn as_ref(&self) -> &[u8] {
-        &self.0
+        &self.map
     }
 }
 
@@ -120,6 +169,35 @@ mod tests {
             }
             assert_eq!(map.resident_share(50_000..50_000, 0), None);
         }
+    }
+
+    /// What a map holds of this process's memory, as the system counts it.
+    #[cfg(target_os = "linux")]
+    fn held(map: &Map) -> usize {
+        let start = format!("{:x}-", map.0.as_ptr() as usize);
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut lines = maps.lines().skip_while(|line| !line.starts_with(&start));
+        let kib = lines.find_map(|line| line.strip_prefix("Rss:")).unwrap();
+        let kib = kib.trim().trim_end_matches("kB").trim();
+        kib.parse::<usize>().unwrap() << 10
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn released_pages_are_held_no_more_and_read_the_same() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        let bytes: Vec<u8> = (0..4u32 << 20).map(|i| (i % 251) as u8).collect();
+        std::fs::write(&path, &bytes).unwrap();
+        let map = Map::open(&path).unwrap();
+        assert!(map.as_ref() == bytes);
+        assert_eq!(held(&map), 4 << 20);
+        map.release((1 << 20) + 5..3 << 20);
+        // What lies on one huge page with the range may go with it.
+        assert!(held(&map) <= 2 << 20);
+        assert!(map.as_ref() == bytes);
+        assert_eq!(held(&map), 4 << 20);
+        map.release(7..7);
     }
 
     /// Pages that the system dropped are not there, and come back when they are asked for.

@@ -6,8 +6,12 @@
 //! [`Tensor`]s that need no second look.
 
 use crate::bytes::Bytes;
+use crate::cancel::Cancel;
+use crate::huge::OwnedBytes;
+use crate::pool::Pool;
 use crate::tensor::{DType, Tensor};
-use phidias_quant::{Format, PackError, Packed, PackedLayout, packed};
+use phidias_quant::{ALIGN, Format, PackError, Packed, PackedLayout, packed};
+use rayon::prelude::*;
 use serde::Deserialize;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -171,6 +175,64 @@ impl Checkpoint {
         let path = PathBuf::from(name);
         let tensors = read_container(&path, &bytes)?.into_iter().collect();
         Ok(Self { path, tensors })
+    }
+
+    /// The same tensors in memory of this process, on huge pages where they can be had.
+    /// # Errors
+    /// A file that cannot be read, memory that cannot be had, cancellation.
+    pub fn copied(
+        &self,
+        pool: &Pool,
+        cancel: &Cancel,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Self> {
+        /// Bytes that one thread reads at a time.
+        const RUN: usize = 2 << 20;
+        let places: Vec<_> = (self.tensors.values())
+            .scan(0usize, |end, tensor| {
+                let first = end.next_multiple_of(ALIGN);
+                *end = first + tensor.bytes().len();
+                Some(first..*end)
+            })
+            .collect();
+        let total = places.last().map_or(0, |place| place.end);
+        let io = |source| CheckpointError::Io {
+            path: self.path.clone(),
+            source,
+        };
+        let mut copy = OwnedBytes::zeroed(total).map_err(|_| CheckpointError::OutOfMemory {
+            what: "a copy of the weights".into(),
+            bytes: total,
+        })?;
+        for (tensor, place) in self.tensors.values().zip(&places) {
+            let out = &mut copy[place.clone()];
+            // Enough for every thread, few enough to hear a cancellation.
+            let step = RUN * 8 * pool.threads();
+            for (i, out) in out.chunks_mut(step).enumerate() {
+                if cancel.is_cancelled() {
+                    return Err(CheckpointError::Cancelled);
+                }
+                let end = i * step + out.len();
+                pool.install(|| {
+                    let runs = out.par_chunks_mut(RUN).enumerate();
+                    runs.try_for_each(|(run, out)| tensor.bytes().read(i * step + run * RUN, out))
+                })
+                .map_err(io)?;
+                progress(place.start + end, total);
+            }
+        }
+        let copy = Bytes::from(copy);
+        let tensors = (self.tensors.iter().zip(places))
+            .map(|((name, tensor), place)| {
+                let shape = tensor.shape().to_vec();
+                let tensor = Tensor::new(tensor.dtype(), shape, copy.slice(place));
+                (name.clone(), tensor)
+            })
+            .collect();
+        Ok(Self {
+            path: self.path.clone(),
+            tensors,
+        })
     }
 
     /// The folder or file it came from, for messages.

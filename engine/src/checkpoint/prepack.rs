@@ -8,9 +8,9 @@
 use super::{Checkpoint, CheckpointError, PACKED_KEY, Result, VERSION_KEY};
 use crate::pool::Pool;
 use crate::tensor::{DType, Tensor};
-use crate::{Bytes, Cancel};
+use crate::{Bytes, Cancel, OwnedBytes};
 use phidias_quant::packed::{PANEL_ROWS, pack_panel};
-use phidias_quant::{ALIGN, AlignedBytes, Format, PackError, PackedLayout, bf16, f16, packed};
+use phidias_quant::{ALIGN, Format, PackError, PackedLayout, bf16, f16, packed};
 use rayon::prelude::*;
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -251,12 +251,12 @@ impl<'a> Prepack<'a> {
     /// As [`Prepack::write`], and [`CheckpointError::OutOfMemory`].
     pub fn to_memory(&self, pool: &Pool, cancel: &Cancel, progress: Progress<'_>) -> Result<Bytes> {
         let mut bytes =
-            AlignedBytes::try_zeroed(self.bytes()).ok_or_else(|| CheckpointError::OutOfMemory {
+            OwnedBytes::zeroed(self.bytes()).map_err(|_| CheckpointError::OutOfMemory {
                 what: "quantized weights".into(),
                 bytes: self.bytes(),
             })?;
         self.write(
-            &mut bytes.as_mut(),
+            &mut &mut bytes[..],
             Path::new("memory"),
             pool,
             cancel,

@@ -146,7 +146,8 @@ impl ImageProcessor {
         self.num_crops
     }
 
-    /// Resizes a picture and lays it on white.
+    /// Resizes a picture and lays it on white; the threads of the rayon pool around the call share
+    /// the work.
     ///
     /// # Errors
     /// [`ImageError::TooNarrow`]: the picture is so long and narrow that its short side

@@ -21,8 +21,13 @@
 //! every byte it reads, twice. The sums cannot overflow: the weights of an output add up to
 //! `2^22` and at most half a unit for each input, and 255 times that is below 2^31 for the
 //! 65 535 inputs there can be.
+//!
+//! Both passes share the rows of their result out among the threads of the rayon pool that the
+//! call is made in. A row is one thread's from the first tap to the last, so the result is the
+//! same with any number of them; a thread that adds up whole rows holds one row of sums.
 
 use super::Pixels;
+use rayon::prelude::*;
 use std::borrow::Cow;
 
 /// Fraction bits of a weight.
@@ -76,9 +81,15 @@ impl Filter {
         filter
     }
 
-    /// First input and weights of every output.
+    /// First input and weights of an output.
+    fn output(&self, x: usize) -> (usize, &[i32]) {
+        let taps = &self.taps[x];
+        (taps.first, &self.weights[taps.weights..][..taps.len])
+    }
+
+    /// Those of every output.
     fn outputs(&self) -> impl Iterator<Item = (usize, &[i32])> {
-        (self.taps.iter()).map(|taps| (taps.first, &self.weights[taps.weights..][..taps.len]))
+        (0..self.taps.len()).map(|x| self.output(x))
     }
 }
 
@@ -86,7 +97,7 @@ fn to_byte(sum: i32) -> u8 {
     (sum >> BITS).clamp(0, 255) as u8
 }
 
-/// A picture in another size.
+/// A picture in another size, computed by the threads of the rayon pool around the call.
 ///
 /// # Panics
 /// If a size is zero.
@@ -109,8 +120,9 @@ fn across(picture: Cow<'_, Pixels>, width: usize) -> Cow<'_, Pixels> {
     }
     let filter = Filter::new(picture.width, width);
     let mut resized = Pixels::filled(width, picture.height, 0);
-    let rows = picture.data.chunks_exact(picture.width * 3);
-    for (row, out) in rows.zip(resized.data.chunks_exact_mut(width * 3)) {
+    let rows = picture.data.par_chunks_exact(picture.width * 3);
+    let pairs = rows.zip(resized.data.par_chunks_exact_mut(width * 3));
+    pairs.for_each(|(row, out)| {
         for ((first, weights), pixel) in filter.outputs().zip(out.chunks_exact_mut(3)) {
             let inputs = row[first * 3..][..weights.len() * 3].chunks_exact(3);
             let mut sums = [HALF; 3];
@@ -123,7 +135,7 @@ fn across(picture: Cow<'_, Pixels>, width: usize) -> Cow<'_, Pixels> {
                 *byte = to_byte(sum);
             }
         }
-    }
+    });
     Cow::Owned(resized)
 }
 
@@ -136,25 +148,29 @@ fn down(picture: Cow<'_, Pixels>, height: usize) -> Cow<'_, Pixels> {
     let filter = Filter::new(picture.height, height);
     let row_len = picture.width * 3;
     let mut resized = Pixels::filled(picture.width, height, 0);
-    let mut sums = vec![0i32; row_len];
-    for ((first, weights), out) in (filter.outputs()).zip(resized.data.chunks_exact_mut(row_len)) {
-        sums.fill(HALF);
+    let rows = resized.data.par_chunks_exact_mut(row_len).enumerate();
+    rows.for_each_init(Vec::new, |sums: &mut Vec<i32>, (y, out)| {
+        let (first, weights) = filter.output(y);
+        sums.clear();
+        sums.resize(row_len, HALF);
         for (y, weight) in (first..).zip(weights) {
             for (sum, &value) in sums.iter_mut().zip(picture.row(y)) {
                 *sum += weight * i32::from(value);
             }
         }
-        for (byte, &sum) in out.iter_mut().zip(&sums) {
+        for (byte, &sum) in out.iter_mut().zip(&*sums) {
             *byte = to_byte(sum);
         }
-    }
+    });
     Cow::Owned(resized)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use phidias_engine::pool::Pool;
     use proptest::prelude::*;
+    use std::sync::LazyLock;
 
     fn picture(width: usize, height: usize, seed: usize) -> Pixels {
         let data = (0..width * height * 3).map(|i| (i * (7 + seed) + i / 5 * seed) as u8);
@@ -173,6 +189,39 @@ mod tests {
             height,
             data: (0..width * height).flat_map(pixel).copied().collect(),
         }
+    }
+
+    static POOLS: LazyLock<Vec<Pool>> =
+        LazyLock::new(|| [1, 2, 3].map(|n| Pool::new(Some(n)).unwrap()).into());
+
+    /// Every output of both passes by itself, on this thread.
+    fn one_by_one(picture: &Pixels, width: usize, height: usize) -> Pixels {
+        let pass = |p: &Pixels, width: usize, height: usize| {
+            let (across, down) = (Filter::new(p.width, width), Filter::new(p.height, height));
+            let byte = |i: usize| {
+                let (x, y, channel) = (i / 3 % width, i / 3 / width, i % 3);
+                let value = |x, y| i32::from(p.row(y)[x * 3 + channel]);
+                let weighted = |(first, weights): (usize, &[i32]), value: &dyn Fn(usize) -> i32| {
+                    let products = (first..).zip(weights).map(|(at, w)| w * value(at));
+                    to_byte(HALF + products.sum::<i32>())
+                };
+                match p.height == height {
+                    true => weighted(across.output(x), &|x| value(x, y)),
+                    false => weighted(down.output(y), &|y| value(x, y)),
+                }
+            };
+            let data = (0..width * height * 3).map(byte).collect();
+            Pixels {
+                width,
+                height,
+                data,
+            }
+        };
+        let between = match picture.width < picture.height {
+            true => pass(picture, picture.width, height),
+            false => pass(picture, width, picture.height),
+        };
+        pass(&between, width, height)
     }
 
     /// The mean of neighbours, worked out by hand.
@@ -217,6 +266,20 @@ mod tests {
             let picture = picture(from.0, from.1, seed);
             let resized = resize(&turned(&picture), to.1, to.0);
             prop_assert_eq!(resize(&picture, to.0, to.1), turned(&resized));
+        }
+
+        /// The definition, one output after the other, against pools of several sizes: sizes that are
+        /// fewer rows than threads among them.
+        #[test]
+        fn the_number_of_threads_changes_nothing(
+            from in (1usize..90, 1usize..90), to in (1usize..90, 1usize..90), seed in 0usize..99,
+        ) {
+            let picture = picture(from.0, from.1, seed);
+            let expected = one_by_one(&picture, to.0, to.1);
+            for pool in &*POOLS {
+                let resized = pool.install(|| resize(&picture, to.0, to.1));
+                prop_assert_eq!(&resized, &expected, "{:?}", pool);
+            }
         }
 
         #[test]

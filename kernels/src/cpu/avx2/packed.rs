@@ -106,7 +106,7 @@ fn products_q8<const T: usize>(
 /// `$q4` and `$q8` multiply a block of half a panel with some tokens.
 macro_rules! packed_256 {
     ($features:literal, $q4:ident, $q8:ident) => {
-        use crate::cpu::packed::GROUP;
+        use crate::cpu::packed::{GROUP, STREAMS};
         use crate::cpu::prefetch;
         use phidias_quant::activations::{TILE, Tile};
         use phidias_quant::f16;
@@ -258,34 +258,44 @@ macro_rules! packed_256 {
             }
         }
 
-        /// A panel times `T` tokens with the sums in registers.
+        /// `P` panels at once times `T` tokens with the sums in registers.
         #[target_feature(enable = $features)]
         #[inline]
-        fn few<const T: usize, const LINES: usize>(
-            panel: Panel<'_>,
+        fn few<const T: usize, const P: usize, const LINES: usize>(
+            panels: [Panel<'_>; P],
             x: Tile<'_>,
-            acc: &mut [Sums],
+            acc: &mut [[Sums; T]; P],
         ) {
-            let (blocks, scales) = panel.blocks::<LINES>();
+            let quants = panels.map(|panel| panel.blocks::<LINES>().0);
+            let scales_of = panels.map(|panel| panel.blocks::<LINES>().1);
+            let ahead = prefetch::Streams::<P, LINES>::new(&panels[0]);
             // The tile has `T` rows, so its blocks are whole arrays.
             let (a, _) = x.quants.as_chunks::<BLOCK>().0.as_chunks::<T>();
             let (starts, _) = x.starts.as_chunks::<T>();
             let (magics, _) = x.magics.as_chunks::<T>();
-            let mut sums = [[_mm256_setzero_ps(); PARTS]; T];
-            for (b, lines) in blocks.iter().enumerate() {
-                prefetch::ahead(lines);
-                prefetch::ahead(&scales[b]);
-                for half in 0..PARTS {
-                    let w = weights(lines, &scales[b], half);
-                    let products = products::<T, LINES>(&w.quants, &a[b], &starts[b], &magics[b]);
-                    for t in 0..T {
-                        sums[t][half] = _mm256_fmadd_ps(products[t], w.scales, sums[t][half]);
+            let mut sums = [[[_mm256_setzero_ps(); PARTS]; T]; P];
+            for b in 0..quants[0].len() {
+                let ahead = ahead.at(b);
+                for p in 0..P {
+                    let (lines, of_rows) = (&quants[p][b], &scales_of[p][b]);
+                    ahead.of_quants(lines);
+                    ahead.of_scales(of_rows);
+                    for half in 0..PARTS {
+                        let w = weights(lines, of_rows, half);
+                        let products =
+                            products::<T, LINES>(&w.quants, &a[b], &starts[b], &magics[b]);
+                        for t in 0..T {
+                            let sum = &mut sums[p][t][half];
+                            *sum = _mm256_fmadd_ps(products[t], w.scales, *sum);
+                        }
                     }
                 }
             }
-            for t in 0..T {
-                for half in 0..PARTS {
-                    store(&mut acc[t][half], sums[t][half]);
+            for p in 0..P {
+                for t in 0..T {
+                    for half in 0..PARTS {
+                        store(&mut acc[p][t][half], sums[p][t][half]);
+                    }
                 }
             }
         }

@@ -208,13 +208,29 @@ macro_rules! packed_neon {
             }
         }
 
-        /// A panel times `T` tokens with the sums in registers.
+        /// Panels at once for one token. Several were not tried on a machine of this architecture.
+        const STREAMS: usize = 1;
+
+        /// `P` panels, one after the other, times `T` tokens with the sums in registers.
         #[target_feature(enable = $features)]
         #[inline]
-        fn few<const T: usize, const LINES: usize>(
+        fn few<const T: usize, const P: usize, const LINES: usize>(
+            panels: [Panel<'_>; P],
+            x: Tile<'_>,
+            acc: &mut [[Sums; T]; P],
+        ) {
+            for (panel, acc) in panels.into_iter().zip(acc) {
+                one::<T, LINES>(panel, x, acc);
+            }
+        }
+
+        /// A panel times `T` tokens.
+        #[target_feature(enable = $features)]
+        #[inline]
+        fn one<const T: usize, const LINES: usize>(
             panel: Panel<'_>,
             x: Tile<'_>,
-            acc: &mut [Sums],
+            acc: &mut [Sums; T],
         ) {
             let (blocks, all_scales) = panel.blocks::<LINES>();
             let mut out = [[vdupq_n_f32(0.0); QUARTERS]; T];
