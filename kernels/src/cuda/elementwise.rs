@@ -1,9 +1,10 @@
 //! What is done to each value, or each row, alone; the maths is in `elementwise.cu`.
 
 use super::device::{Arg, Device, DeviceError, Kernel, Launch, Source, Span};
+use super::linear::{Elements, Weights};
 use super::rows::{Activations, rows_of};
 use bytemuck::Pod;
-use phidias_quant::{BLOCK, Format, PackedLayout, bf16, f16};
+use phidias_quant::{BLOCK, Format};
 
 /// The kernels of `elementwise.cu`.
 pub(super) const KERNELS: &[&str] = &[
@@ -94,30 +95,6 @@ pub enum Activation {
     Gelu,
 }
 
-/// A table of embeddings, `[rows, cols]`.
-#[derive(Clone, Copy, Debug)]
-pub struct Table<'m> {
-    /// Rows.
-    pub rows: usize,
-    /// Columns.
-    pub cols: usize,
-    /// Its values.
-    pub values: TableValues<'m>,
-}
-
-/// The values of a [`Table`]. Rows of floats are padded to whole blocks of 32 columns.
-#[derive(Clone, Copy, Debug)]
-pub enum TableValues<'m> {
-    /// `[rows][padded columns]`
-    F32(Span<'m, f32>),
-    /// `[rows][padded columns]`
-    F16(Span<'m, f16>),
-    /// `[rows][padded columns]`
-    Bf16(Span<'m, bf16>),
-    /// Packed, as in files.
-    Packed(Format, Span<'m, u8>),
-}
-
 /// `x[t] = multiplier * table[ids[t]]`, `x` being `[ids, cols]`. An id that is no row gives NaNs.
 /// # Errors
 /// When the launch fails.
@@ -125,53 +102,34 @@ pub enum TableValues<'m> {
 /// When a length does not fit.
 pub fn embed(
     device: &dyn Device,
-    table: &Table<'_>,
+    table: &Weights<'_>,
     ids: Span<'_, u32>,
     multiplier: f32,
     x: Span<'_, f32>,
 ) -> Result<(), DeviceError> {
-    let (tokens, cols) = rows_of(x, table.cols, "embeddings");
+    let layout = table.layout();
+    let (tokens, cols) = rows_of(x, layout.cols(), "embeddings");
     assert_eq!(ids.len(), tokens as usize, "ids and embeddings");
-    let stride = table.cols.next_multiple_of(BLOCK);
-    let dense = |len: usize| assert_eq!(len, table.rows * stride, "values of a table");
-    let (name, values) = match table.values {
-        TableValues::F32(values) => {
-            dense(values.len());
-            ("embed_f32", values.on(device))
-        }
-        TableValues::F16(values) => {
-            dense(values.len());
-            ("embed_f16", values.on(device))
-        }
-        TableValues::Bf16(values) => {
-            dense(values.len());
-            ("embed_bf16", values.on(device))
-        }
-        TableValues::Packed(format, values) => {
-            let layout = PackedLayout::new(format, table.rows, table.cols);
-            let bytes = layout.map(|layout| layout.bytes());
-            assert_eq!(bytes, Ok(values.len()), "bytes of a table");
-            assert!(values.is_aligned(4), "a packed table at {values:?}");
-            let name = match format {
-                Format::Q4 => "embed_q4",
-                Format::Q8 => "embed_q8",
-            };
-            (name, values.on(device))
-        }
-    };
-    assert!(table.rows <= u32::MAX as usize, "{} rows", table.rows);
+    assert!(layout.rows() <= u32::MAX as usize, "{} rows", layout.rows());
     aligned(x, cols);
+    let name = match layout.elements() {
+        Elements::F32 => "embed_f32",
+        Elements::F16 => "embed_f16",
+        Elements::Bf16 => "embed_bf16",
+        Elements::Packed(Format::Q4) => "embed_q4",
+        Elements::Packed(Format::Q8) => "embed_q8",
+    };
     let args = [
         ids.on(device),
-        values,
+        table.data.on(device),
         x.on(device),
-        Arg::U32(table.rows as u32),
+        Arg::U32(layout.rows() as u32),
         Arg::U32(cols),
-        Arg::U32(stride as u32),
+        Arg::U32(cols.next_multiple_of(BLOCK as u32)),
         Arg::F32(multiplier),
     ];
-    // SAFETY: an id is compared with the rows; columns read are inside a row, whose place follows from
-    // the lengths that were checked; row t of `x` is written for id t.
+    // SAFETY: an id is compared with the rows, and columns are inside a row, of a matrix that `Weights` knows to
+    // be whole and to begin where vectors may; row t of `x` is written for id t.
     unsafe { launch(device, name, grid(tokens, cols), &args) }
 }
 

@@ -183,7 +183,7 @@ impl Layout {
 pub struct Weights<'m> {
     layout: Layout,
     /// Of the matrix, or of all experts'.
-    data: Span<'m, u8>,
+    pub(super) data: Span<'m, u8>,
     /// Bytes from one expert's to the next.
     step: usize,
     bias: Option<Span<'m, f32>>,

@@ -4,12 +4,12 @@
 use super::{Random, U, each_device};
 use crate::cpu::{Isa, Kernels};
 use crate::cuda::elementwise::{
-    Activation, Norm, Output, Table, TableValues, activate, add_norm, embed, finish_logits, gegelu,
-    input, silu_mul,
+    Activation, Norm, Output, activate, add_norm, embed, finish_logits, gegelu, input, silu_mul,
 };
+use crate::cuda::linear::{Elements, Layout, Weights};
 use crate::cuda::{Activations, Device, DeviceError, Form, Head, Memory};
 use phidias_quant::activations::{self, Activations as Tiles};
-use phidias_quant::packed::pack_panel;
+use phidias_quant::packed::{PANEL_ROWS, pack_panel};
 use phidias_quant::{AlignedBytes, BLOCK, Format, Packed, PackedLayout, bf16, f16};
 use std::sync::Arc;
 
@@ -313,74 +313,69 @@ fn embeddings_are_rows_of_the_table() {
         let mut random = Random(6);
         for (rows, cols) in [(5, 3), (17, 32), (40, 68), (16, 1030)] {
             let values = random.values(rows * cols, 2.0);
+            // The last one is no row.
             let ids = [rows as u32 - 1, 0, 3, 3, rows as u32];
             let ids_there = Memory::from_slice(device, &ids)?;
-            let stride = cols.next_multiple_of(BLOCK);
-            let mut padded = vec![0.0f32; rows * stride];
-            for (to, from) in padded
-                .chunks_exact_mut(stride)
-                .zip(values.chunks_exact(cols))
-            {
-                to[..cols].copy_from_slice(from);
-            }
-            let f16s: Vec<f16> = padded.iter().map(|v| f16::from_f32(*v)).collect();
-            let bf16s: Vec<bf16> = padded.iter().map(|v| bf16::from_f32(*v)).collect();
-            let packed = [Format::Q4, Format::Q8].map(|format| {
-                let layout = PackedLayout::new(format, rows, cols).expect("a shape");
-                let mut bytes = AlignedBytes::try_zeroed(layout.bytes()).expect("memory");
-                let panels = bytes.as_mut().chunks_exact_mut(layout.panel_bytes());
-                for (panel, rows) in panels.zip(values.chunks(16 * cols)) {
-                    pack_panel(&layout, rows, panel).expect("finite");
-                }
-                (layout, bytes)
-            });
-            let there = [
-                Memory::from_slice(device, &padded)?,
-                Memory::from_slice(device, &f16s)?,
-                Memory::from_slice(device, &bf16s)?,
-                Memory::from_slice(device, packed[0].1.as_ref())?,
-                Memory::from_slice(device, packed[1].1.as_ref())?,
-            ];
-            let tables = [
-                TableValues::F32(there[0].span()),
-                TableValues::F16(there[1].span()),
-                TableValues::Bf16(there[2].span()),
-                TableValues::Packed(Format::Q4, there[3].span()),
-                TableValues::Packed(Format::Q8, there[4].span()),
-            ];
-            for (kind, values) in tables.into_iter().enumerate() {
+            for elements in [
+                Elements::F32,
+                Elements::F16,
+                Elements::Bf16,
+                Elements::Packed(Format::Q4),
+                Elements::Packed(Format::Q8),
+            ] {
+                let (stored, widened) = table(elements, (rows, cols), &values);
+                let layout = Layout::new(elements, rows, cols).expect("a shape");
+                let there = Memory::new(device, layout.bytes())?;
+                layout.upload(stored.as_ref(), there.span())?;
+                let table = Weights::new(layout, there.span(), None);
                 for multiplier in [1.0, 10.0] {
-                    let mut want = vec![f32::NAN; ids.len() * cols];
-                    for (id, x) in ids[..4].iter().zip(want.chunks_exact_mut(cols)) {
-                        let row = *id as usize * stride..;
-                        match kind {
-                            0 => x.copy_from_slice(&padded[row][..cols]),
-                            1 => x
-                                .iter_mut()
-                                .zip(&f16s[row])
-                                .for_each(|(x, v)| *x = v.to_f32()),
-                            2 => x
-                                .iter_mut()
-                                .zip(&bf16s[row])
-                                .for_each(|(x, v)| *x = v.to_f32()),
-                            _ => {
-                                let (layout, bytes) = &packed[kind - 3];
-                                let matrix =
-                                    Packed::new(*layout, bytes.as_ref()).expect("its bytes");
-                                matrix.dequantize_row(*id as usize, x);
-                            }
-                        }
-                        x.iter_mut().for_each(|x| *x *= multiplier);
-                    }
                     let x = Memory::new(device, ids.len() * cols * 4)?;
-                    let table = Table { rows, cols, values };
                     embed(&**device, &table, ids_there.span(), multiplier, x.span())?;
+                    let row = |id: &u32| &widened[*id as usize * cols..][..cols];
+                    let rows = ids[..4].iter().flat_map(row).map(|v| v * multiplier);
+                    let want: Vec<f32> = rows.chain(vec![f32::NAN; cols]).collect();
                     assert_same(&x.span::<f32>().to_vec()?, &want);
                 }
             }
         }
         Ok(())
     });
+}
+
+/// A matrix as a file has it, and the values that are then in it.
+fn table(
+    elements: Elements,
+    (rows, cols): (usize, usize),
+    values: &[f32],
+) -> (AlignedBytes, Vec<f32>) {
+    let copy = |bytes: &[u8]| AlignedBytes::try_copy(bytes).expect("memory");
+    match elements {
+        Elements::F32 => (copy(bytemuck::cast_slice(values)), values.to_vec()),
+        Elements::F16 => {
+            let halves: Vec<f16> = values.iter().map(|v| f16::from_f32(*v)).collect();
+            let widened = halves.iter().map(|v| v.to_f32()).collect();
+            (copy(bytemuck::cast_slice(&halves)), widened)
+        }
+        Elements::Bf16 => {
+            let halves: Vec<bf16> = values.iter().map(|v| bf16::from_f32(*v)).collect();
+            let widened = halves.iter().map(|v| v.to_f32()).collect();
+            (copy(bytemuck::cast_slice(&halves)), widened)
+        }
+        Elements::Packed(format) => {
+            let layout = PackedLayout::new(format, rows, cols).expect("a shape");
+            let mut bytes = AlignedBytes::try_zeroed(layout.bytes()).expect("memory");
+            let panels = bytes.as_mut().chunks_exact_mut(layout.panel_bytes());
+            for (panel, rows) in panels.zip(values.chunks(PANEL_ROWS * cols)) {
+                pack_panel(&layout, rows, panel).expect("finite");
+            }
+            let matrix = Packed::new(layout, bytes.as_ref()).expect("its bytes");
+            let mut widened = vec![0.0; rows * cols];
+            for (r, row) in widened.chunks_exact_mut(cols).enumerate() {
+                matrix.dequantize_row(r, row);
+            }
+            (bytes, widened)
+        }
+    }
 }
 
 #[test]
