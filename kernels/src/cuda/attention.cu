@@ -130,13 +130,19 @@ struct Mask {
   }
 };
 
-// Keys and values of one KV head: row `i` at `i * stride`; `count` of them are there.
+// Keys and values of one KV head: row `i` at `i * stride` after the first; `count` of them are there.
 template <class T>
 struct Stored {
   const T* keys;
   const T* values;
-  u64 stride;
-  u32 count;
+  u32 first_key, first_value, stride, count;
+
+  __device__ const T* key(u32 row, u32 column) const {
+    return keys + (first_key + row * stride + column);
+  }
+  __device__ const T* value(u32 row, u32 column) const {
+    return values + (first_value + row * stride + column);
+  }
 };
 
 // ---------------------------------------------------------------- arithmetic of a tile
@@ -210,6 +216,22 @@ struct Half {
   }
   // The column of the head that `acc[..][c]` is.
   __device__ static u32 column(u32 c) { return 32 * (c / 8) + 8 * (lane() % 4) + c % 8; }
+  // A lane's columns of a row in memory.
+  __device__ static void get(const float* row, float x[COLS], u32 head_dim) {
+    #pragma unroll
+    for (u32 c = 0; c < COLS; c += 4) {
+      F32x4 four = {0, 0, 0, 0};
+      if (column(c) < head_dim) four = *reinterpret_cast<const F32x4*>(row + column(c));
+      x[c] = four.x, x[c + 1] = four.y, x[c + 2] = four.z, x[c + 3] = four.w;
+    }
+  }
+  __device__ static void put(float* row, const float x[COLS], u32 head_dim) {
+    #pragma unroll
+    for (u32 c = 0; c < COLS; c += 4) {
+      F32x4 four = {x[c], x[c + 1], x[c + 2], x[c + 3]};
+      if (column(c) < head_dim) *reinterpret_cast<F32x4*>(row + column(c)) = four;
+    }
+  }
   // The key that a lane reads for the scores of keys `8 i ..`.
   __device__ static u32 key_row(u32 i) {
     u32 g = lane() / 4;
@@ -232,9 +254,9 @@ struct Half {
     return x + __shfl_xor_sync(ALL_LANES, x, 2);
   }
 
-  // Queries at `rows(0) ..`; rows from `count` on are none. `head_dim <= D`, a multiple of 8.
+  // Queries at `from + row(0) ..`; rows from `count` on are none. `head_dim <= D`, a multiple of 8.
   template <class F>
-  __device__ void load(F rows, u32 count, u32 head_dim, float scale) {
+  __device__ void load(const float* from, F at, u32 count, u32 head_dim, float scale) {
     float factor = scale * 1.44269504f;          // log2(e)
     #pragma unroll
     for (u32 r = 0; r < ROWS; r++) {
@@ -242,9 +264,8 @@ struct Half {
       for (u32 c = 0; c < CHUNKS; c++) {
         float x[8] = {0, 0, 0, 0, 0, 0, 0, 0};
         if (row(r) < count && key_column(c) < head_dim) {
-          const float* from = rows(row(r)) + key_column(c);
           #pragma unroll
-          for (u32 e = 0; e < 8; e++) x[e] = from[e] * factor;
+          for (u32 e = 0; e < 8; e++) x[e] = from[at(row(r)) + key_column(c) + e] * factor;
         }
         #pragma unroll
         for (u32 i = 0; i < 4; i++) q[c][i / 2][r + 2 * (i % 2)] = pack(x[2 * i], x[2 * i + 1]);
@@ -323,12 +344,11 @@ struct Half {
       #pragma unroll
       for (u32 i = 0; i < STEP / 8; i++) {
         u32 at = first + key_row(i);
-        const u16* from = stored.keys + at * stored.stride;
         #pragma unroll
         for (u32 c = 0; c < CHUNKS; c++) {
           keys[i][c] = {0, 0, 0, 0};
           if (at < stored.count && key_column(c) < head_dim) {
-            keys[i][c] = load_once16(from + key_column(c));
+            keys[i][c] = load_once16(stored.key(at, key_column(c)));
           }
         }
       }
@@ -337,12 +357,11 @@ struct Half {
         #pragma unroll
         for (u32 i = 0; i < 4; i++) {
           u32 at = first + value_row(u, i);
-          const u16* from = stored.values + at * stored.stride;
           #pragma unroll
           for (u32 c = 0; c < CHUNKS; c++) {
             values[c][u][i] = {0, 0};
             if (at < stored.count && value_column(c) < head_dim) {
-              values[c][u][i] = *reinterpret_cast<const U32x2*>(from + value_column(c));
+              values[c][u][i] = *reinterpret_cast<const U32x2*>(stored.value(at, value_column(c)));
             }
           }
         }
@@ -364,8 +383,7 @@ struct Half {
         bool key = i < STEP * (D / 8);
         u16* to = key ? &keys[row][column] : &values[row][column];
         if (first + row < stored.count && column < head_dim) {
-          const u16* from = key ? stored.keys : stored.values;
-          cp_async16(to, from + (first + row) * stored.stride + column);
+          cp_async16(to, key ? stored.key(first + row, column) : stored.value(first + row, column));
         } else {
           *reinterpret_cast<U32x4*>(to) = {0, 0, 0, 0};
         }
@@ -378,8 +396,8 @@ struct Half {
         bool key = i < STEP * (D / 4);
         U32x2 x = {0, 0};
         if (first + row < stored.count && column < head_dim) {
-          const float* from = (key ? stored.keys : stored.values)
-            + (first + row) * stored.stride + column;
+          const float* from =
+            key ? stored.key(first + row, column) : stored.value(first + row, column);
           F32x4 f = *reinterpret_cast<const F32x4*>(from);
           x = {pack(f.x, f.y), pack(f.z, f.w)};
         }
@@ -414,7 +432,8 @@ struct Float {
   static constexpr u32 ROWS = TILE, KEYS = 1, COLS = 4;
   static constexpr u32 TOGETHER = 4;               // rows that share a read of the values
 
-  const float* q[ROWS];
+  const float* queries;
+  u32 q[ROWS];                                     // where each is in there
   u32 count, head_dim;
   float scale;
 
@@ -423,26 +442,36 @@ struct Float {
   __device__ static bool writes() { return lane() == 0; }
   __device__ static u32 key(u32) { return lane(); }
   __device__ static u32 column(u32 c) { return lane() + 32 * c; }
+  __device__ static void get(const float* row, float x[COLS], u32 head_dim) {
+    #pragma unroll
+    for (u32 c = 0; c < COLS; c++) x[c] = column(c) < head_dim ? row[column(c)] : 0;
+  }
+  __device__ static void put(float* row, const float x[COLS], u32 head_dim) {
+    #pragma unroll
+    for (u32 c = 0; c < COLS; c++) {
+      if (column(c) < head_dim) row[column(c)] = x[c];
+    }
+  }
   __device__ static float largest(float x) { return warp_max(x); }
   __device__ static float total(float x) { return warp_sum(x); }
 
   template <class F>
-  __device__ void load(F rows, u32 row_count, u32 columns, float factor) {
-    count = row_count, head_dim = columns, scale = factor;
+  __device__ void load(const float* from, F at, u32 rows, u32 columns, float factor) {
+    queries = from, count = rows, head_dim = columns, scale = factor;
     #pragma unroll
-    for (u32 r = 0; r < ROWS; r++) q[r] = rows(r < count ? r : 0);
+    for (u32 r = 0; r < ROWS; r++) q[r] = at(r);
   }
 
   // One step's keys and values, where they are: `count` of the 32 are there.
   struct Fetched {
     const float* keys;
     const float* values;
-    u64 stride;
+    u32 stride;
     u32 count;
 
     __device__ void read(const Stored<float>& stored, u32 first, u32) {
-      keys = stored.keys + first * stored.stride;
-      values = stored.values + first * stored.stride;
+      keys = stored.key(first, 0);
+      values = stored.value(first, 0);
       stride = stored.stride;
       count = first < stored.count ? stored.count - first : 0;
     }
@@ -458,7 +487,7 @@ struct Float {
         #pragma unroll
         for (u32 r = 0; r < ROWS; r++) {
           if (r < count) {
-            F32x4 x = *reinterpret_cast<const F32x4*>(q[r] + e);
+            F32x4 x = *reinterpret_cast<const F32x4*>(queries + q[r] + e);
             float d = fmaf(x.x, k.x, s[r][0]);
             d = fmaf(x.y, k.y, d);
             d = fmaf(x.z, k.z, d);
@@ -570,31 +599,16 @@ weights(float s[P::ROWS][P::KEYS], const float max[P::ROWS], float sum[P::ROWS])
   }
 }
 
-// Merges a block into the blocks before it. The same in `attend_split`, element by element.
-template <class P>
-__device__ __forceinline__ void merge(State<P>& state, const State<P>& block) {
-  #pragma unroll
-  for (u32 r = 0; r < P::ROWS; r++) {
-    if (saw_nothing(block.max[r], block.sum[r])) continue;
-    Factors f = join<P>(state.max[r], block.max[r]);
-    state.max[r] = f.max;
-    state.sum[r] = fmaf(state.sum[r], f.old, block.sum[r] * f.added);
-    #pragma unroll
-    for (u32 c = 0; c < P::COLS; c++) {
-      state.acc[r][c] = fmaf(state.acc[r][c], f.old, block.acc[r][c] * f.added);
-    }
-  }
-}
-
 // ---------------------------------------------------------------- prompts
 
 // One thread block: 128 neighbouring queries of a head, 16 a warp, walk through all steps that one of
 // them sees. `tile`: which 128 of the sequence's `tokens`; the first token is at position `first`, or
-// all are at `position` (attention without a mask). `y` is at the head's column of the first token.
+// all are at `position` (attention without a mask). The first result of the head is at
+// `y[y_at]`.
 template <class P, class T>
 __device__ __forceinline__ void attend_tile(
-  const float* queries, u64 query_stride, Stored<T> stored, u32 tokens, u32 tile, u32 head,
-  u32 head_dim, u32 first, bool causal, Mask mask, float scale, float* y, u64 y_stride
+  const float* queries, u32 query_stride, Stored<T> stored, u32 tokens, u32 tile, u32 head,
+  u32 head_dim, u32 first, bool causal, Mask mask, float scale, float* y, u32 y_at, u32 y_stride
 ) {
   __shared__ typename P::Buffer buffer;
   u32 begin = tile * WARPS * TILE;                 // token of the block's first row
@@ -605,13 +619,36 @@ __device__ __forceinline__ void attend_tile(
   auto query = [&](u32 row) { return Query{head, position(mine + row)}; };
 
   P p;
-  p.load([&](u32 row) { return queries + (mine + row) * query_stride; }, rows, head_dim, scale);
-  State<P> state, block;
-  state.clear();
+  p.load(queries, [&](u32 row) { return (mine + row) * query_stride; }, rows, head_dim, scale);
+  State<P> block;
   block.clear();
+  float max_of_all[P::ROWS], sum_of_all[P::ROWS];    // of the blocks before; `y` has what they gave
+  #pragma unroll
+  for (u32 r = 0; r < P::ROWS; r++) max_of_all[r] = NOTHING, sum_of_all[r] = 0;
+  // Merges the block into those before it. The same in `attend_split`, element by element.
+  auto merge = [&](bool last) {
+    #pragma unroll
+    for (u32 r = 0; r < P::ROWS; r++) {
+      if (P::row(r) >= rows) continue;
+      float* row = y + (y_at + (mine + P::row(r)) * y_stride);
+      float acc[P::COLS] = {};
+      if (!saw_nothing(max_of_all[r], sum_of_all[r])) P::get(row, acc, head_dim);
+      Factors f = join<P>(max_of_all[r], block.max[r]);
+      max_of_all[r] = f.max;
+      sum_of_all[r] = fmaf(sum_of_all[r], f.old, block.sum[r] * f.added);
+      float factor = inverse(sum_of_all[r]);
+      #pragma unroll
+      for (u32 c = 0; c < P::COLS; c++) {
+        acc[c] = fmaf(acc[c], f.old, block.acc[r][c] * f.added);
+        if (last) acc[c] = finish(acc[c], factor);
+      }
+      P::put(row, acc, head_dim);
+    }
+    block.clear();
+  };
 
   u32 end = position(last - 1) / STEP + 1, stage = 0;
-  u32 at = mask.next(0, head, position(begin)), of_block = at / WARPS;
+  u32 at = mask.next(0, head, position(begin));
   P::copy(buffer, stage, stored, at * STEP, head_dim);
   cp_async_commit();
   while (at < end) {
@@ -620,11 +657,6 @@ __device__ __forceinline__ void attend_tile(
     __syncthreads();    // the step is there, and nobody works with the other stage any more
     if (following < end) P::copy(buffer, stage ^ 1, stored, following * STEP, head_dim);
     cp_async_commit();
-    if (at / WARPS != of_block) {
-      merge(state, block);
-      block.clear();
-      of_block = at / WARPS;
-    }
     // Whether one of the warp's queries sees something of the step.
     if (rows && at * STEP <= position(mine + rows - 1) && mask.next(at, head, position(mine)) == at) {
       const auto& step = P::step(buffer, stage, stored, at * STEP);
@@ -645,21 +677,11 @@ __device__ __forceinline__ void attend_tile(
       }
       p.weigh(block, factor, s, step);
     }
+    if (following < end && following / WARPS != at / WARPS) merge(false);
     at = following;
     stage ^= 1;
   }
-  merge(state, block);
-
-  #pragma unroll
-  for (u32 r = 0; r < P::ROWS; r++) {
-    if (P::row(r) >= rows) continue;
-    float* to = y + (mine + P::row(r)) * y_stride;
-    float factor = inverse(state.sum[r]);
-    #pragma unroll
-    for (u32 c = 0; c < P::COLS; c++) {
-      if (P::column(c) < head_dim) to[P::column(c)] = finish(state.acc[r][c], factor);
-    }
-  }
+  merge(true);
 }
 
 // ---------------------------------------------------------------- decode
@@ -679,9 +701,8 @@ struct Layer {
 
   // Keys and values of a KV head, up to the last token of the pass.
   __device__ Stored<T> stored(u32 kv_head) const {
-    u64 from = (u64)kv_head * context * heads.head_dim;
-    u32 end = *first + tokens;
-    return {keys + from, values + from, heads.head_dim, end < context ? end : context};
+    u32 from = kv_head * context * heads.head_dim, end = *first + tokens;
+    return {keys, values, from, from, heads.head_dim, end < context ? end : context};
   }
 };
 
@@ -711,10 +732,8 @@ __device__ __forceinline__ void attend_split(const Layer<T>& layer, Partials out
 
   P p;
   p.load(
-    [&](u32 row) {
-      return layer.qkv + (u64)token(row) * heads.columns() + heads.query(head(row));
-    },
-    rows, head_dim, layer.scale
+    layer.qkv, [&](u32 row) { return token(row) * heads.columns() + heads.query(head(row)); }, rows,
+    head_dim, layer.scale
   );
 
   // The blocks that somebody sees, and where their partial results go.
@@ -762,11 +781,7 @@ __device__ __forceinline__ void attend_split(const Layer<T>& layer, Partials out
       #pragma unroll
       for (u32 r = 0; r < P::ROWS; r++) {
         if (P::row(r) >= rows) continue;
-        float* to = acc_of + (warp() * rows + P::row(r)) * head_dim;
-        #pragma unroll
-        for (u32 c = 0; c < P::COLS; c++) {
-          if (P::column(c) < head_dim) to[P::column(c)] = own.acc[r][c];
-        }
+        P::put(acc_of + (warp() * rows + P::row(r)) * head_dim, own.acc[r], head_dim);
       }
     }
     #pragma unroll
@@ -848,7 +863,7 @@ __device__ __forceinline__ void attend_prompt(const Layer<T>& layer, float* y) {
     layer.qkv + heads.query(head), heads.columns(), layer.stored(head / heads.group()),
     layer.tokens, gridDim.x - 1 - blockIdx.x,    // the longest first
     head, heads.head_dim, *layer.first, true, layer.mask, layer.scale,
-    y + head * heads.head_dim, heads.heads * heads.head_dim
+    y, head * heads.head_dim, heads.heads * heads.head_dim
   );
 }
 
@@ -857,15 +872,13 @@ template <class P>
 __device__ __forceinline__ void
 attend_full(const float* qkv, u32 tokens, const Heads& heads, float scale, float* y) {
   u32 head = blockIdx.y, kv_head = head / heads.group();
-  const float* rows = qkv + (u64)blockIdx.z * tokens * heads.columns();
+  u32 rows = blockIdx.z * tokens, columns = heads.columns(), queries = heads.heads * heads.head_dim;
   Stored<float> stored = {
-    rows + heads.key(kv_head), rows + heads.value(kv_head), heads.columns(), tokens
+    qkv, qkv, rows * columns + heads.key(kv_head), rows * columns + heads.value(kv_head), columns, tokens
   };
-  u32 queries = heads.heads * heads.head_dim;
   attend_tile<P, float>(
-    rows + heads.query(head), heads.columns(), stored, tokens, blockIdx.x, head, heads.head_dim, 0,
-    false, Mask::none(), scale, y + (u64)blockIdx.z * tokens * queries + head * heads.head_dim,
-    queries
+    qkv + (rows * columns + heads.query(head)), columns, stored, tokens, blockIdx.x, head,
+    heads.head_dim, 0, false, Mask::none(), scale, y, rows * queries + head * heads.head_dim, queries
   );
 }
 

@@ -63,7 +63,7 @@ __device__ __forceinline__ u32 lowest(u32 token, u64 parts[WARP]) {
 }
 
 // One block a row.
-extern "C" __global__ void __launch_bounds__(THREADS) argmax(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) argmax(
     const float* logits,    // [rows, vocab]
     u32 vocab,
     u32* chosen,            // [rows]
@@ -94,7 +94,7 @@ __device__ __forceinline__ void sort(u64 ranks[THREADS]) {
 }
 
 // One block a row.
-extern "C" __global__ void __launch_bounds__(THREADS) candidates(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) candidates(
     const float* logits,    // [rows, vocab]
     u32 vocab, u32 count,
     u32* into               // [rows, 4 + 2 count]: refused, sum, 0, 0, tokens, logits
