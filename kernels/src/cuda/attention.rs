@@ -500,3 +500,631 @@ pub fn full_attention(
     // SAFETY: a thread block reads and writes inside the `tokens` rows of its sequence.
     unsafe { device.launch(kernel, launch, &args) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::check::{Random, each_device};
+    use super::*;
+    use crate::cpu::{Isa, Kernels};
+
+    /// Half a unit in the last place of 1, in f32 and in f16.
+    const U: f64 = 1.0 / (1u64 << 24) as f64;
+    const HALF_U: f64 = 1.0 / 2048.0;
+
+    /// What an attention test works on: queries, and a cache that holds all their keys and values.
+    struct Scene {
+        heads: Heads,
+        half: bool,
+        mask: Mask,
+        scale: f32,
+        context: usize,
+        /// `[tokens, columns]`; the first token is at position 0.
+        qkv: Vec<f32>,
+        /// `[kv_heads, context, head_dim]`, as stored.
+        keys: Vec<f32>,
+        values: Vec<f32>,
+    }
+
+    impl Scene {
+        fn new(heads: Heads, half: bool, mask: Mask, tokens: usize, context: usize) -> Self {
+            let mut random = Random(tokens as u64);
+            // What is behind the tokens is NaN: nobody may use it.
+            let mut stored = || -> Vec<f32> {
+                let mut all = vec![f32::NAN; heads.kv_heads * context * heads.head_dim];
+                for head in all.chunks_exact_mut(context * heads.head_dim) {
+                    for v in &mut head[..tokens * heads.head_dim] {
+                        let value = random.value();
+                        *v = match half {
+                            true => f16::from_f32(value).to_f32(),
+                            false => value,
+                        };
+                    }
+                }
+                all
+            };
+            let (keys, values) = (stored(), stored());
+            Self {
+                heads,
+                half,
+                mask,
+                scale: 1.0 / (heads.head_dim as f32).sqrt(),
+                context,
+                qkv: random.values(tokens * heads.columns(), 8.0),
+                keys,
+                values,
+            }
+        }
+
+        fn tokens(&self) -> usize {
+            self.qkv.len() / self.heads.columns()
+        }
+
+        /// The same with another context allocated.
+        fn with_context(&self, context: usize) -> Self {
+            let d = self.heads.head_dim;
+            let keep = self.context.min(context) * d;
+            let resize = |all: &[f32]| -> Vec<f32> {
+                let heads = all.chunks_exact(self.context * d).map(|head| {
+                    let mut head = head[..keep].to_vec();
+                    head.resize(context * d, f32::NAN);
+                    head
+                });
+                heads.flatten().collect()
+            };
+            Self {
+                context,
+                qkv: self.qkv.clone(),
+                keys: resize(&self.keys),
+                values: resize(&self.values),
+                ..*self
+            }
+        }
+
+        fn query(&self, token: usize, head: usize) -> &[f32] {
+            let d = self.heads.head_dim;
+            let at = match self.heads.order {
+                HeadOrder::Parts => head,
+                HeadOrder::Groups => head + 2 * (head / self.heads.group()),
+            };
+            &self.qkv[token * self.heads.columns() + at * d..][..d]
+        }
+
+        /// The keys that a query sees, from the definition.
+        fn seen(&self, head: usize, position: usize) -> Vec<usize> {
+            let sees = |key: &usize| match self.mask {
+                Mask::Causal { window } => window.is_none_or(|w| position - key < w),
+                Mask::BlockSparse {
+                    block,
+                    local_blocks,
+                    vert_stride,
+                    head_step,
+                } => {
+                    let (query, key) = (position / block, key / block);
+                    query - key < local_blocks
+                        || (key + head * head_step + 1).is_multiple_of(vert_stride)
+                }
+            };
+            (0..=position).filter(sees).collect()
+        }
+
+        /// Exact attention of one query over `seen`, and by how much a kernel may miss it.
+        ///
+        /// A score is off by `e` times `scale * sum |q_i k_i|` (in f16 that of the rounded queries, `2^-11`,
+        /// beside the sum's `gamma(d)`), and by a few units of itself and of its distance from the
+        /// maximum; so a weight is relatively, and a quotient of weights by twice that. Rounded weights
+        /// add `2^-11` of what they weigh, or `2^-25` where they are subnormal.
+        fn exact(&self, token: usize, head: usize, seen: &[usize]) -> (Vec<f64>, f64) {
+            let d = self.heads.head_dim;
+            let kv_head = head / self.heads.group();
+            let row = |all: &[f32], j: usize| -> Vec<f64> {
+                let at = (kv_head * self.context + j) * d;
+                all[at..at + d].iter().map(|v| f64::from(*v)).collect()
+            };
+            let q: Vec<f64> = self
+                .query(token, head)
+                .iter()
+                .map(|v| f64::from(*v))
+                .collect();
+            let scale = f64::from(self.scale);
+            let dot = |k: &[f64], f: fn(f64) -> f64| -> f64 {
+                q.iter().zip(k).map(|(q, k)| f(q * k)).sum::<f64>() * scale
+            };
+            let keys: Vec<_> = seen.iter().map(|j| row(&self.keys, *j)).collect();
+            let scores: Vec<f64> = keys.iter().map(|k| dot(k, |x| x)).collect();
+            let size = keys.iter().map(|k| dot(k, f64::abs)).fold(0.0, f64::max);
+            let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
+            let sum: f64 = weights.iter().sum();
+            let mut y = vec![0.0; d];
+            let mut largest = 0.0f64;
+            for (j, weight) in seen.iter().zip(&weights) {
+                for (y, v) in y.iter_mut().zip(row(&self.values, *j)) {
+                    *y += weight / sum * v;
+                    largest = largest.max(v.abs());
+                }
+            }
+            let terms = (d + seen.len() + 40) as f64 * U;
+            let (of_queries, of_weights) = match self.half {
+                true => (HALF_U, HALF_U + seen.len() as f64 * HALF_U / 16384.0),
+                false => (0.0, 0.0),
+            };
+            let off = 2.0 * ((of_queries + terms) * size + terms) + of_weights;
+            (y, off * largest)
+        }
+
+        fn upload(&self, device: &Arc<dyn Device>) -> Result<[Memory; 2], DeviceError> {
+            let halves = |v: &[f32]| v.iter().map(|v| f16::from_f32(*v)).collect::<Vec<_>>();
+            Ok(match self.half {
+                true => [
+                    Memory::from_slice(device, &halves(&self.keys))?,
+                    Memory::from_slice(device, &halves(&self.values))?,
+                ],
+                false => [
+                    Memory::from_slice(device, &self.keys)?,
+                    Memory::from_slice(device, &self.values)?,
+                ],
+            })
+        }
+
+        /// Attention of tokens `from..to` in passes of `cut` tokens; passes of up to `split` are decoded.
+        /// What a pass does not have yet is not in the cache: it is NaN.
+        fn attend(
+            &self,
+            device: &Arc<dyn Device>,
+            from: usize,
+            cut: usize,
+            split: usize,
+        ) -> Result<Vec<f32>, DeviceError> {
+            let scratch = Scratch::new(device, self.heads, self.context, split)?;
+            let columns = self.heads.columns();
+            let mut y = Vec::new();
+            for start in (from..self.tokens()).step_by(cut) {
+                let end = self.tokens().min(start + cut);
+                let mut now = self.with_context(end).with_context(self.context);
+                now.forget_unseen(start..end);
+                let [keys, values] = now.upload(device)?;
+                let cache = match self.half {
+                    true => Cache::F16 {
+                        keys: keys.span(),
+                        values: values.span(),
+                    },
+                    false => Cache::F32 {
+                        keys: keys.span(),
+                        values: values.span(),
+                    },
+                };
+                let qkv = Memory::from_slice(device, &self.qkv[start * columns..end * columns])?;
+                let out = Memory::from_slice(
+                    device,
+                    &vec![f32::NAN; (end - start) * self.heads.queries()],
+                )?;
+                let first = Memory::from_slice(device, &[start as u32])?;
+                attention(
+                    &**device,
+                    qkv.span(),
+                    self.heads,
+                    cache,
+                    self.mask,
+                    self.scale,
+                    first.span(),
+                    &scratch,
+                    out.span(),
+                )?;
+                y.extend(out.span::<f32>().to_vec()?);
+            }
+            Ok(y)
+        }
+
+        /// Whole steps of 32 positions that no head of a KV head sees become NaN: they must not be used.
+        fn forget_unseen(&mut self, positions: std::ops::Range<usize>) {
+            let (d, group) = (self.heads.head_dim, self.heads.group());
+            for kv_head in 0..self.heads.kv_heads {
+                let mut used = vec![false; self.context.next_multiple_of(32)];
+                for head in kv_head * group..(kv_head + 1) * group {
+                    for position in positions.clone() {
+                        for key in self.seen(head, position) {
+                            used[key / 32 * 32..][..32].fill(true);
+                        }
+                    }
+                }
+                for (j, _) in used
+                    .iter()
+                    .take(self.context)
+                    .enumerate()
+                    .filter(|(_, u)| !**u)
+                {
+                    let at = (kv_head * self.context + j) * d;
+                    self.keys[at..at + d].fill(f32::NAN);
+                    self.values[at..at + d].fill(f32::NAN);
+                }
+            }
+        }
+
+        /// Compares with exact attention.
+        fn check(&self, from: usize, y: &[f32], what: &str) {
+            let d = self.heads.head_dim;
+            assert_eq!(y.len(), (self.tokens() - from) * self.heads.queries());
+            for (i, got) in y.chunks_exact(d).enumerate() {
+                let (token, head) = (from + i / self.heads.heads, i % self.heads.heads);
+                let (want, bound) = self.exact(token, head, &self.seen(head, token));
+                for (e, (got, want)) in got.iter().zip(&want).enumerate() {
+                    let off = (f64::from(*got) - want).abs();
+                    assert!(
+                        off <= bound,
+                        "{what}: token {token}, head {head}, element {e}: {got} for {want}, \
+                         off by {off:e} of {bound:e}"
+                    );
+                }
+            }
+        }
+    }
+
+    fn heads(heads: usize, kv_heads: usize, head_dim: usize, order: HeadOrder) -> Heads {
+        Heads {
+            heads,
+            kv_heads,
+            head_dim,
+            order,
+        }
+    }
+
+    const CAUSAL: Mask = Mask::Causal { window: None };
+    const SPARSE: Mask = Mask::BlockSparse {
+        block: 32,
+        local_blocks: 2,
+        vert_stride: 4,
+        head_step: 1,
+    };
+
+    /// Heads of every width, groups of several sizes, every mask; prompts that end inside a block.
+    fn scenes(half: bool) -> Vec<Scene> {
+        let scene = |h, mask, tokens| Scene::new(h, half, mask, tokens, tokens + 5);
+        let window = |w| Mask::Causal { window: Some(w) };
+        vec![
+            scene(heads(2, 2, 96, HeadOrder::Parts), CAUSAL, 37),
+            scene(heads(4, 1, 128, HeadOrder::Parts), window(20), 70),
+            scene(heads(8, 2, 32, HeadOrder::Groups), SPARSE, 200),
+            scene(heads(2, 1, 8, HeadOrder::Parts), window(270), 301),
+            scene(heads(1, 1, 48, HeadOrder::Groups), CAUSAL, 290),
+            scene(heads(6, 2, 16, HeadOrder::Parts), window(1), 34),
+            scene(
+                heads(2, 2, 64, HeadOrder::Groups),
+                Mask::BlockSparse {
+                    block: 16,
+                    local_blocks: 1,
+                    vert_stride: 5,
+                    head_step: 2,
+                },
+                150,
+            ),
+        ]
+    }
+
+    #[test]
+    fn prompts_are_within_their_bound_of_exact_attention() {
+        each_device(|device| {
+            for (i, scene) in [true, false].into_iter().flat_map(scenes).enumerate() {
+                let y = scene.attend(device, 0, scene.tokens(), 0)?;
+                scene.check(0, &y, &format!("scene {i}"));
+            }
+            Ok(())
+        });
+    }
+
+    #[test]
+    fn decode_is_within_its_bound_of_exact_attention() {
+        each_device(|device| {
+            for (i, scene) in [true, false].into_iter().flat_map(scenes).enumerate() {
+                let from = scene.tokens() - 5;
+                for cut in [1, 3] {
+                    let y = scene.attend(device, from, cut, 8)?;
+                    scene.check(from, &y, &format!("scene {i}, {cut} tokens a pass"));
+                }
+            }
+            Ok(())
+        });
+    }
+
+    /// One key more or less breaks the bounds.
+    #[test]
+    fn bounds_notice_a_window_off_by_one() {
+        for half in [true, false] {
+            let h = heads(1, 1, 96, HeadOrder::Parts);
+            let mut scene = Scene::new(h, half, Mask::Causal { window: Some(20) }, 37, 37);
+            // Scores near 0: every key weighs about a twentieth.
+            scene.qkv.iter_mut().for_each(|v| *v /= 8.0);
+            let seen = scene.seen(0, 36);
+            let (right, bound) = scene.exact(36, 0, &seen);
+            for wrong in [&seen[1..], &seen[..seen.len() - 1]] {
+                let (wrong, _) = scene.exact(36, 0, wrong);
+                assert!(right.iter().zip(&wrong).any(|(r, w)| (r - w).abs() > bound));
+            }
+        }
+    }
+
+    /// However a prompt is cut, whatever is allocated, whichever kernel runs.
+    #[test]
+    fn every_cut_and_context_gives_the_same_bits() {
+        each_device(|device| {
+            for (i, scene) in [true, false].into_iter().flat_map(scenes).enumerate() {
+                let from = scene.tokens() - 21;
+                let whole = scene.attend(device, from, 21, 0)?;
+                let large = scene.with_context(scene.context + 700);
+                for (scene, cut, split) in [
+                    (&scene, 1, 1),
+                    (&scene, 8, 8),
+                    (&scene, 5, 0),
+                    (&large, 4, 4),
+                    (&large, 21, 0),
+                ] {
+                    let y = scene.attend(device, from, cut, split)?;
+                    for (at, (got, want)) in y.iter().zip(&whole).enumerate() {
+                        assert_eq!(
+                            got.to_bits(),
+                            want.to_bits(),
+                            "scene {i}, {cut} a pass, decode up to {split}, {}: {got} for {want} at {at}",
+                            scene.context
+                        );
+                    }
+                }
+            }
+            Ok(())
+        });
+    }
+
+    /// The number of thread blocks that share the cache does not show.
+    #[test]
+    fn splits_do_not_show() {
+        each_device(|device| {
+            let h = heads(2, 1, 32, HeadOrder::Parts);
+            let scene = Scene::new(h, true, CAUSAL, 1300, 1400);
+            let [keys, values] = scene.upload(device)?;
+            let (keys, values) = (keys.span(), values.span());
+            let qkv = Memory::from_slice(device, &scene.qkv[1299 * h.columns()..])?;
+            let first = Memory::from_slice(device, &[1299u32])?;
+            let mut scratch = Scratch::new(device, h, 1400, 1)?;
+            let mut results = Vec::new();
+            for places in [1, 2, 4, 1000] {
+                scratch.places = places;
+                let y = Memory::zeroed(device, h.queries() * 4)?;
+                attention(
+                    &**device,
+                    qkv.span(),
+                    h,
+                    Cache::F16 { keys, values },
+                    CAUSAL,
+                    scene.scale,
+                    first.span(),
+                    &scratch,
+                    y.span(),
+                )?;
+                results.push(y.span::<f32>().to_vec()?);
+            }
+            scene.check(1299, &results[0], "split");
+            assert!(results.iter().all(|y| *y == results[0]));
+            Ok(())
+        });
+    }
+
+    /// A step of decoding, recorded once and replayed as positions move on.
+    #[test]
+    fn a_recorded_step_moves_on_with_the_position() {
+        each_device(|device| {
+            let h = heads(4, 2, 32, HeadOrder::Groups);
+            let scene = Scene::new(h, true, Mask::Causal { window: Some(100) }, 262, 300);
+            let [keys, values] = scene.upload(device)?;
+            let cache = Cache::F16 {
+                keys: keys.span(),
+                values: values.span(),
+            };
+            let qkv = Memory::zeroed(device, h.columns() * 4)?;
+            let first = Memory::zeroed(device, 4)?;
+            let y = Memory::zeroed(device, h.queries() * 4)?;
+            let scratch = Scratch::new(device, h, 300, 1)?;
+            let step = device.record(&mut || {
+                attention(
+                    &**device,
+                    qkv.span(),
+                    h,
+                    cache,
+                    scene.mask,
+                    scene.scale,
+                    first.span(),
+                    &scratch,
+                    y.span(),
+                )
+            })?;
+            let mut all = Vec::new();
+            for t in 250..262 {
+                qkv.span()
+                    .upload(&scene.qkv[t * h.columns()..][..h.columns()])?;
+                first.span().upload(&[t as u32])?;
+                step.replay()?;
+                all.extend(y.span::<f32>().to_vec()?);
+            }
+            scene.check(250, &all, "replayed");
+            Ok(())
+        });
+    }
+
+    #[test]
+    fn full_attention_is_within_its_bound() {
+        each_device(|device| {
+            for (arithmetic, head_dim) in [
+                (Arithmetic::F16, 64),
+                (Arithmetic::F16, 16),
+                (Arithmetic::F32, 64),
+            ] {
+                let (tokens, sequences, half) = (140, 2, arithmetic == Arithmetic::F16);
+                let h = heads(2, 2, head_dim, HeadOrder::Parts);
+                let mut random = Random(5);
+                let qkv = random.values(tokens * sequences * h.columns(), 2.0);
+                let on_device = Memory::from_slice(device, &qkv)?;
+                let y = Memory::zeroed(device, tokens * sequences * h.queries() * 4)?;
+                let scale = 1.0 / (head_dim as f32).sqrt();
+                full_attention(
+                    &**device,
+                    on_device.span(),
+                    h,
+                    tokens,
+                    scale,
+                    arithmetic,
+                    y.span(),
+                )?;
+                let y = y.span::<f32>().to_vec()?;
+                for (sequence, (qkv, y)) in (qkv.chunks_exact(tokens * h.columns()))
+                    .zip(y.chunks_exact(tokens * h.queries()))
+                    .enumerate()
+                {
+                    // The same as a scene whose queries see everything.
+                    let part = |from: usize| -> Vec<f32> {
+                        let of = |(kv_head, t): (usize, usize)| {
+                            let at = t * h.columns() + from + kv_head * head_dim;
+                            qkv[at..at + head_dim].iter().map(|v| match half {
+                                true => f16::from_f32(*v).to_f32(),
+                                false => *v,
+                            })
+                        };
+                        let rows = (0..h.kv_heads).flat_map(|kv| (0..tokens).map(move |t| (kv, t)));
+                        rows.flat_map(of).collect()
+                    };
+                    let scene = Scene {
+                        heads: h,
+                        half,
+                        mask: CAUSAL,
+                        scale,
+                        context: tokens,
+                        qkv: qkv.to_vec(),
+                        keys: part(h.queries()),
+                        values: part(h.queries() + h.kv_heads * head_dim),
+                    };
+                    let all: Vec<usize> = (0..tokens).collect();
+                    for (i, got) in y.chunks_exact(head_dim).enumerate() {
+                        let (want, bound) = scene.exact(i / 2, i % 2, &all);
+                        for (got, want) in got.iter().zip(&want) {
+                            assert!(
+                                (f64::from(*got) - want).abs() <= bound,
+                                "{arithmetic:?}, sequence {sequence}, row {i}: {got} for {want}"
+                            );
+                        }
+                    }
+                }
+            }
+            Ok(())
+        });
+    }
+
+    /// The CPU's rotation, bit for bit, and its rounding to f16.
+    #[test]
+    fn rotation_and_cache_are_the_cpus() {
+        let scalar = Kernels::for_isa(Isa::Scalar).expect("everywhere");
+        each_device(|device| {
+            for (order, half) in [
+                (HeadOrder::Parts, true),
+                (HeadOrder::Groups, true),
+                (HeadOrder::Parts, false),
+                (HeadOrder::Groups, false),
+            ] {
+                let (h, tokens, context, start) = (heads(4, 2, 24, order), 5, 11, 8);
+                let mut random = Random(3);
+                let qkv = random.values(tokens * h.columns(), 4.0);
+                let angles = random.values(tokens * 12, 3.0);
+                let cos: Vec<f32> = angles.iter().map(|a| a.cos()).collect();
+                let sin: Vec<f32> = angles.iter().map(|a| a.sin()).collect();
+                let bytes = h.kv_heads * context * h.head_dim * if half { 2 } else { 4 };
+                let (keys, values) = (
+                    Memory::zeroed(device, bytes)?,
+                    Memory::zeroed(device, bytes)?,
+                );
+                let cache = match half {
+                    true => Cache::F16 {
+                        keys: keys.span(),
+                        values: values.span(),
+                    },
+                    false => Cache::F32 {
+                        keys: keys.span(),
+                        values: values.span(),
+                    },
+                };
+                let on_device = Memory::from_slice(device, &qkv)?;
+                let (cos_there, sin_there) = (
+                    Memory::from_slice(device, &cos)?,
+                    Memory::from_slice(device, &sin)?,
+                );
+                let rotations = Rotations {
+                    cos: cos_there.span(),
+                    sin: sin_there.span(),
+                };
+                let first = Memory::from_slice(device, &[start as u32])?;
+                rope_and_store(
+                    &**device,
+                    on_device.span(),
+                    h,
+                    rotations,
+                    cache,
+                    first.span(),
+                )?;
+
+                let mut rows = qkv.clone();
+                let mut want = [vec![0.0f32; bytes], vec![0.0f32; bytes]].map(|mut v| {
+                    v.truncate(h.kv_heads * context * h.head_dim);
+                    v
+                });
+                for (t, row) in rows.chunks_exact_mut(h.columns()).enumerate() {
+                    for (slot, head) in row.chunks_exact_mut(h.head_dim).enumerate() {
+                        let (kv_head, kind) = match order {
+                            HeadOrder::Parts if slot < 4 => (0, 0),
+                            HeadOrder::Parts => ((slot - 4) % 2, 1 + (slot - 4) / 2),
+                            HeadOrder::Groups => (slot / 4, [0, 0, 1, 2][slot % 4]),
+                        };
+                        let before = head.to_vec();
+                        if kind < 2 {
+                            let at = t * 12;
+                            scalar.rope(head, &cos[at..at + 12], &sin[at..at + 12]);
+                        }
+                        if kind > 0 {
+                            if start + t < context {
+                                let at = (kv_head * context + start + t) * h.head_dim;
+                                want[kind - 1][at..at + h.head_dim].copy_from_slice(head);
+                            }
+                            head.copy_from_slice(&before);
+                        }
+                    }
+                }
+                assert_eq!(on_device.span::<f32>().to_vec()?, rows, "queries");
+                for (memory, want) in [keys, values].iter().zip(want) {
+                    match half {
+                        true => {
+                            let want: Vec<_> = want.iter().map(|v| f16::from_f32(*v)).collect();
+                            assert_eq!(memory.span::<f16>().to_vec()?, want, "{order:?}");
+                        }
+                        false => assert_eq!(memory.span::<f32>().to_vec()?, want, "{order:?}"),
+                    }
+                }
+            }
+            Ok(())
+        });
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_with_both_numbers() {
+        let refused = |heads: Heads, expected: &str| {
+            let message = std::panic::catch_unwind(|| heads.check()).unwrap_err();
+            let message = message
+                .downcast_ref::<String>()
+                .cloned()
+                .unwrap_or_default();
+            assert!(message.contains(expected), "{message}");
+        };
+        refused(heads(6, 4, 32, HeadOrder::Parts), "6 heads for 4");
+        refused(heads(4, 4, 136, HeadOrder::Parts), "heads of 136");
+        refused(heads(4, 4, 20, HeadOrder::Parts), "heads of 20");
+        let mask = Mask::BlockSparse {
+            block: 48,
+            local_blocks: 1,
+            vert_stride: 1,
+            head_step: 0,
+        };
+        assert!(std::panic::catch_unwind(|| mask.args()).is_err());
+    }
+}

@@ -30,7 +30,8 @@ pub struct Candidates {
     /// Tokens and their logits, the greatest first, of equal ones the lowest id first; those at -inf
     /// are left out. -0 is given as 0.
     pub list: Vec<(u32, f32)>,
-    /// `sum over all tokens of exp(logit - greatest)`, within [`Candidates::mass_error`] of it.
+    /// `sum over all tokens of exp(logit - greatest)`, within [`Candidates::mass_error`] of it; of no
+    /// meaning where the list is empty or the row refused.
     pub mass: f32,
     /// By how much of it the sum may be off.
     pub mass_error: f64,
@@ -170,4 +171,148 @@ fn rows(logits: Span<'_, f32>, vocab: usize) -> usize {
     let rows = logits.len() / vocab;
     assert!(rows < 1 << 31, "{rows} rows");
     rows
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Memory;
+    use super::super::check::{Random, each_device};
+    use super::*;
+    use std::sync::Arc;
+
+    const LOWEST: f32 = f32::NEG_INFINITY;
+
+    fn choose(
+        device: &Arc<dyn Device>,
+        logits: &[f32],
+        vocab: usize,
+    ) -> Result<[Vec<u32>; 2], DeviceError> {
+        let rows = logits.len() / vocab;
+        let logits = Memory::from_slice(device, logits)?;
+        let out = [
+            Memory::zeroed(device, rows * 4)?,
+            Memory::zeroed(device, rows * 4)?,
+        ];
+        let [chosen, refused] = [out[0].span::<u32>(), out[1].span()];
+        argmax(&**device, logits.span(), vocab, chosen, refused)?;
+        Ok([chosen.to_vec()?, refused.to_vec()?])
+    }
+
+    fn list(
+        device: &Arc<dyn Device>,
+        logits: &[f32],
+        vocab: usize,
+        count: usize,
+    ) -> Result<Vec<Candidates>, DeviceError> {
+        let rows = logits.len() / vocab;
+        let logits = Memory::from_slice(device, logits)?;
+        let into = Memory::zeroed(device, rows * candidate_values(count) * 4)?;
+        candidates(&**device, logits.span(), vocab, count, into.span())?;
+        read_candidates(into.span(), vocab, count)
+    }
+
+    /// Logits in the order of the sampler: the greatest first, then the lowest token.
+    fn ranked(logits: &[f32]) -> Vec<(u32, f32)> {
+        let mut all: Vec<_> = (0u32..).zip(logits.iter().map(|x| x + 0.0)).collect();
+        all.retain(|(_, x)| *x > LOWEST);
+        all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        all
+    }
+
+    /// Rows of several kinds, `vocab` logits each.
+    fn rows_of(vocab: usize) -> Vec<Vec<f32>> {
+        let mut random = Random(vocab as u64);
+        let plain = random.values(vocab, 20.0);
+        let ties = plain.iter().map(|x| (x / 8.0).round()).collect();
+        let masked = plain.iter().map(|x| if *x < 15.0 { LOWEST } else { *x });
+        // The greatest all in a few threads' shares: the first bound lets too many through.
+        let heaped = (0..vocab).map(|i| -((i % THREADS) as f32)).collect();
+        let zeros = (0..vocab)
+            .map(|i| if i % 3 == 0 { -0.0 } else { 0.0 })
+            .collect();
+        vec![
+            ties,
+            masked.collect(),
+            heaped.collect(),
+            zeros,
+            vec![-3.0; vocab],
+            plain,
+        ]
+    }
+
+    #[test]
+    fn the_greatest_logit_and_of_equals_the_lowest_token() {
+        each_device(|device| {
+            for vocab in [1, 31, 1024, 3001] {
+                let rows = rows_of(vocab);
+                let [chosen, refused] = choose(device, &rows.concat(), vocab)?;
+                let want: Vec<_> = rows
+                    .iter()
+                    .map(|row| ranked(row).first().map_or(NONE, |(id, _)| *id))
+                    .collect();
+                assert_eq!(chosen, want, "{vocab}");
+                assert_eq!(refused, vec![NONE; rows.len()]);
+            }
+            let masked = choose(device, &[LOWEST; 5], 5)?;
+            assert_eq!(masked, [[NONE], [NONE]]);
+            Ok(())
+        });
+    }
+
+    #[test]
+    fn what_is_no_number_is_refused_by_its_lowest_token() {
+        each_device(|device| {
+            let mut logits = vec![1.0; 2 * 1500];
+            logits[1400] = f32::NAN;
+            logits[1300] = f32::INFINITY;
+            logits[1500 + 7] = -f32::NAN;
+            logits[1500 + 1031] = f32::NAN;
+            let [_, refused] = choose(device, &logits, 1500)?;
+            assert_eq!(refused, [1300, 7]);
+            for (row, want) in list(device, &logits, 1500, 9)?.iter().zip(refused) {
+                assert_eq!(row.refused, Some(want));
+            }
+            Ok(())
+        });
+    }
+
+    #[test]
+    fn candidates_are_in_the_order_of_the_sampler_and_the_mass_within_its_bound() {
+        each_device(|device| {
+            for (vocab, counts) in [(1, vec![1]), (300, vec![1, 256]), (5000, vec![40, 256])] {
+                let rows = rows_of(vocab);
+                for count in counts {
+                    let got = list(device, &rows.concat(), vocab, count)?;
+                    for (i, (got, row)) in got.iter().zip(&rows).enumerate() {
+                        let mut want = ranked(row);
+                        let greatest = want.first().map_or(0.0, |(_, x)| f64::from(*x));
+                        let mass: f64 = want
+                            .iter()
+                            .map(|(_, x)| (f64::from(*x) - greatest).exp())
+                            .sum();
+                        want.truncate(count);
+                        let bits = |list: &[(u32, f32)]| -> Vec<(u32, u32)> {
+                            list.iter().map(|(id, x)| (*id, x.to_bits())).collect()
+                        };
+                        assert_eq!(bits(&got.list), bits(&want), "row {i} of {vocab}, {count}");
+                        assert_eq!(got.refused, None);
+                        if !want.is_empty() {
+                            let off = (f64::from(got.mass) / mass - 1.0).abs();
+                            assert!(off <= got.mass_error, "row {i} of {vocab}: off by {off:e}");
+                        }
+                    }
+                }
+            }
+            Ok(())
+        });
+    }
+
+    /// One likely token more or less is far outside the bound of the sum.
+    #[test]
+    fn the_bound_of_the_mass_is_small() {
+        for vocab in [32_064, 100_352] {
+            let error = mass_error(vocab);
+            assert!((1e-6..2e-5).contains(&error), "{vocab}: {error:e}");
+        }
+    }
 }
