@@ -3,34 +3,55 @@
 //! A check is a function of a device. It runs on the host device with threads in three orders, and on the
 //! GPU when there is one; what cannot be run says so.
 
-use super::{Device, DeviceError, HostDevice, Order};
-use std::io::Write;
-use std::sync::{Arc, Once};
+mod elementwise;
+pub(super) mod probe;
 
-/// Runs a check on every device there is.
+use super::{Device, DeviceError, Gpu, HostDevice, Order};
+use std::io::Write;
+use std::sync::{Arc, LazyLock, Mutex, Once, PoisonError};
+
+/// Runs a check on every device there is, each its own, but for the GPU, which checks have in turns.
 /// # Panics
 /// When the device fails at what the check expects to be done.
 pub(super) fn each_device(check: impl Fn(&Arc<dyn Device>) -> Result<(), DeviceError>) {
-    static REPORT: Once = Once::new();
-    for order in Order::ALL {
-        let device: Arc<dyn Device> = match HostDevice::new(order) {
-            Ok(device) => Arc::new(device),
-            Err(reason) => {
-                // Written past the test harness, which swallows what a passing test prints.
-                REPORT.call_once(|| {
-                    let _ = writeln!(
-                        std::io::stderr(),
-                        "\n=== SKIPPED: CUDA kernels on the host: {reason} ===\n"
-                    );
-                });
-                break;
-            }
-        };
-        if let Err(error) = check(&device) {
+    static NO_HOST: Once = Once::new();
+    static GPU: LazyLock<Option<Mutex<Arc<dyn Device>>>> = LazyLock::new(gpu);
+    let run = |device: &Arc<dyn Device>| {
+        if let Err(error) = check(device) {
             panic!("{}: {error}", device.name());
+        }
+    };
+    for order in Order::ALL {
+        match HostDevice::new(order) {
+            Ok(device) => run(&(Arc::new(device) as Arc<dyn Device>)),
+            Err(reason) => NO_HOST.call_once(|| skipped("on the host", &reason)),
+        }
+    }
+    if let Some(gpu) = &*GPU {
+        run(&gpu.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
+fn gpu() -> Option<Mutex<Arc<dyn Device>>> {
+    match Gpu::open(0, None) {
+        Ok(device) => Some(Mutex::new(Arc::new(device))),
+        Err(reason) => {
+            skipped("on a GPU", &reason);
+            None
         }
     }
 }
+
+/// Written past the test harness, which swallows what a passing test prints.
+fn skipped(place: &str, reason: &DeviceError) {
+    let _ = writeln!(
+        std::io::stderr(),
+        "\n=== SKIPPED: CUDA kernels {place}: {reason} ===\n"
+    );
+}
+
+/// Half a unit in the last place of 1.
+pub(super) const U: f64 = 1.0 / (1u64 << 24) as f64;
 
 /// SplitMix64 (Steele, Lea & Flood 2014).
 pub(super) struct Random(pub(super) u64);

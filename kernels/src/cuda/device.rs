@@ -1,7 +1,7 @@
 //! What kernels are launched on: one in-order queue of work, and memory that belongs to it.
 
 use bytemuck::Pod;
-use std::fmt::Debug;
+use std::fmt::{self, Debug};
 use std::marker::PhantomData;
 use std::mem::size_of;
 use std::ops::{Bound, RangeBounds};
@@ -20,16 +20,21 @@ pub enum Source {
     Attention,
     /// `sample.cu`
     Sample,
+    /// `check/probe.cu`, for tests of devices.
+    #[cfg(test)]
+    Probe,
 }
 
 impl Source {
     /// Every source.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: &[Self] = &[
         Self::Elementwise,
         Self::Linear,
         Self::Experts,
         Self::Attention,
         Self::Sample,
+        #[cfg(test)]
+        Self::Probe,
     ];
 
     /// What the sources include as `common.cuh`.
@@ -44,6 +49,8 @@ impl Source {
             Self::Experts => "experts.cu",
             Self::Attention => "attention.cu",
             Self::Sample => "sample.cu",
+            #[cfg(test)]
+            Self::Probe => "probe.cu",
         }
     }
 
@@ -56,6 +63,8 @@ impl Source {
             Self::Experts => include_str!("experts.cu"),
             Self::Attention => include_str!("attention.cu"),
             Self::Sample => include_str!("sample.cu"),
+            #[cfg(test)]
+            Self::Probe => include_str!("check/probe.cu"),
         }
     }
 
@@ -68,6 +77,8 @@ impl Source {
             Self::Experts => super::experts::KERNELS,
             Self::Attention => super::attention::KERNELS,
             Self::Sample => super::sample::KERNELS,
+            #[cfg(test)]
+            Self::Probe => super::check::probe::KERNELS,
         }
     }
 }
@@ -103,6 +114,22 @@ pub enum Arg {
     I32(i32),
     /// `f32`
     F32(f32),
+}
+
+impl Arg {
+    /// Its bytes, from the first one on, as a launch takes them from memory.
+    pub(super) fn bits(self) -> u64 {
+        let four = |bytes: [u8; 4]| {
+            let [a, b, c, d] = bytes;
+            u64::from_ne_bytes([a, b, c, d, 0, 0, 0, 0])
+        };
+        match self {
+            Self::Address(address) => address,
+            Self::U32(v) => four(v.to_ne_bytes()),
+            Self::I32(v) => four(v.to_ne_bytes()),
+            Self::F32(v) => four(v.to_ne_bytes()),
+        }
+    }
 }
 
 /// What a device can do at most.
@@ -229,7 +256,7 @@ pub trait Device: Send + Sync + Debug {
 
     /// `bytes` bytes, of any contents, at an address that is a multiple of 256; at least one.
     /// # Errors
-    /// [`DeviceError::OutOfMemory`].
+    /// [`DeviceError::OutOfMemory`]; when the device is lost, or records.
     fn allocate(&self, bytes: usize) -> Result<u64, DeviceError>;
 
     /// Gives memory back, after the work that was asked for before; while a recording lives, after its end.
@@ -421,12 +448,17 @@ impl Drop for Memory {
 /// Some consecutive values in the memory of a device: what kernels read and write.
 ///
 /// It says where, not who may write: the queue is in order, so nothing happens at once.
-#[derive(Debug)]
 pub struct Span<'m, T> {
     memory: &'m Memory,
     address: u64,
     len: usize,
     values: PhantomData<T>,
+}
+
+impl<T> Debug for Span<'_, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} values at {:#x}", self.len, self.address)
+    }
 }
 
 impl<T> Clone for Span<'_, T> {
@@ -448,6 +480,12 @@ impl<'m, T: Pod> Span<'m, T> {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// Whether it begins at a multiple of so many bytes.
+    #[must_use]
+    pub fn is_aligned(&self, bytes: usize) -> bool {
+        self.address.is_multiple_of(bytes as u64)
     }
 
     /// The memory it is in.

@@ -14,11 +14,16 @@ mod check;
 mod device;
 pub mod elementwise;
 pub mod experts;
+mod gpu;
 mod host;
 pub mod linear;
+pub mod nvrtc;
+mod rows;
 pub mod sample;
 
 pub use device::{
     Arg, Device, DeviceError, Kernel, Launch, Limits, Memory, Recording, Source, Span,
 };
+pub use gpu::Gpu;
 pub use host::{HostDevice, Order};
+pub use rows::{Activations, Form, Head};

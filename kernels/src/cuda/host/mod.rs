@@ -175,6 +175,7 @@ impl Device for HostDevice {
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64, DeviceError> {
+        self.0.not_recorded("an allocation")?;
         let mut state = self.0.state();
         let free = LIMITS.memory - state.used;
         let out_of_memory = DeviceError::OutOfMemory {
@@ -353,19 +354,14 @@ unsafe fn run_kernel(
     let library = LIBRARIES[kernel.source as usize].get_or_init(|| compile(kernel.source));
     let library = library.as_ref().map_err(Clone::clone)?;
 
-    let place = |bytes: &[u8]| {
-        let mut place = [0; 8];
-        place[..bytes.len()].copy_from_slice(bytes);
-        u64::from_ne_bytes(place)
+    let kind = |arg: &Arg| match arg {
+        Arg::Address(_) => 'p',
+        Arg::U32(_) => 'u',
+        Arg::I32(_) => 'i',
+        Arg::F32(_) => 'f',
     };
-    let (kinds, mut values): (String, Vec<u64>) = (args.iter())
-        .map(|arg| match *arg {
-            Arg::Address(address) => ('p', address),
-            Arg::U32(v) => ('u', place(&v.to_ne_bytes())),
-            Arg::I32(v) => ('i', place(&v.to_ne_bytes())),
-            Arg::F32(v) => ('f', place(&v.to_ne_bytes())),
-        })
-        .unzip();
+    let kinds: String = args.iter().map(kind).collect();
+    let mut values: Vec<u64> = args.iter().map(|arg| arg.bits()).collect();
     let mut arguments: Vec<*mut c_void> = (values.iter_mut())
         .map(|value| std::ptr::from_mut(value).cast())
         .collect();

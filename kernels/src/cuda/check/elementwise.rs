@@ -1,0 +1,403 @@
+//! The elementwise kernels against the scalar ones: bit by bit where the arithmetic is the same, else
+//! within derived bounds.
+
+use super::{Random, U, each_device};
+use crate::cpu::{Isa, Kernels};
+use crate::cuda::elementwise::{
+    Activation, Norm, Output, Table, TableValues, activate, add_norm, embed, finish_logits, gegelu,
+    input, silu_mul,
+};
+use crate::cuda::{Activations, Device, DeviceError, Form, Head, Memory};
+use phidias_quant::activations::{self, Activations as Tiles};
+use phidias_quant::packed::pack_panel;
+use phidias_quant::{AlignedBytes, BLOCK, Format, Packed, PackedLayout, bf16, f16};
+use std::sync::Arc;
+
+/// Rows and columns: parts of a vector, of a block, of a warp; one block of threads and more.
+const SHAPES: [(usize, usize); 7] = [
+    (1, 1),
+    (2, 3),
+    (3, 32),
+    (2, 33),
+    (5, 68),
+    (2, 132),
+    (1, 4100),
+];
+
+fn scalar() -> &'static Kernels {
+    Kernels::for_isa(Isa::Scalar).expect("runs everywhere")
+}
+
+/// What a function writes in each form: the floats, and bf16 and bytes that must be made of just these.
+fn in_every_form(
+    device: &Arc<dyn Device>,
+    (rows, cols): (usize, usize),
+    run: impl Fn(Output<'_>) -> Result<(), DeviceError>,
+) -> Result<Vec<f32>, DeviceError> {
+    let plain = Memory::new(device, rows * cols * 4)?;
+    run(plain.span::<f32>().into())?;
+    let plain = plain.span::<f32>().to_vec()?;
+    let padded = cols.next_multiple_of(BLOCK);
+    let mut want = vec![0.0; rows * padded];
+    for (want, plain) in want.chunks_exact_mut(padded).zip(plain.chunks_exact(cols)) {
+        want[..cols].copy_from_slice(plain);
+    }
+    for form in [
+        Form::F32,
+        Form::Bf16,
+        Form::Quantized { zero: 8 },
+        Form::Quantized { zero: 128 },
+    ] {
+        let place = Memory::new(device, form.bytes(rows, cols))?;
+        let out = form.place(place.span(), rows, cols);
+        run(out.into())?;
+        match out {
+            Activations::F32(values) => assert_same(&values.to_vec()?, &want),
+            Activations::Bf16(values) => {
+                let want: Vec<_> = want.iter().map(|v| bf16::from_f32(*v).to_bits()).collect();
+                assert_eq!(values.to_vec()?, want, "{rows} x {cols}");
+            }
+            Activations::Quantized {
+                quants,
+                heads,
+                zero,
+            } => {
+                let mut tiles = Tiles::default();
+                tiles.reshape(1, cols, zero);
+                let (quants, heads) = (quants.to_vec()?, heads.to_vec()?);
+                for (r, row) in plain.chunks_exact(cols).enumerate() {
+                    let mut tile = tiles.tiles_mut().next().expect("one row");
+                    activations::quantize(row, &mut tile, 0);
+                    let blocks = padded / BLOCK;
+                    let own = r * blocks..(r + 1) * blocks;
+                    assert_eq!(&quants[r * padded..][..padded], &*tile.quants);
+                    for (b, head) in heads[own].iter().enumerate() {
+                        let want = Head {
+                            start: tile.starts[b],
+                            magic: tile.magics[b],
+                        };
+                        // A NaN is not equal to itself; where there is one its bits do not matter.
+                        let both_nan = head.magic.is_nan() && want.magic.is_nan();
+                        assert!(both_nan || *head == want, "{head:?} {want:?}");
+                    }
+                }
+            }
+        }
+    }
+    Ok(plain)
+}
+
+/// The same bits, or NaNs.
+fn assert_same(got: &[f32], want: &[f32]) {
+    assert_eq!(got.len(), want.len());
+    for (i, (got, want)) in got.iter().zip(want).enumerate() {
+        let same = got.to_bits() == want.to_bits() || (got.is_nan() && want.is_nan());
+        assert!(same, "{i}: {got} {want}");
+    }
+}
+
+/// Within a bound for each value, or both the same infinity or NaN.
+fn assert_close(got: &[f32], want: &[f32], bound: impl Fn(usize) -> f64) {
+    assert_eq!(got.len(), want.len());
+    for (i, (got, want)) in got.iter().zip(want).enumerate() {
+        let off = (f64::from(*got) - f64::from(*want)).abs();
+        let same = got == want || (got.is_nan() && want.is_nan());
+        assert!(
+            same || off <= bound(i) + TINY,
+            "{i}: {got} {want}, {off:e} of {:e}",
+            bound(i)
+        );
+    }
+}
+
+/// Below the smallest normal number a rounding may cost more than its share.
+const TINY: f64 = 1e-39;
+
+/// Values of every size, and those that are not finite.
+fn all_kinds(random: &mut Random, n: usize) -> Vec<f32> {
+    let odd = [
+        0.0,
+        -0.0,
+        1e-40,
+        3e38,
+        -3e38,
+        f32::INFINITY,
+        f32::NEG_INFINITY,
+        f32::NAN,
+    ];
+    (0..n)
+        .map(|i| match i % 64 {
+            40 => odd[random.bits() as usize % odd.len()],
+            _ => random.value() * [0.01, 1.0, 30.0][random.bits() as usize % 3],
+        })
+        .collect()
+}
+
+#[test]
+fn rows_become_what_a_matrix_takes() {
+    each_device(|device| {
+        let mut random = Random(2);
+        for shape @ (rows, cols) in SHAPES {
+            let values = all_kinds(&mut random, rows * cols);
+            let x = Memory::from_slice(device, &values)?;
+            let got = in_every_form(device, shape, |out| match out {
+                Output::Input(out) => input(&**device, x.span(), cols, out),
+                Output::Rows(out) => x.span().copy_to(out),
+            })?;
+            assert_same(&got, &values);
+        }
+        Ok(())
+    });
+}
+
+/// A gate's exponential is off by up to 2 units, 4 `U`, on either side, which the result feels at most
+/// as much; and it takes part in up to six roundings. Where `exp` overflows on one side only, the
+/// result is below 1e-36.
+fn gate_bound(want: f32) -> f64 {
+    14.0 * U * f64::from(want).abs()
+}
+
+#[test]
+fn gates_are_those_of_the_cpu() {
+    each_device(|device| {
+        let mut random = Random(3);
+        for shape @ (rows, inner) in SHAPES {
+            let values = all_kinds(&mut random, rows * 2 * inner);
+            let x = Memory::from_slice(device, &values)?;
+            let mut want = vec![0.0; rows * inner];
+            for (y, x) in want
+                .chunks_exact_mut(inner)
+                .zip(values.chunks_exact(2 * inner))
+            {
+                scalar().silu_mul(&x[..inner], &x[inner..], y);
+            }
+            let got = in_every_form(device, shape, |out| {
+                silu_mul(&**device, x.span(), inner, out)
+            })?;
+            assert_close(&got, &want, |i| gate_bound(want[i]));
+            for limit in [f32::INFINITY, 20.0, 0.5] {
+                for (y, x) in want
+                    .chunks_exact_mut(inner)
+                    .zip(values.chunks_exact(2 * inner))
+                {
+                    scalar().gegelu(x, limit, y);
+                }
+                let got = in_every_form(device, shape, |out| {
+                    gegelu(&**device, x.span(), inner, limit, out)
+                })?;
+                assert_close(&got, &want, |i| gate_bound(want[i]));
+            }
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn activations_are_those_of_the_cpu_in_place_too() {
+    each_device(|device| {
+        let mut random = Random(4);
+        for shape @ (rows, cols) in SHAPES {
+            let values = all_kinds(&mut random, rows * cols);
+            for activation in [Activation::QuickGelu, Activation::Gelu] {
+                let x = Memory::from_slice(device, &values)?;
+                let mut want = values.clone();
+                match activation {
+                    Activation::QuickGelu => scalar().quick_gelu(&mut want),
+                    Activation::Gelu => scalar().gelu(&mut want),
+                }
+                let got = in_every_form(device, shape, |out| {
+                    activate(&**device, activation, x.span(), cols, out)
+                })?;
+                // All is the same but the exponential; the tail of `gelu` is that times less than x.
+                let bound = |i: usize| {
+                    let size = match activation {
+                        Activation::QuickGelu => f64::from(want[i]).abs(),
+                        Activation::Gelu => {
+                            f64::from(values[i].max(0.0) - want[i]).abs() + f64::from(want[i]).abs()
+                        }
+                    };
+                    14.0 * U * size
+                };
+                assert_close(&got, &want, bound);
+                activate(&**device, activation, x.span(), cols, x.span::<f32>())?;
+                assert_same(&x.span::<f32>().to_vec()?, &got);
+            }
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn norms_are_those_of_the_cpu() {
+    each_device(|device| {
+        let mut random = Random(5);
+        for shape @ (rows, cols) in SHAPES {
+            let values = random.values(rows * cols, 3.0);
+            let added = random.values(rows * cols, 1.0);
+            let (weight, bias) = (random.values(cols, 2.0), random.values(cols, 1.0));
+            let sum: Vec<f32> = values.iter().zip(&added).map(|(x, b)| x + b).collect();
+            let eps = 1e-5;
+            let [w, b, branch] = [&weight, &bias, &added].map(|v| Memory::from_slice(device, v));
+            let (w, b, branch) = (w?, b?, branch?);
+            let rms = Norm::Rms {
+                weight: w.span(),
+                eps,
+            };
+            let layer = Norm::Layer {
+                weight: w.span(),
+                bias: b.span(),
+                eps,
+            };
+            for (norm, branch) in [
+                (rms, Some(branch.span())),
+                (rms, None),
+                (layer, Some(branch.span())),
+                (layer, None),
+            ] {
+                let before = if branch.is_some() { &sum } else { &values };
+                let mut want = vec![0.0; rows * cols];
+                for (y, x) in want.chunks_exact_mut(cols).zip(before.chunks_exact(cols)) {
+                    match norm {
+                        Norm::Rms { .. } => scalar().rms_norm(x, &weight, eps, y),
+                        Norm::Layer { .. } => scalar().layer_norm(x, &weight, &bias, eps, y),
+                    }
+                }
+                let got = in_every_form(device, shape, |out| {
+                    let x = Memory::from_slice(device, &values)?;
+                    add_norm(&**device, x.span(), branch, norm, out)?;
+                    assert_same(&x.span::<f32>().to_vec()?, before);
+                    Ok(())
+                })?;
+                // A sum on the CPU takes part in cols / 16 + 5 roundings at most, here in fewer where there
+                // are more columns than threads, and in 14 where there are not: the tree.
+                let depth = (cols.div_ceil(16) + 14) as f64;
+                let bound = |i: usize| match norm {
+                    // Half of what the mean square is off by, then six roundings; on either side.
+                    Norm::Rms { .. } => (2.0 * (depth / 2.0 + 6.0)) * U * f64::from(want[i]).abs(),
+                    // The same of what is scaled, and what the mean is off by, scaled.
+                    Norm::Layer { .. } => {
+                        let x = &before[i / cols * cols..][..cols];
+                        let n = cols as f64;
+                        let mean = x.iter().map(|x| f64::from(*x)).sum::<f64>() / n;
+                        let variance = x
+                            .iter()
+                            .map(|x| (f64::from(*x) - mean).powi(2))
+                            .sum::<f64>()
+                            / n;
+                        let scale =
+                            f64::from(weight[i % cols]).abs() / (variance + f64::from(eps)).sqrt();
+                        let largest = x.iter().map(|x| f64::from(x.abs())).sum::<f64>() / n
+                            + f64::from(x[i % cols].abs());
+                        2.0 * (depth + 6.0)
+                            * U
+                            * (scale * largest * 2.0 + f64::from(want[i]).abs() + 1.0)
+                    }
+                };
+                assert_close(&got, &want, bound);
+                // A row alone has the bits that it has beside others.
+                let last = (rows - 1) * cols..;
+                let alone = Memory::from_slice(device, &before[last.clone()])?;
+                add_norm(&**device, alone.span(), None, norm, alone.span::<f32>())?;
+                assert_same(&alone.span::<f32>().to_vec()?, &got[last]);
+            }
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn embeddings_are_rows_of_the_table() {
+    each_device(|device| {
+        let mut random = Random(6);
+        for (rows, cols) in [(5, 3), (17, 32), (40, 68), (16, 1030)] {
+            let values = random.values(rows * cols, 2.0);
+            let ids = [rows as u32 - 1, 0, 3, 3, rows as u32];
+            let ids_there = Memory::from_slice(device, &ids)?;
+            let stride = cols.next_multiple_of(BLOCK);
+            let mut padded = vec![0.0f32; rows * stride];
+            for (to, from) in padded
+                .chunks_exact_mut(stride)
+                .zip(values.chunks_exact(cols))
+            {
+                to[..cols].copy_from_slice(from);
+            }
+            let f16s: Vec<f16> = padded.iter().map(|v| f16::from_f32(*v)).collect();
+            let bf16s: Vec<bf16> = padded.iter().map(|v| bf16::from_f32(*v)).collect();
+            let packed = [Format::Q4, Format::Q8].map(|format| {
+                let layout = PackedLayout::new(format, rows, cols).expect("a shape");
+                let mut bytes = AlignedBytes::try_zeroed(layout.bytes()).expect("memory");
+                let panels = bytes.as_mut().chunks_exact_mut(layout.panel_bytes());
+                for (panel, rows) in panels.zip(values.chunks(16 * cols)) {
+                    pack_panel(&layout, rows, panel).expect("finite");
+                }
+                (layout, bytes)
+            });
+            let there = [
+                Memory::from_slice(device, &padded)?,
+                Memory::from_slice(device, &f16s)?,
+                Memory::from_slice(device, &bf16s)?,
+                Memory::from_slice(device, packed[0].1.as_ref())?,
+                Memory::from_slice(device, packed[1].1.as_ref())?,
+            ];
+            let tables = [
+                TableValues::F32(there[0].span()),
+                TableValues::F16(there[1].span()),
+                TableValues::Bf16(there[2].span()),
+                TableValues::Packed(Format::Q4, there[3].span()),
+                TableValues::Packed(Format::Q8, there[4].span()),
+            ];
+            for (kind, values) in tables.into_iter().enumerate() {
+                for multiplier in [1.0, 10.0] {
+                    let mut want = vec![f32::NAN; ids.len() * cols];
+                    for (id, x) in ids[..4].iter().zip(want.chunks_exact_mut(cols)) {
+                        let row = *id as usize * stride..;
+                        match kind {
+                            0 => x.copy_from_slice(&padded[row][..cols]),
+                            1 => x
+                                .iter_mut()
+                                .zip(&f16s[row])
+                                .for_each(|(x, v)| *x = v.to_f32()),
+                            2 => x
+                                .iter_mut()
+                                .zip(&bf16s[row])
+                                .for_each(|(x, v)| *x = v.to_f32()),
+                            _ => {
+                                let (layout, bytes) = &packed[kind - 3];
+                                let matrix =
+                                    Packed::new(*layout, bytes.as_ref()).expect("its bytes");
+                                matrix.dequantize_row(*id as usize, x);
+                            }
+                        }
+                        x.iter_mut().for_each(|x| *x *= multiplier);
+                    }
+                    let x = Memory::new(device, ids.len() * cols * 4)?;
+                    let table = Table { rows, cols, values };
+                    embed(&**device, &table, ids_there.span(), multiplier, x.span())?;
+                    assert_same(&x.span::<f32>().to_vec()?, &want);
+                }
+            }
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn logits_are_divided_and_unused_ids_lowest() {
+    each_device(|device| {
+        let mut random = Random(1);
+        let (rows, vocab) = (3, 300);
+        let before = random.values(rows * vocab, 10.0);
+        let logits = Memory::from_slice(device, &before)?;
+        let unused = Memory::from_slice(device, &[0u32, 1, 250, 260])?;
+        finish_logits(&**device, logits.span(), vocab, 3.0, unused.span())?;
+        let got = logits.span::<f32>().to_vec()?;
+        for (i, (got, before)) in got.iter().zip(&before).enumerate() {
+            let want = match i % vocab {
+                0 | 250..260 => f32::MIN,
+                _ => before / 3.0,
+            };
+            assert_eq!(*got, want, "{i}");
+        }
+        Ok(())
+    });
+}

@@ -1,0 +1,667 @@
+//! An NVIDIA GPU, through the driver's library, which is looked for when the first one is opened.
+
+use super::device::{
+    Arg, Deferred, Device, DeviceError, Kernel, Launch, Limits, Recording, Source,
+};
+use super::nvrtc::{self, Target};
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUfunction_attribute, CUresult};
+use cudarc::driver::{CudaContext, CudaStream};
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::fmt;
+use std::io::Write;
+use std::path::Path;
+use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+/// The oldest driver that has every function called here, as CUDA numbers its versions: 12.8.
+const OLDEST_DRIVER: i32 = 12080;
+/// The least compute capability times 10: asynchronous copies and the matrix instructions came with 8.0.
+const LEAST_CAPABILITY: u32 = 80;
+/// Arguments that a kernel has at most.
+const MOST_ARGUMENTS: usize = 64;
+
+/// An open GPU with all kernels loaded.
+#[derive(Clone)]
+pub struct Gpu(Arc<Inner>);
+
+struct Inner {
+    name: String,
+    limits: Limits,
+    functions: HashMap<Kernel, sys::CUfunction>,
+    modules: Vec<sys::CUmodule>,
+    stream: Arc<CudaStream>,
+    context: Arc<CudaContext>,
+    recording: AtomicBool,
+    deferred: Deferred,
+    /// The kernel launched last, to be named when the device is lost.
+    last: Mutex<&'static str>,
+}
+
+// SAFETY: contexts, modules, functions and streams are handles that the driver lets every thread use at the
+// same time.
+unsafe impl Send for Inner {}
+// SAFETY: as above.
+unsafe impl Sync for Inner {}
+
+impl fmt::Debug for Gpu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0.name)
+    }
+}
+
+impl Gpu {
+    /// Opens GPU `ordinal`, counted from 0, and loads all kernels. They are compiled for it unless `cache`, a
+    /// folder, has them from before; what is compiled is kept there, where that can be done.
+    /// # Errors
+    /// One that says what is missing: the driver, the device, or the compiler.
+    pub fn open(ordinal: usize, cache: Option<&Path>) -> Result<Self, DeviceError> {
+        // SAFETY: loading the driver's library runs its start-up code; nothing is called.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(DeviceError::NoDriver { library: "libcuda" });
+        }
+        let version = driver_version()?;
+        let found = match result::init().and_then(|()| result::device::get_count()) {
+            Ok(count) => usize::try_from(count).unwrap_or(0),
+            Err(DriverError(CUresult::CUDA_ERROR_NO_DEVICE)) => 0,
+            Err(error) => return Err(failure("cuInit", error)),
+        };
+        if ordinal >= found {
+            return Err(DeviceError::NoDevice { ordinal, found });
+        }
+        let failed = |call| move |error| failure(call, error);
+        let context = CudaContext::new(ordinal).map_err(failed("opening the device"))?;
+        let name = context.name().map_err(failed("cuDeviceGetName"))?;
+        let attribute = |attribute| {
+            let value = context
+                .attribute(attribute)
+                .map_err(failed("cuDeviceGetAttribute"))?;
+            Ok(u32::try_from(value).unwrap_or(0))
+        };
+        let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        let capability = 10 * major + minor;
+        if capability < LEAST_CAPABILITY {
+            let found = format!("{major}.{minor}");
+            return Err(DeviceError::OldDevice { name, found });
+        }
+        let limits = Limits {
+            multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            shared: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?
+                as usize,
+            memory: context.total_mem().map_err(failed("cuDeviceTotalMem"))?,
+        };
+        // SAFETY: that is for slices of the library, of which there are none here, on several streams.
+        unsafe { context.disable_event_tracking() };
+        let stream = context.new_stream().map_err(failed("cuStreamCreate"))?;
+        let mut inner = Inner {
+            name,
+            limits,
+            functions: HashMap::new(),
+            modules: Vec::new(),
+            stream,
+            context,
+            recording: AtomicBool::new(false),
+            deferred: Deferred::default(),
+            last: Mutex::new("none"),
+        };
+        inner.load(capability, version, cache)?;
+        Ok(Self(Arc::new(inner)))
+    }
+}
+
+/// The version of CUDA that the driver is for.
+fn driver_version() -> Result<i32, DeviceError> {
+    let mut version = 0;
+    // SAFETY: the library is there; it writes one integer.
+    let result = unsafe { sys::cuDriverGetVersion(&raw mut version) };
+    result
+        .result()
+        .map_err(|error| failure("cuDriverGetVersion", error))?;
+    if version < OLDEST_DRIVER {
+        return Err(DeviceError::OldDriver {
+            found: format!("{}.{}", version / 1000, version % 1000 / 10),
+            expected: "12.8",
+        });
+    }
+    Ok(version)
+}
+
+fn text(error: DriverError) -> String {
+    match (error.error_name(), error.error_string()) {
+        (Ok(name), Ok(text)) => format!("{} ({})", text.to_string_lossy(), name.to_string_lossy()),
+        _ => format!("{:?}", error.0),
+    }
+}
+
+fn failure(call: &'static str, error: DriverError) -> DeviceError {
+    let reason = text(error);
+    DeviceError::Driver { call, reason }
+}
+
+/// Errors after which a context does nothing any more.
+fn is_fatal(error: DriverError) -> bool {
+    matches!(
+        error.0,
+        CUresult::CUDA_ERROR_ILLEGAL_ADDRESS
+            | CUresult::CUDA_ERROR_ILLEGAL_INSTRUCTION
+            | CUresult::CUDA_ERROR_INVALID_ADDRESS_SPACE
+            | CUresult::CUDA_ERROR_INVALID_PC
+            | CUresult::CUDA_ERROR_MISALIGNED_ADDRESS
+            | CUresult::CUDA_ERROR_HARDWARE_STACK_ERROR
+            | CUresult::CUDA_ERROR_LAUNCH_FAILED
+            | CUresult::CUDA_ERROR_LAUNCH_TIMEOUT
+            | CUresult::CUDA_ERROR_ASSERT
+            | CUresult::CUDA_ERROR_ECC_UNCORRECTABLE
+            | CUresult::CUDA_ERROR_NVLINK_UNCORRECTABLE
+            | CUresult::CUDA_ERROR_CONTEXT_IS_DESTROYED
+            | CUresult::CUDA_ERROR_DEINITIALIZED
+            | CUresult::CUDA_ERROR_DEVICE_UNAVAILABLE
+            | CUresult::CUDA_ERROR_UNKNOWN
+    )
+}
+
+impl Inner {
+    /// Loads the kernels of every source, compiling what is not in the cache, all at the same time.
+    fn load(
+        &mut self,
+        capability: u32,
+        driver: i32,
+        cache: Option<&Path>,
+    ) -> Result<(), DeviceError> {
+        let codes: Vec<_> = thread::scope(|scope| {
+            let one = |source| scope.spawn(move || code(source, capability, driver, cache));
+            let running: Vec<_> = Source::ALL.iter().copied().map(one).collect();
+            let joined = running.into_iter().map(|thread| thread.join());
+            joined
+                .map(|code| code.expect("compiling does not panic"))
+                .collect()
+        });
+        for (source, code) in Source::ALL.iter().copied().zip(codes) {
+            let module = match self.module(&code?) {
+                Ok(module) => module,
+                // Kept by somebody else, or not what this driver takes: made anew once.
+                Err(_) => {
+                    let code = nvrtc::compile(source, target(capability)?)?;
+                    self.module(&code)
+                        .map_err(|e| failure("cuModuleLoadData", e))?
+                }
+            };
+            self.modules.push(module);
+            for &name in source.kernels() {
+                let kernel = Kernel { source, name };
+                let function = self.function(module, name);
+                let function = function.map_err(|e| DeviceError::Launch {
+                    kernel: name,
+                    reason: text(e),
+                })?;
+                self.functions.insert(kernel, function);
+            }
+        }
+        Ok(())
+    }
+
+    fn module(&self, code: &[u8]) -> Result<sys::CUmodule, DriverError> {
+        self.context.bind_to_thread()?;
+        // SAFETY: the image is machine code or the text of PTX with its final zero, as the compiler gave it.
+        unsafe { result::module::load_data(code.as_ptr().cast()) }
+    }
+
+    /// A kernel that may have all the shared memory there is.
+    fn function(&self, module: sys::CUmodule, name: &str) -> Result<sys::CUfunction, DriverError> {
+        let name = CString::new(name).expect("a name");
+        // SAFETY: the module was just loaded, and is kept as long as its functions.
+        unsafe {
+            let function = result::module::get_function(module, name)?;
+            let own = CUfunction_attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
+            let own = result::function::get_function_attribute(function, own)?;
+            let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            let rest = i32::try_from(self.limits.shared).unwrap_or(i32::MAX) - own;
+            result::function::set_function_attribute(function, most, rest)?;
+            Ok(function)
+        }
+    }
+
+    /// What an error of a call means for the device.
+    fn failed(&self, call: &'static str) -> impl Fn(DriverError) -> DeviceError + '_ {
+        move |error| match is_fatal(error) {
+            true => self.lost(error),
+            false => failure(call, error),
+        }
+    }
+
+    fn lost(&self, error: DriverError) -> DeviceError {
+        DeviceError::Lost {
+            kernel: *self.last.lock().unwrap_or_else(PoisonError::into_inner),
+            reason: text(error),
+        }
+    }
+
+    /// Makes the device that of this thread.
+    fn enter(&self) -> Result<sys::CUstream, DeviceError> {
+        self.context
+            .bind_to_thread()
+            .map_err(self.failed("cuCtxSetCurrent"))?;
+        Ok(self.stream.cu_stream())
+    }
+
+    /// The same, for what cannot be recorded.
+    fn enter_unrecorded(&self, what: &'static str) -> Result<sys::CUstream, DeviceError> {
+        match self.recording.load(Ordering::SeqCst) {
+            true => Err(DeviceError::Recording { what }),
+            false => self.enter(),
+        }
+    }
+
+    fn wait(&self, stream: sys::CUstream) -> Result<(), DeviceError> {
+        // SAFETY: the stream is this device's own.
+        unsafe { result::stream::synchronize(stream) }.map_err(self.failed("cuStreamSynchronize"))
+    }
+
+    fn free_now(&self, address: u64) {
+        // Nobody can be told; a device that is lost has lost its memory too.
+        if let Ok(stream) = self.enter() {
+            let _ = self.wait(stream);
+            // SAFETY: allocated here, and the last work on it is done.
+            let _ = unsafe { result::free_sync(address) };
+        }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        if let Ok(stream) = self.enter() {
+            let _ = self.wait(stream);
+            for &module in &self.modules {
+                // SAFETY: loaded here; all work is done.
+                let _ = unsafe { result::module::unload(module) };
+            }
+        }
+    }
+}
+
+impl Device for Gpu {
+    fn name(&self) -> String {
+        self.0.name.clone()
+    }
+
+    fn limits(&self) -> Limits {
+        self.0.limits
+    }
+
+    fn free_memory(&self) -> Result<usize, DeviceError> {
+        self.0.enter()?;
+        let (free, _) = result::mem_get_info().map_err(self.0.failed("cuMemGetInfo"))?;
+        Ok(free)
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<u64, DeviceError> {
+        self.0.enter_unrecorded("an allocation")?;
+        // SAFETY: nobody has seen the memory before.
+        match unsafe { result::malloc_sync(bytes) } {
+            Ok(address) => Ok(address),
+            Err(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => Err(DeviceError::OutOfMemory {
+                asked: bytes,
+                free: self.free_memory()?,
+                total: self.0.limits.memory,
+            }),
+            Err(error) => Err(self.0.failed("cuMemAlloc")(error)),
+        }
+    }
+
+    unsafe fn free(&self, address: u64) {
+        if self.0.deferred.free_now(address) {
+            self.0.free_now(address);
+        }
+    }
+
+    unsafe fn upload(&self, to: u64, from: &[u8]) -> Result<(), DeviceError> {
+        let stream = self.0.enter_unrecorded("an upload")?;
+        if from.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: inside an allocation by contract; `from` lives until the wait is over.
+        unsafe { result::memcpy_htod_async(to, from, stream) }
+            .map_err(self.0.failed("cuMemcpyHtoDAsync"))?;
+        self.0.wait(stream)
+    }
+
+    unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<(), DeviceError> {
+        let stream = self.0.enter_unrecorded("a download")?;
+        if to.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: inside an allocation by contract; `to` lives until the wait is over.
+        unsafe { result::memcpy_dtoh_async(to, from, stream) }
+            .map_err(self.0.failed("cuMemcpyDtoHAsync"))?;
+        self.0.wait(stream)
+    }
+
+    unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), DeviceError> {
+        let stream = self.0.enter()?;
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: inside allocations by contract.
+        unsafe { result::memcpy_dtod_async(to, from, bytes, stream) }
+            .map_err(self.0.failed("cuMemcpyDtoDAsync"))
+    }
+
+    unsafe fn zero(&self, at: u64, bytes: usize) -> Result<(), DeviceError> {
+        let stream = self.0.enter()?;
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: inside an allocation by contract.
+        unsafe { result::memset_d8_async(at, 0, bytes, stream) }
+            .map_err(self.0.failed("cuMemsetD8Async"))
+    }
+
+    unsafe fn launch(
+        &self,
+        kernel: Kernel,
+        launch: Launch,
+        args: &[Arg],
+    ) -> Result<(), DeviceError> {
+        let refused = |reason| DeviceError::Launch {
+            kernel: kernel.name,
+            reason,
+        };
+        let Some(&function) = self.0.functions.get(&kernel) else {
+            return Err(refused(format!("not in {}", kernel.source.file())));
+        };
+        let Ok(shared) = u32::try_from(launch.shared) else {
+            return Err(refused(format!("{} bytes of shared memory", launch.shared)));
+        };
+        assert!(args.len() <= MOST_ARGUMENTS, "{} arguments", args.len());
+        let mut values = [0u64; MOST_ARGUMENTS];
+        let mut pointers = [ptr::null_mut::<c_void>(); MOST_ARGUMENTS];
+        for ((value, pointer), arg) in values.iter_mut().zip(&mut pointers).zip(args) {
+            *value = arg.bits();
+            *pointer = ptr::from_mut(value).cast();
+        }
+        let stream = self.0.enter()?;
+        *self.0.last.lock().unwrap_or_else(PoisonError::into_inner) = kernel.name;
+        let ([gx, gy, gz], [bx, by, bz]) = (launch.grid, launch.block);
+        // SAFETY: the function is loaded, and its arguments, which the driver copies, are what the caller
+        // promises that it takes.
+        let result = unsafe {
+            let (grid, block) = ((gx, gy, gz), (bx, by, bz));
+            result::launch_kernel(
+                function,
+                grid,
+                block,
+                shared,
+                stream,
+                &mut pointers[..args.len()],
+            )
+        };
+        result.map_err(|error| match is_fatal(error) {
+            true => self.0.lost(error),
+            false => refused(format!("{} for {launch:?}", text(error))),
+        })
+    }
+
+    fn synchronize(&self) -> Result<(), DeviceError> {
+        let stream = self.0.enter_unrecorded("waiting")?;
+        self.0.wait(stream)
+    }
+
+    fn record(
+        &self,
+        work: &mut dyn FnMut() -> Result<(), DeviceError>,
+    ) -> Result<Box<dyn Recording>, DeviceError> {
+        let inner = &self.0;
+        let stream = inner.enter_unrecorded("a recording")?;
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // From here on what is dropped undoes what was done.
+        inner.deferred.begin();
+        let mut recorded = Recorded {
+            device: Arc::clone(inner),
+            graph: ptr::null_mut(),
+            executable: ptr::null_mut(),
+        };
+        // SAFETY: the stream is this device's own, and is not being recorded.
+        unsafe { result::stream::begin_capture(stream, mode) }
+            .map_err(inner.failed("cuStreamBeginCapture"))?;
+        inner.recording.store(true, Ordering::SeqCst);
+        let done = work();
+        inner.recording.store(false, Ordering::SeqCst);
+        // SAFETY: begun above; it is ended whatever became of the work.
+        let ended = unsafe { result::stream::end_capture(stream) };
+        if let Ok(graph) = ended {
+            recorded.graph = graph;
+        }
+        done?;
+        ended.map_err(inner.failed("cuStreamEndCapture"))?;
+        let flags = sys::CUgraphInstantiate_flags(0);
+        // SAFETY: the graph was just made.
+        recorded.executable = unsafe { result::graph::instantiate(recorded.graph, flags) }
+            .map_err(inner.failed("cuGraphInstantiate"))?;
+        // SAFETY: both are this device's own.
+        unsafe { result::graph::upload(recorded.executable, stream) }
+            .map_err(inner.failed("cuGraphUpload"))?;
+        Ok(Box::new(recorded))
+    }
+
+    fn seconds(
+        &self,
+        work: &mut dyn FnMut() -> Result<(), DeviceError>,
+    ) -> Result<f64, DeviceError> {
+        let stream = self.0.enter_unrecorded("a measurement")?;
+        let failed = || self.0.failed("measuring time");
+        let (start, end) = (
+            Event::new().map_err(failed())?,
+            Event::new().map_err(failed())?,
+        );
+        // SAFETY: events and stream are of this device and live on.
+        unsafe { result::event::record(start.0, stream) }.map_err(failed())?;
+        work()?;
+        let stream = self.0.enter()?;
+        // SAFETY: as above; the time is asked for when both events have happened.
+        let milliseconds = unsafe {
+            result::event::record(end.0, stream).map_err(failed())?;
+            result::event::synchronize(end.0).map_err(failed())?;
+            result::event::elapsed(start.0, end.0).map_err(failed())?
+        };
+        Ok(f64::from(milliseconds) / 1e3)
+    }
+}
+
+/// A point in the stream, whose time is taken.
+struct Event(sys::CUevent);
+
+impl Event {
+    fn new() -> Result<Self, DriverError> {
+        result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map(Self)
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: made here; the driver waits for it by itself.
+        let _ = unsafe { result::event::destroy(self.0) };
+    }
+}
+
+/// A graph, and what it was made into. Null where recording failed.
+struct Recorded {
+    device: Arc<Inner>,
+    graph: sys::CUgraph,
+    executable: sys::CUgraphExec,
+}
+
+// SAFETY: a graph may be used by any one thread at a time, and it is not shared.
+unsafe impl Send for Recorded {}
+
+impl fmt::Debug for Recorded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "recording on {}", self.device.name)
+    }
+}
+
+impl Recording for Recorded {
+    fn replay(&self) -> Result<(), DeviceError> {
+        let stream = self.device.enter_unrecorded("a replay")?;
+        *(self.device.last.lock()).unwrap_or_else(PoisonError::into_inner) = "of a recording";
+        // SAFETY: the graph is of this device. Launches that it repeats were promised to be right, and the
+        // memory they use is kept.
+        unsafe { result::graph::launch(self.executable, stream) }
+            .map_err(self.device.failed("cuGraphLaunch"))
+    }
+}
+
+impl Drop for Recorded {
+    fn drop(&mut self) {
+        if self.device.enter().is_ok() {
+            // SAFETY: made in `record`, not used again. While it still runs, the driver keeps it.
+            unsafe {
+                if !self.executable.is_null() {
+                    let _ = result::graph::exec_destroy(self.executable);
+                }
+                if !self.graph.is_null() {
+                    let _ = result::graph::destroy(self.graph);
+                }
+            }
+        }
+        for address in self.device.deferred.end() {
+            self.device.free_now(address);
+        }
+    }
+}
+
+// ---- compiled kernels -------------------------------------------------------------------------------------
+
+/// What a GPU of that compute capability loads.
+fn target(capability: u32) -> Result<Target, DeviceError> {
+    let known = nvrtc::capabilities()?;
+    Ok(
+        match known.iter().rev().find(|known| **known <= capability) {
+            // A compiler older than the GPU: the driver finishes what is made for an earlier one.
+            Some(&earlier) if earlier < capability => Target::Portable(earlier),
+            _ => Target::Machine(capability),
+        },
+    )
+}
+
+/// The code of a source: from the cache, or compiled and kept there.
+fn code(
+    source: Source,
+    capability: u32,
+    driver: i32,
+    cache: Option<&Path>,
+) -> Result<Vec<u8>, DeviceError> {
+    let compile = || nvrtc::compile(source, target(capability)?);
+    let Some(folder) = cache else {
+        return compile();
+    };
+    let driver = driver.to_string();
+    let texts = [source.text(), Source::COMMON, &driver].into_iter();
+    // The zero between them keeps what is the end of one from being the beginning of the next.
+    let bytes = texts
+        .chain(nvrtc::OPTIONS)
+        .flat_map(|text| text.bytes().chain([0]));
+    let name = format!("{}-sm_{capability}-{:016x}.bin", source.file(), hash(bytes));
+    cached(folder, &name, compile)
+}
+
+/// FNV-1a: it tells versions of a text apart, and a file that is whole from one that is not.
+fn hash(bytes: impl IntoIterator<Item = u8>) -> u64 {
+    let mix = |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01B3);
+    bytes.into_iter().fold(0xCBF2_9CE4_8422_2325, mix)
+}
+
+/// What the file has, or what `make` makes, which is kept in the file, behind a checksum. A file that is
+/// not whole is made anew; one that cannot be written is done without.
+fn cached(
+    folder: &Path,
+    name: &str,
+    make: impl FnOnce() -> Result<Vec<u8>, DeviceError>,
+) -> Result<Vec<u8>, DeviceError> {
+    let path = folder.join(name);
+    if let Ok(file) = std::fs::read(&path)
+        && let Some((sum, code)) = file.split_first_chunk::<8>()
+        && hash(code.iter().copied()) == u64::from_le_bytes(*sum)
+    {
+        return Ok(code.to_vec());
+    }
+    let code = make()?;
+    // Under its name it appears when it is whole, so that another process never reads half of it.
+    let keep = || {
+        std::fs::create_dir_all(folder)?;
+        let mut file = tempfile::NamedTempFile::new_in(folder)?;
+        file.write_all(&hash(code.iter().copied()).to_le_bytes())?;
+        file.write_all(&code)?;
+        file.persist(&path)?;
+        Ok::<_, std::io::Error>(())
+    };
+    let _ = keep();
+    Ok(code)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_without_a_gpu_is_told_so_in_one_sentence() {
+        match Gpu::open(0, None) {
+            Ok(gpu) => {
+                assert!(!gpu.name().is_empty() && gpu.limits().multiprocessors > 0);
+                assert!(gpu.limits().shared >= 99 << 10, "{:?}", gpu.limits());
+                let error = Gpu::open(1000, None).expect_err("nobody has as many");
+                assert!(
+                    matches!(error, DeviceError::NoDevice { ordinal: 1000, found } if found > 0),
+                    "{error}"
+                );
+            }
+            Err(error) => {
+                let missing = matches!(
+                    error,
+                    DeviceError::NoDriver { .. }
+                        | DeviceError::OldDriver { .. }
+                        | DeviceError::NoDevice { .. }
+                        | DeviceError::OldDevice { .. }
+                        | DeviceError::NoCompiler { .. }
+                );
+                assert!(missing && error.to_string().lines().count() == 1, "{error}");
+            }
+        }
+    }
+
+    #[test]
+    fn compiled_code_is_kept_and_a_broken_file_is_made_anew() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let inside = folder.path().join("not there yet");
+        let made = |bytes: &[u8]| Ok(bytes.to_vec());
+        let never = || -> Result<Vec<u8>, DeviceError> { panic!("it is in the file") };
+        assert_eq!(cached(&inside, "a", || made(b"one")), Ok(b"one".to_vec()));
+        assert_eq!(cached(&inside, "a", never), Ok(b"one".to_vec()));
+        let path = inside.join("a");
+        let whole = std::fs::read(&path).expect("kept");
+        for broken in [&[] as &[u8], &whole[..5], &whole[..whole.len() - 1]] {
+            std::fs::write(&path, broken).expect("written");
+            assert_eq!(cached(&inside, "a", || made(b"one")), Ok(b"one".to_vec()));
+            assert_eq!(std::fs::read(&path).expect("kept"), whole);
+        }
+        // Nothing else is left in the folder.
+        assert_eq!(std::fs::read_dir(&inside).expect("a folder").count(), 1);
+        // A folder that cannot be: a file is in its place.
+        assert_eq!(cached(&path, "b", || made(b"two")), Ok(b"two".to_vec()));
+        // What cannot be made leaves no file.
+        let no = DeviceError::NoCompiler {
+            library: "libnvrtc",
+        };
+        assert_eq!(cached(&inside, "c", || Err(no.clone())), Err(no));
+        assert!(!inside.join("c").exists());
+    }
+
+    #[test]
+    fn the_hash_is_fnv_1a() {
+        assert_eq!(hash([]), 0xCBF2_9CE4_8422_2325);
+        assert_eq!(hash(*b"a"), 0xAF63_DC4C_8601_EC8C);
+    }
+}
