@@ -32,9 +32,9 @@
 //                     neighbours of one key, a single 16-byte load; the queries lie alike
 //                  2. keys of a step: the score a lane gets is the weight it supplies to the next
 //                     product; which key that is, `Half::key` chooses such that both reads of shared
-//                     memory, 8 keys x 64 bytes and 4 values x 128 bytes, touch all banks once
-//                  3. columns of the result: a lane reads 8 neighbouring elements of 4 values and
-//                     supplies one of them to each of 8 products, whose column is "its lane's"
+//                     memory, 8 keys x 64 bytes and 4 values x 64 bytes, touch every bank equally often
+//                  3. columns of the result: a lane reads 4 neighbouring elements of 8 values and
+//                     supplies one of them to each of 4 products, whose column is "its lane's"
 //         Float    f32 keys and values: lanes are keys for the scores, columns for the values; plain
 //                  fmaf from the first element to the last, expf
 //
@@ -43,10 +43,12 @@
 //         rows: queries of a group times tokens). A warp has its 32 keys and values, 16 KiB at
 //         head_dim 128, in flight at once, a multiprocessor with 8 of them 128 KiB; 4.3 TB/s and 700 ns
 //         ask for 23 KiB. Of the tensor cores a tenth is used: 16 rows are computed where 1 is needed.
-//         prompts: tensor cores. 128 queries share a step through shared memory (one read of the
-//         second cache for 128 rows: 64 operations a byte and head); 64 products a step and warp, 32
-//         shared loads of 16 bytes for them, and beside them about 300 instructions for masks,
-//         exponentials and factors, which is what keeps it from the peak.
+//         Partial results of a row are 1/64 of the keys and values of its block in f16, written and read.
+//         prompts: 128 queries share a step through shared memory. At head_dim 128 a warp's step is 64
+//         products and 16 KiB of reads, 128 clocks of a multiprocessor's shared memory; the products
+//         take 128 on an A100 and 64 on an H100, so at most half of the latter's peak. Beside them are
+//         about 300 instructions for masks, exponentials and factors. What the blocks before gave waits in
+//         `y`, not in 64 registers: a read and a write of 8 KiB a warp for every 8 steps.
 // Exact   Half: with u = 2^-11, a weight is off by u relatively and a score by u * sum |q_e k_e| * scale
 //         (rounded q), the rest is f32; ex2.approx is good to 2^-22, far below. Float: f32 throughout.
 //         The tensor cores of different generations add a product's 16 terms in different orders: bits
@@ -55,8 +57,11 @@
 //         pass, an infinite or NaN value reaches the queries that share a step of 32 positions with it
 //         even if they come before it (0 * inf); a model that computes one is lost anyhow.
 //
-// Registers (sm_80/89/90): see the table in attention.rs, where they are asserted.
-
+// Registers  (at most, of sm_80, 89 and 90; no spills; 256 threads a block)
+//         head_dim       32    64    96   128     f32
+//         decode         80   128   175   218     171
+//         prompt         96   135   176   174     246
+//         full           80   128   174   174     254
 #include "common.cuh"
 
 constexpr u32 BLOCK = 256;   // positions merged to one partial result; engine::mask::BLOCK
@@ -64,6 +69,7 @@ constexpr u32 STEP = 32;     // positions whose weights are computed together
 constexpr u32 WARPS = 8;     // of a thread block: BLOCK / STEP
 constexpr u32 TILE = 16;     // queries of a warp
 constexpr u32 THREADS = WARPS * 32;
+constexpr u32 NO_WINDOW = 0xFFFFFFFFu;
 #define NOTHING __uint_as_float(0xFF800000u)    // -inf: the maximum of no scores
 
 struct alignas(8) U32x2 { u32 x, y; };
@@ -99,7 +105,7 @@ struct Mask {
   u32 block;               // or whole blocks of so many positions, 16 to 256; 0: no blocks
   u32 local_blocks, vert_stride, head_step;
 
-  __device__ static Mask none() { return {0xffffffffu, 0, 0, 0, 0}; }
+  __device__ static Mask none() { return {NO_WINDOW, 0, 0, 0, 0}; }
 
   // Of the 16 keys from `key` on (a multiple of 16), those that a query sees are in this range.
   __device__ Range seen(u32 head, u32 position, u32 key) const {
@@ -156,7 +162,7 @@ __device__ __forceinline__ u32 pack(float low, float high) {
 
 // The elements of `a` and `b` at `j` of two f16 each.
 __device__ __forceinline__ u32 pick(u32 a, u32 b, u32 j) {
-  return j % 2 ? a >> 16 | (b & 0xffff0000u) : (a & 0xffffu) | b << 16;
+  return j % 2 ? a >> 16 | (b & 0xFFFF0000u) : (a & 0xFFFFu) | b << 16;
 }
 
 // What 16 queries gave so far. A lane holds ROWS rows of the tile, of each COLS columns; `max` and

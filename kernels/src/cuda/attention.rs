@@ -117,6 +117,11 @@ impl Heads {
             qkv.len(),
             self.columns()
         );
+        assert!(
+            u32::try_from(qkv.len()).is_ok(),
+            "{} projections in a pass, of 32 bits of addresses",
+            qkv.len()
+        );
         qkv.len() / self.columns()
     }
 
@@ -219,9 +224,11 @@ impl Cache<'_> {
             keys > 0 && keys.is_multiple_of(position),
             "{keys} elements of keys, {position} a position"
         );
-        let context = keys / position;
-        assert!(context < 1 << 30, "{context} positions");
-        context
+        assert!(
+            u32::try_from(keys).is_ok(),
+            "{keys} elements of keys in a layer, of 32 bits of addresses"
+        );
+        keys / position
     }
 
     /// `keys, values`
@@ -354,7 +361,6 @@ pub fn rope_and_store(
         return Ok(());
     }
     let threads = qkv.len() / 2;
-    assert!(threads < 1 << 31, "{} projections in a pass", qkv.len());
     let launch = Launch {
         grid: [threads.div_ceil(THREADS) as u32, 1, 1],
         block: [THREADS as u32, 1, 1],

@@ -22,7 +22,16 @@ pub fn candidate_values(count: usize) -> usize {
     HEADER + 2 * count
 }
 
-/// The likeliest tokens of one row of logits.
+/// The likeliest tokens of one row of logits: enough for the sampler to end as it would with all logits,
+/// where one of these holds.
+///
+/// * Top-k with `k` up to the number of candidates: the first `k` are what it keeps, and whatever follows
+///   looks at those only.
+/// * Top-p, where [`Candidates::nucleus`] knows how many it keeps.
+/// * Min-p, where the last candidate is too improbable.
+///
+/// Everything else takes the logits: a temperature with none of these, and bias, penalties and
+/// log-probabilities, which change or need every token.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Candidates {
     /// The lowest token whose logit is NaN or +inf: nothing can be chosen then.
@@ -35,6 +44,25 @@ pub struct Candidates {
     pub mass: f32,
     /// By how much of it the sum may be off.
     pub mass_error: f64,
+}
+
+impl Candidates {
+    /// How many of the list top-p keeps: the shortest run whose probabilities sum to `top_p`. `None` where
+    /// the list ends before, or a sum is so close that the error of [`Candidates::mass`] decides: then it
+    /// takes all logits to tell.
+    #[must_use]
+    pub fn nucleus(&self, top_p: f32) -> Option<usize> {
+        let greatest = f64::from(self.list.first()?.1);
+        let target = f64::from(top_p) * f64::from(self.mass);
+        let mut mass = 0.0;
+        for (i, (_, logit)) in self.list.iter().enumerate() {
+            mass += (f64::from(*logit) - greatest).exp();
+            if mass >= target * (1.0 - self.mass_error) {
+                return (mass >= target * (1.0 + self.mass_error)).then_some(i + 1);
+            }
+        }
+        None
+    }
 }
 
 /// The token with the greatest logit of each row, of equal ones the lowest; -0 and 0 are equal.
@@ -233,7 +261,7 @@ mod tests {
         vec![
             ties,
             masked.collect(),
-            heaped.collect(),
+            heaped,
             zeros,
             vec![-3.0; vocab],
             plain,
@@ -303,6 +331,39 @@ mod tests {
                     }
                 }
             }
+            Ok(())
+        });
+    }
+
+    #[test]
+    fn the_nucleus_is_that_of_all_logits_or_unknown() {
+        each_device(|device| {
+            let (vocab, mut known, mut unknown) = (2000, 0, 0);
+            let rows = rows_of(vocab);
+            for (row, got) in rows.iter().zip(list(device, &rows.concat(), vocab, 256)?) {
+                let all = ranked(row);
+                let weights = all
+                    .iter()
+                    .map(|(_, x)| (f64::from(*x) - f64::from(all[0].1)).exp());
+                let weights: Vec<f64> = weights.collect();
+                let total: f64 = weights.iter().sum();
+                for top_p in [0.05, 0.5, 0.95, 1.0 - 1e-7] {
+                    let target = f64::from(top_p) * total;
+                    let mut mass = 0.0;
+                    let reached = weights.iter().position(|w| {
+                        mass += w;
+                        mass >= target
+                    });
+                    match got.nucleus(top_p) {
+                        Some(n) => {
+                            assert_eq!(Some(n - 1), reached, "{top_p}");
+                            known += 1;
+                        }
+                        None => unknown += 1,
+                    }
+                }
+            }
+            assert!(known >= 8 && unknown >= 4, "{known} known, {unknown} not");
             Ok(())
         });
     }
