@@ -3,6 +3,7 @@
 /// Tokens that pass a block of weights before the next one is unpacked.
 pub(super) const TOKENS: usize = 128;
 /// Tokens of one inner loop; so few are decoding, limited by memory.
+#[cfg(target_arch = "x86_64")]
 pub(super) const GROUP: usize = 4;
 
 /// Panels that are read side by side for one token, where that is faster than one after the other.
@@ -12,7 +13,7 @@ pub(super) const STREAMS: usize = 4;
 /// `gemm_q4` and `gemm_q8` compiled for `$features`, panel by panel.
 ///
 /// Where it stands there must be `few::<T, P, LINES>(panels, tile, sums)`, `P` panels at once times `T`
-/// tokens of one tile, up to [`GROUP`]; `many::<LINES>(panel, tiles, sums)`, a panel times up to
+/// tokens of one tile, up to 4; `many::<LINES>(panel, tiles, sums)`, a panel times up to
 /// [`TOKENS`]; `STREAMS`, the panels at once for one token; and `Sums`, the sums of a panel's rows in order,
 /// `[[f32; 16 / PARTS]; PARTS]`.
 macro_rules! packed_gemm {

@@ -72,7 +72,6 @@ constexpr u32 THREADS = WARPS * 32;
 constexpr u32 NO_WINDOW = 0xFFFFFFFFu;
 #define NOTHING __uint_as_float(0xFF800000u)    // -inf: the maximum of no scores
 
-struct alignas(8) U32x2 { u32 x, y; };
 
 // ---------------------------------------------------------------- heads and masks
 
