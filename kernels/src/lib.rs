@@ -13,6 +13,8 @@
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+pub mod heads;
+pub mod mask;
 pub mod view;
 
 pub use phidias_quant as quant;

@@ -9,10 +9,11 @@ mod experts;
 mod linear;
 
 pub use crate::mask::Mask;
-pub use attention::{HeadOrder, Heads, Rotations};
+pub use attention::Rotations;
 pub use encoder::Activation;
 pub use experts::{Expert, ExpertScratch, PICKS, Pick, Routes};
 pub use linear::GateUp;
+pub use phidias_kernels::heads::{HeadOrder, Heads};
 
 use crate::pool::{Pool, Team};
 use crate::tensor::{Buffer, Matrix, MatrixView};

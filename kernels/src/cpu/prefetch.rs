@@ -20,7 +20,11 @@
 //! |---|---|---|---|---|
 //! | one panel, 1 and 2 | 33.6 | 18.7 | 23.6 | 17.8 |
 //! | four, nothing asked for | 24.1 | 18.5 | 30.0 | 22.8 |
-//! | four, the next four and 1 KiB | 35.8 | 25.7 | 25.2 | 21.4 |
+//! | four, the same place of the next four and 1 KiB | 35.8 | 25.7 | 25.2 | 21.4 |
+//!
+//! The last line is not quite what is done: the next four of a long row lie further off than the
+//! second-level cache is large, so 8 KiB took their place. That was measured in a whole model only
+//! (`docs/performance.md`).
 
 use phidias_quant::packed::Panel;
 use std::arch::x86_64::*;

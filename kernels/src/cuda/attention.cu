@@ -64,14 +64,13 @@
 //         full           80   128   174   174     254
 #include "common.cuh"
 
-constexpr u32 BLOCK = 256;   // positions merged to one partial result; engine::mask::BLOCK
+constexpr u32 BLOCK = 256;   // positions merged to one partial result; crate::mask::BLOCK
 constexpr u32 STEP = 32;     // positions whose weights are computed together
 constexpr u32 WARPS = 8;     // of a thread block: BLOCK / STEP
 constexpr u32 TILE = 16;     // queries of a warp
 constexpr u32 THREADS = WARPS * 32;
 constexpr u32 NO_WINDOW = 0xFFFFFFFFu;
 #define NOTHING __uint_as_float(0xFF800000u)    // -inf: the maximum of no scores
-
 
 // ---------------------------------------------------------------- heads and masks
 
@@ -98,7 +97,7 @@ struct Range {
   u32 begin, end;
 };
 
-// Which keys at or before it a query sees: engine::mask::Mask.
+// Which keys at or before it a query sees: crate::mask::Mask.
 struct Mask {
   u32 window;              // at most so many of them, itself included
   u32 block;               // or whole blocks of so many positions, 16 to 256; 0: no blocks

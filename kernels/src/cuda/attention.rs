@@ -3,6 +3,8 @@
 //! The maths, the order of the sums and the work are at the head of `attention.cu`.
 
 use super::device::{Arg, Device, DeviceError, Kernel, Launch, Memory, Source, Span};
+use crate::heads::{HeadOrder, Heads};
+use crate::mask::{BLOCK, BlockSparse, Mask};
 use phidias_quant::f16;
 use std::mem::size_of;
 use std::sync::Arc;
@@ -28,56 +30,16 @@ pub(super) const KERNELS: &[&str] = &[
     "attend_full_f32",
 ];
 
-/// Positions that are merged to one partial result: `engine::mask::BLOCK`.
-const BLOCK: usize = 256;
 /// Warps of a thread block.
 const WARPS: usize = 8;
 /// Queries of a warp.
 const TILE: usize = 16;
 /// Threads of a block.
 const THREADS: usize = 32 * WARPS;
-/// The widest head.
+/// The widest head; its elements are a multiple of 8.
 pub const HEAD_DIM: usize = 128;
 
-/// How the heads lie in a row of the projections.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum HeadOrder {
-    /// All queries, all keys, all values.
-    Parts,
-    /// For each KV head its queries, its key, its value.
-    Groups,
-}
-
-/// Heads of an attention layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Heads {
-    /// Query heads.
-    pub heads: usize,
-    /// Key and value heads; each serves `heads / kv_heads` query heads.
-    pub kv_heads: usize,
-    /// Elements of a head: a multiple of 8, at most [`HEAD_DIM`].
-    pub head_dim: usize,
-    /// How they lie in a row of the projections.
-    pub order: HeadOrder,
-}
-
 impl Heads {
-    /// Columns of the projections: queries, keys and values.
-    #[must_use]
-    pub fn columns(&self) -> usize {
-        (self.heads + 2 * self.kv_heads) * self.head_dim
-    }
-
-    /// Columns of the queries, and of the result.
-    #[must_use]
-    pub fn queries(&self) -> usize {
-        self.heads * self.head_dim
-    }
-
-    fn group(&self) -> usize {
-        self.heads / self.kv_heads
-    }
-
     /// # Panics
     /// When the kernels cannot take them.
     fn check(&self) {
@@ -135,28 +97,6 @@ impl Heads {
     }
 }
 
-/// Which keys at or before it a query sees: `engine::mask::Mask`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mask {
-    /// All, or the last `window`, the query's own included.
-    Causal {
-        /// Keys that each query sees at most.
-        window: Option<usize>,
-    },
-    /// Whole blocks of positions. Head `h` in query block `q` sees key block `k <= q` when
-    /// `q - k < local_blocks` or `(k + h * head_step + 1) % vert_stride == 0`.
-    BlockSparse {
-        /// Positions in a block: a multiple of 16 that divides 256.
-        block: usize,
-        /// Blocks that every head sees, its own included; at least one.
-        local_blocks: usize,
-        /// Of this many blocks one is seen for ever; at least one.
-        vert_stride: usize,
-        /// By how much the strides of neighbouring heads differ.
-        head_step: usize,
-    },
-}
-
 impl Mask {
     /// `window, block, local_blocks, vert_stride, head_step`
     fn args(&self) -> [Arg; 5] {
@@ -167,12 +107,12 @@ impl Mask {
                 let window = window.map_or(u32::MAX, |w| u32::try_from(w).unwrap_or(u32::MAX));
                 [window, 0, 0, 1, 0].map(Arg::U32)
             }
-            Self::BlockSparse {
+            Self::BlockSparse(BlockSparse {
                 block,
                 local_blocks,
                 vert_stride,
                 head_step,
-            } => {
+            }) => {
                 assert!(
                     block.is_multiple_of(16) && block > 0 && BLOCK.is_multiple_of(block),
                     "blocks of {block}: expected a multiple of 16 that divides {BLOCK}"
@@ -599,12 +539,12 @@ mod tests {
         fn seen(&self, head: usize, position: usize) -> Vec<usize> {
             let sees = |key: &usize| match self.mask {
                 Mask::Causal { window } => window.is_none_or(|w| position - key < w),
-                Mask::BlockSparse {
+                Mask::BlockSparse(BlockSparse {
                     block,
                     local_blocks,
                     vert_stride,
                     head_step,
-                } => {
+                }) => {
                     let (query, key) = (position / block, key / block);
                     query - key < local_blocks
                         || (key + head * head_step + 1).is_multiple_of(vert_stride)
@@ -775,12 +715,12 @@ mod tests {
     }
 
     const CAUSAL: Mask = Mask::Causal { window: None };
-    const SPARSE: Mask = Mask::BlockSparse {
+    const SPARSE: Mask = Mask::BlockSparse(BlockSparse {
         block: 32,
         local_blocks: 2,
         vert_stride: 4,
         head_step: 1,
-    };
+    });
 
     /// Heads of every width, groups of several sizes, every mask; prompts that end inside a block.
     fn scenes(half: bool) -> Vec<Scene> {
@@ -795,12 +735,12 @@ mod tests {
             scene(heads(6, 2, 16, HeadOrder::Parts), window(1), 34),
             scene(
                 heads(2, 2, 64, HeadOrder::Groups),
-                Mask::BlockSparse {
+                Mask::BlockSparse(BlockSparse {
                     block: 16,
                     local_blocks: 1,
                     vert_stride: 5,
                     head_step: 2,
-                },
+                }),
                 150,
             ),
         ]
@@ -1125,12 +1065,12 @@ mod tests {
         refused(heads(6, 4, 32, HeadOrder::Parts), "6 heads for 4");
         refused(heads(4, 4, 136, HeadOrder::Parts), "heads of 136");
         refused(heads(4, 4, 20, HeadOrder::Parts), "heads of 20");
-        let mask = Mask::BlockSparse {
+        let mask = Mask::BlockSparse(BlockSparse {
             block: 48,
             local_blocks: 1,
             vert_stride: 1,
             head_step: 0,
-        };
+        });
         assert!(std::panic::catch_unwind(|| mask.args()).is_err());
     }
 }

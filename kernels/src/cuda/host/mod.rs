@@ -3,6 +3,7 @@
 use super::device::{
     Arg, Deferred, Device, DeviceError, Kernel, Launch, Limits, Recording, Source,
 };
+use bytemuck::{Pod, Zeroable};
 use std::alloc::{Layout, alloc, dealloc};
 use std::collections::BTreeMap;
 use std::ffi::{CString, c_char, c_int, c_void};
@@ -365,7 +366,7 @@ unsafe fn run_kernel(
     let mut arguments: Vec<*mut c_void> = (values.iter_mut())
         .map(|value| std::ptr::from_mut(value).cast())
         .collect();
-    let mut shared = vec![SharedLine([0; 128]); launch.shared.div_ceil(128)];
+    let mut shared = vec![SharedLine::zeroed(); launch.shared.div_ceil(128)];
     let mut message = [0u8; 256];
     let (order, seed) = match order {
         Order::Forward => (0, 0),
@@ -383,7 +384,9 @@ unsafe fn run_kernel(
             kinds_text.as_ptr(),
             launch.grid.as_ptr(),
             launch.block.as_ptr(),
-            shared.as_mut_ptr().cast(),
+            bytemuck::cast_slice_mut::<_, u8>(&mut shared)
+                .as_mut_ptr()
+                .cast(),
             launch.shared,
             arguments.as_mut_ptr(),
             order,
@@ -403,9 +406,9 @@ unsafe fn run_kernel(
 }
 
 /// A piece of shared memory, aligned as a GPU has it.
-#[derive(Clone, Copy)]
-#[repr(align(128))]
-struct SharedLine(#[allow(dead_code)] [u8; 128]);
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C, align(128))]
+struct SharedLine([u8; 128]);
 
 /// The C++ compiler of this machine.
 fn compiler() -> Result<&'static str, DeviceError> {
