@@ -64,6 +64,15 @@ fn succeed(home: &Path, arguments: &[&str]) -> Ran {
     ran
 }
 
+/// The logits of three tokens in q4, and what was said meanwhile.
+fn q4_logits(home: &Path, model: &str, more: &[&str]) -> (Vec<u8>, String) {
+    let out = home.join("logits");
+    let words = ["logits", model, "--tokens", "1,2,3", "--format", "q4"];
+    let to = ["--out", out.to_str().unwrap()];
+    let ran = succeed(home, &[&words[..], &to, more].concat());
+    (fs::read(out).unwrap(), ran.err)
+}
+
 /// Runs and expects an exit code and words of the message.
 fn fail(home: &Path, code: i32, arguments: &[&str], words: &[&str]) {
     let ran = run(home, arguments);
@@ -554,28 +563,20 @@ fn a_quantized_folder_runs_and_nothing_is_overwritten() {
     for file in ["config.json", "generation_config.json", "model.safetensors"] {
         assert!(Path::new(q4).join(file).exists(), "{file}");
     }
-    let l = |model: &str, name: &str| {
-        let out = home.path().join(name);
-        succeed(
-            home.path(),
-            &[
-                "logits",
-                model,
-                "--tokens",
-                "1,2,3",
-                "--format",
-                "q4",
-                "--out",
-                out.to_str().unwrap(),
-            ],
-        );
-        fs::read(out).unwrap()
-    };
+    let logits = |model, more: &[&str]| q4_logits(home.path(), model, more);
+    let (mapped, told) = logits(q4, &[]);
     assert_eq!(
-        l(source, "a"),
-        l(q4, "b"),
+        logits(source, &[]).0,
+        mapped,
         "quantizing while loading and quantizing to a folder differ"
     );
+    // In memory of its own it is the same model, of which nothing is mapped.
+    let (copied, told_of_copy) = logits(q4, &["--copy-weights"]);
+    assert_eq!(copied, mapped);
+    if cfg!(target_os = "linux") {
+        assert!(told.contains("resident: "), "{told}");
+    }
+    assert!(!told_of_copy.contains("resident: "), "{told_of_copy}");
     fail(
         home.path(),
         1,
