@@ -273,7 +273,7 @@ fn rotating_the_cache_corrects_the_keys_of_the_first_layer() {
         for head in 0..model.config().num_key_value_heads {
             let keys = |s: &phidias::Session| -> Vec<f32> {
                 (0..original)
-                    .flat_map(|p| s.cache().read(0, head, p).0)
+                    .flat_map(|p| s.cache().read(0, head, p).unwrap().0)
                     .collect()
             };
             let [a, b] = [keys(&rotated), keys(&fresh)];

@@ -128,14 +128,30 @@ fn argmax(values: &[f32]) -> usize {
     (0..values.len()).fold(0, |best, i| if values[i] > values[best] { i } else { best })
 }
 
-/// Every prompt of every fixture, on every table.
+/// Sessions on every device that is not the CPU, with its name.
+fn device_sessions(folder: &Path) -> Vec<(String, Session)> {
+    let options = SessionOptions {
+        chunk: 16,
+        ..SessionOptions::default()
+    };
+    let models = common::on_devices(folder, WeightFormat::F32).into_iter();
+    models
+        .map(|(device, model)| (device, Session::new(model, &options).unwrap()))
+        .collect()
+}
+
+/// Every prompt of every fixture, on every table and every device.
 fn each_case(mut check: impl FnMut(&str, &Expected, &str, Session)) {
     for folder in language_models() {
         let (expected, model) = (Expected::read(&folder), open(&folder));
         for prompt in expected.prompts() {
             for session in sessions(&model) {
-                let isa = session.cpu().kernels().isa();
+                let isa = session.cpu().unwrap().kernels().isa();
                 let name = format!("{} {prompt} on {isa}", folder.display());
+                check(&name, &expected, &prompt, session);
+            }
+            for (device, session) in device_sessions(&folder) {
+                let name = format!("{} {prompt} on {device}", folder.display());
                 check(&name, &expected, &prompt, session);
             }
         }

@@ -6,7 +6,6 @@
 mod common;
 
 use common::relative_error;
-use phidias::engine::Cancel;
 use phidias::engine::backend::Cpu;
 use phidias::engine::kernels::cpu::Kernels;
 use phidias::engine::pool::Pool;
@@ -14,7 +13,6 @@ use phidias::engine::tensor::Buffer;
 use phidias::models::image::{CROP_LEN, Picture, Processed};
 use phidias::models::session::Piece;
 use phidias::models::transformer::Point;
-use phidias::models::vision::Scratch;
 use phidias::models::{clip, image::ImageProcessor};
 use phidias::{Model, OpenOptions, Session, SessionOptions, WeightFormat};
 use safetensors::SafeTensors;
@@ -91,6 +89,13 @@ impl Fixture {
         Arc::new(model.unwrap_or_else(|e| panic!("{}: {e}", self.folder.display())))
     }
 
+    /// On the CPU, and on every device.
+    fn open_everywhere(&self, format: WeightFormat) -> Vec<Arc<Model>> {
+        let devices = common::on_devices(&self.folder, format);
+        let on_devices = devices.into_iter().map(|(_, model)| model);
+        [self.open(format)].into_iter().chain(on_devices).collect()
+    }
+
     /// The pictures of a prompt, in order.
     fn pictures(&self, prompt: usize, processor: &ImageProcessor) -> Vec<Processed> {
         let images = self.manifest["prompts"][prompt]["images"]
@@ -106,18 +111,23 @@ impl Fixture {
 
     /// The prompt in pieces: runs of text, and a picture wherever ids are negative. The pictures stand in
     /// the order of their appearance, whatever their numbers.
-    fn pieces(&self, prompt: usize, model: &Model) -> Vec<Piece> {
-        let (vision, processor) = model.vision().unwrap();
-        let cpu = cpu();
-        let mut scratch = Scratch::default();
-        let features: Vec<_> = (self.pictures(prompt, processor).iter())
-            .map(|picture| {
-                let (cancel, quiet) = (Cancel::default(), &mut |_, _| {});
-                let rows = vision.encode(&cpu, picture, &cancel, quiet, &mut scratch);
-                assert_eq!(rows.as_ref().unwrap().rows(), picture.tokens());
-                Arc::new(rows.unwrap())
-            })
-            .collect();
+    fn pieces(&self, prompt: usize, session: &Session) -> Vec<Piece> {
+        let (_, processor) = session.model().vision().unwrap();
+        let pictures = self.pictures(prompt, processor);
+        let mut crops = Vec::new();
+        let features = session.encode(&pictures, &mut |done| crops.push(done));
+        let features = features.unwrap();
+        assert_eq!(
+            crops.last(),
+            pictures
+                .iter()
+                .map(Processed::crops)
+                .reduce(|a, b| a + b)
+                .as_ref()
+        );
+        for (rows, picture) in features.iter().zip(&pictures) {
+            assert_eq!(rows.rows(), picture.tokens());
+        }
         let (mut pieces, mut next) = (Vec::new(), 0);
         let mut features = features.into_iter();
         let ids = &self.ids[&format!("prompt{prompt}.input_ids")];
@@ -208,9 +218,11 @@ fn features_of_single_crops() {
 fn embedded_prompts_and_logits() {
     let mut pictures = 0;
     for fixture in fixtures() {
-        let model = fixture.open(WeightFormat::F32);
-        for prompt in 0..fixture.prompts() {
-            let pieces = fixture.pieces(prompt, &model);
+        let models = fixture.open_everywhere(WeightFormat::F32);
+        let prompts = (models.iter()).flat_map(|m| (0..fixture.prompts()).map(move |p| (m, p)));
+        for (model, prompt) in prompts {
+            let mut session = session(model, 100);
+            let pieces = fixture.pieces(prompt, &session);
             pictures += pieces
                 .iter()
                 .filter(|p| matches!(p, Piece::Picture(_)))
@@ -232,7 +244,6 @@ fn embedded_prompts_and_logits() {
                     (0..rows.rows()).for_each(|t| fixture.check(&embeds, first + t, rows.row(t)));
                 }
             };
-            let mut session = session(&model, 100);
             let ids = session.attach(&pieces);
             session
                 .extend_observed(&ids, &mut each, &mut observe)
@@ -246,10 +257,11 @@ fn embedded_prompts_and_logits() {
 #[test]
 fn greedy_continuations() {
     for fixture in fixtures() {
-        let model = fixture.open(WeightFormat::F32);
-        for prompt in 0..fixture.prompts() {
-            let mut session = session(&model, 512);
-            let mut next = fixture.pieces(prompt, &model);
+        let models = fixture.open_everywhere(WeightFormat::F32);
+        let prompts = (models.iter()).flat_map(|m| (0..fixture.prompts()).map(move |p| (m, p)));
+        for (model, prompt) in prompts {
+            let mut session = session(model, 512);
+            let mut next = fixture.pieces(prompt, &session);
             let name = format!("prompt{prompt}.greedy_logits");
             let rows = fixture.floats[&name].0[0];
             for (step, id) in fixture.ids[&format!("prompt{prompt}.greedy_ids")]
@@ -274,8 +286,8 @@ fn chunks_and_truncation_change_nothing() {
     for fixture in fixtures() {
         for format in [WeightFormat::F32, WeightFormat::Q8] {
             let model = fixture.open(format);
-            let pieces = fixture.pieces(0, &model);
             let mut whole = session(&model, 4096);
+            let pieces = fixture.pieces(0, &whole);
             let ids = whole.attach(&pieces);
             let want = whole.extend(&ids).unwrap().to_vec();
             for chunk in [64, 333] {
@@ -315,7 +327,7 @@ fn chunks_and_truncation_change_nothing() {
 fn quantized_features_point_the_same_way() {
     for fixture in fixtures() {
         let features = |format| -> Vec<f32> {
-            let pieces = fixture.pieces(0, &fixture.open(format));
+            let pieces = fixture.pieces(0, &session(&fixture.open(format), 512));
             let rows = pieces.into_iter().find_map(|piece| match piece {
                 Piece::Picture(rows) => Some(rows.data().to_vec()),
                 Piece::Text(_) => None,

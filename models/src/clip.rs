@@ -12,12 +12,14 @@
 //! the last layer*, without the class token.
 
 use crate::config::{ConfigError, Fields};
+#[cfg(feature = "cuda")]
+use crate::cuda::Parts;
 use crate::error::Error;
 use crate::format::WeightFormat;
 use crate::model::treatment;
 use crate::weights::{Role, Spec, Weights};
 use phidias_engine::Cancel;
-use phidias_engine::backend::{Activation, HeadOrder, Heads, Input, Norm, Ops};
+use phidias_engine::backend::{Activation, Backend, HeadOrder, Heads, Norm, Ops};
 use phidias_engine::checkpoint::prepack::{Entry, Prepack, Treatment};
 use phidias_engine::checkpoint::{Checkpoint, CheckpointError};
 use phidias_engine::pool::Pool;
@@ -115,7 +117,7 @@ impl ClipConfig {
         CHANNELS * self.patch_size * self.patch_size
     }
 
-    fn heads(&self) -> Heads {
+    pub(crate) fn heads(&self) -> Heads {
         Heads {
             heads: self.num_attention_heads,
             kv_heads: self.num_attention_heads,
@@ -197,33 +199,60 @@ pub struct Clip {
 }
 
 /// What the encoder works with, kept from call to call.
-#[derive(Debug, Default)]
-pub struct Scratch {
+#[derive(Debug)]
+pub struct Scratch<B: Backend> {
     /// The residual stream, `[pictures * tokens, hidden]`.
-    x: Buffer,
-    normed: Buffer,
-    branch: Buffer,
-    patches: Buffer,
-    projected: Buffer,
-    heads: Buffer,
-    wide: Buffer,
-    input: Input,
+    x: B::Buffer,
+    normed: B::Buffer,
+    branch: B::Buffer,
+    patches: B::Buffer,
+    projected: B::Buffer,
+    heads: B::Buffer,
+    wide: B::Buffer,
+    input: B::Input,
+    /// The pictures cut into patches.
+    host: Buffer,
 }
 
-impl Scratch {
+impl<B: Backend> Default for Scratch<B> {
+    fn default() -> Self {
+        Self {
+            x: B::Buffer::default(),
+            normed: B::Buffer::default(),
+            branch: B::Buffer::default(),
+            patches: B::Buffer::default(),
+            projected: B::Buffer::default(),
+            heads: B::Buffer::default(),
+            wide: B::Buffer::default(),
+            input: B::Input::default(),
+            host: Buffer::default(),
+        }
+    }
+}
+
+impl<B: Backend> Scratch<B> {
     /// The hidden states of the last call, `[pictures * tokens, hidden]`: those after its last layer.
     #[must_use]
-    pub fn hidden(&self) -> &Buffer {
+    pub fn hidden(&self) -> &B::Buffer {
         &self.x
     }
 
+    /// The same after `post_layernorm`; row 0 of each picture is CLIP's pooled output.
+    #[must_use]
+    pub fn normed(&self) -> &B::Buffer {
+        &self.normed
+    }
+}
+
+#[cfg(test)]
+impl Scratch<phidias_engine::backend::Cpu> {
     /// Bytes of its buffers. The one input was the patches' once, in floats, and that of `fc2` in `format`.
-    #[cfg(test)]
     pub(crate) fn bytes(
         &self,
         format: Option<phidias_engine::Format>,
         config: &ClipConfig,
     ) -> usize {
+        use phidias_engine::backend::Input;
         let Self {
             x,
             normed,
@@ -233,18 +262,13 @@ impl Scratch {
             heads,
             wide,
             input,
+            host,
         } = self;
-        let buffers = [x, normed, branch, patches, projected, heads, wide];
+        let buffers = [x, normed, branch, patches, projected, heads, wide, host];
         let floats: usize = buffers.map(|b| size_of_val(b.data())).iter().sum();
         let input_row = Input::bytes_per_row(format, config.intermediate_size)
             .max(Input::bytes_per_row(None, config.patch()));
         floats + input.rows() * input_row
-    }
-
-    /// The same after `post_layernorm`; row 0 of each picture is CLIP's pooled output.
-    #[must_use]
-    pub fn normed(&self) -> &Buffer {
-        &self.normed
     }
 }
 
@@ -337,6 +361,21 @@ impl Clip {
         })
     }
 
+    /// What it multiplies and normalises with.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn parts<'m>(&'m self, parts: &mut Parts<'m>) {
+        parts.exact(&self.patches);
+        parts.norm(&self.pre_norm);
+        for layer in &self.layers {
+            parts.norm(&layer.norm1);
+            let matrices = layer.projections.iter();
+            (matrices.chain([&layer.out_proj, &layer.fc1, &layer.fc2]))
+                .for_each(|w| parts.linear(w));
+            parts.norm(&layer.norm2);
+        }
+        parts.norm(&self.post_norm);
+    }
+
     /// Its shape.
     #[must_use]
     pub fn config(&self) -> &ClipConfig {
@@ -361,13 +400,13 @@ impl Clip {
     /// state 0, 1, ... `depth - 1` on the way.
     /// # Panics
     /// When `pixels` are not whole pictures or there are fewer than `depth` layers.
-    pub fn forward(
+    pub fn forward<B: Backend>(
         &self,
-        ops: &Ops<'_>,
+        ops: &impl Ops<B>,
         pixels: &[f32],
         depth: usize,
-        s: &mut Scratch,
-        observe: &mut dyn FnMut(usize, &Buffer),
+        s: &mut Scratch<B>,
+        observe: &mut dyn FnMut(usize, &B::Buffer),
     ) {
         let c = &self.config;
         assert!(depth <= self.layers.len(), "layer {depth}");
@@ -392,31 +431,27 @@ impl Clip {
     }
 
     /// Hidden state 0 of some pictures in `s.x`, and nothing to be added to it.
-    fn embed(&self, ops: &Ops<'_>, pixels: &[f32], s: &mut Scratch) {
+    fn embed<B: Backend>(&self, ops: &impl Ops<B>, pixels: &[f32], s: &mut Scratch<B>) {
         let c = &self.config;
         let (hidden, tokens) = (c.hidden_size, c.tokens());
         let pictures = pixels.len() / c.pixels();
-        self.cut(pixels, &mut s.patches);
+        self.cut(pixels, &mut s.host);
+        ops.zeros(s.host.rows(), s.host.cols(), &mut s.patches);
+        ops.write(s.host.data(), 0, &mut s.patches);
         ops.input(&s.patches, &self.patches.weight, &mut s.input);
         ops.linear(&self.patches, &s.input, &mut s.projected);
-        s.branch.reshape(pictures * tokens, hidden);
-        s.branch.data_mut().fill(0.0);
-        s.normed.reshape(pictures * tokens, hidden);
-        let mut patches = s.projected.data().chunks_exact(hidden);
-        for picture in s.normed.data_mut().chunks_exact_mut(tokens * hidden) {
-            let rows = picture.chunks_exact_mut(hidden);
-            let positions = self.positions.chunks_exact(hidden);
-            for (t, (row, position)) in rows.zip(positions).enumerate() {
-                let token = match t {
-                    0 => &self.class,
-                    _ => patches.next().expect("a row for each patch"),
-                };
-                for ((x, token), position) in row.iter_mut().zip(token).zip(position) {
-                    *x = token + position;
-                }
-            }
+        // The class token and the positions, to which the patches are added.
+        ops.zeros(pictures * tokens, hidden, &mut s.normed);
+        ops.zeros(pictures * tokens, hidden, &mut s.branch);
+        for picture in 0..pictures {
+            let patches = picture * (tokens - 1)..(picture + 1) * (tokens - 1);
+            let first = picture * tokens;
+            ops.write(&self.positions, first, &mut s.normed);
+            ops.write(&self.class, first, &mut s.branch);
+            ops.copy_rows(&s.projected, patches, &mut s.branch, first + 1);
         }
         ops.add_norm(&mut s.normed, &s.branch, &self.pre_norm, &mut s.x);
+        ops.zeros(pictures * tokens, hidden, &mut s.branch);
     }
 
     /// Pictures cut into patches, `[pictures * grid * grid, 3 * patch * patch]`, in the order of the

@@ -5,9 +5,14 @@ use crate::family::Family;
 use crate::format::WeightFormat;
 use crate::image::ImageError;
 use crate::text::TextError;
+use phidias_engine::backend::DeviceFailed;
+#[cfg(feature = "cuda")]
+use phidias_engine::backend::cuda::KvTypeRefused;
 use phidias_engine::checkpoint::CheckpointError;
 use phidias_engine::kv_cache::KvOutOfMemory;
 use phidias_engine::memory::DoesNotFit;
+#[cfg(feature = "cuda")]
+use phidias_engine::memory::{MemoryPlan, Size};
 use phidias_engine::pool::PoolError;
 use std::path::PathBuf;
 
@@ -76,4 +81,26 @@ pub enum Error {
     Kv(#[from] KvOutOfMemory),
     #[error(transparent)]
     Pool(#[from] PoolError),
+    #[error(transparent)]
+    Device(#[from] DeviceFailed),
+    #[cfg(feature = "cuda")]
+    #[error("{}: {reason}", path.display())]
+    DeviceHeads { path: PathBuf, reason: String },
+    #[cfg(feature = "cuda")]
+    #[error("{device}: not enough memory: the weights take {}, {} are free", Size(*needed), Size(*free))]
+    DeviceWeights {
+        device: String,
+        needed: usize,
+        free: usize,
+    },
+    #[cfg(feature = "cuda")]
+    #[error("{device}: not enough memory: {plan}; beside the weights {} are free", Size(*free))]
+    DevicePlan {
+        device: String,
+        plan: MemoryPlan,
+        free: usize,
+    },
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    DeviceKv(#[from] KvTypeRefused),
 }

@@ -22,6 +22,8 @@
 pub mod blocks;
 pub mod clip;
 pub mod config;
+#[cfg(feature = "cuda")]
+mod cuda;
 pub mod error;
 #[cfg(feature = "fable")]
 pub mod fable;
@@ -34,6 +36,7 @@ mod phi3small;
 mod phi3v;
 mod phimoe;
 pub mod quantize;
+mod running;
 pub mod session;
 pub mod synth;
 pub mod text;

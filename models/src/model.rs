@@ -9,6 +9,8 @@ use crate::text::{Builtin, ChatTemplate, TextError, Tokenizer};
 use crate::transformer::Transformer;
 use crate::vision::{self, Vision};
 use crate::weights::{EMBED, HEAD, Role, Spec, Weights};
+#[cfg(feature = "cuda")]
+use phidias_engine::backend::cuda::Resident;
 use phidias_engine::checkpoint::Checkpoint;
 use phidias_engine::checkpoint::prepack::{Entry, Prepack, Treatment};
 use phidias_engine::machine::Machine;
@@ -18,6 +20,8 @@ use phidias_engine::tensor::{DType, Tensor};
 use phidias_engine::{Bytes, Cancel};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+#[cfg(feature = "cuda")]
+use std::sync::Arc;
 
 /// Matrices of more bytes than this are quantized to q4 when no format is asked for: a model that
 /// large is limited by memory bandwidth on a CPU, and a quarter of the bytes is four times the speed.
@@ -84,6 +88,9 @@ pub struct Model {
     stop_tokens: BTreeSet<u32>,
     weight_bytes: WeightBytes,
     note: Option<String>,
+    /// The weights on a device, once they were put there.
+    #[cfg(feature = "cuda")]
+    resident: Option<Arc<Resident>>,
 }
 
 /// What turns text into tokens and back.
@@ -359,6 +366,8 @@ impl Model {
             text,
             stop_tokens,
             note,
+            #[cfg(feature = "cuda")]
+            resident: None,
         })
     }
 
@@ -445,6 +454,16 @@ impl Model {
         let tensors = self.checkpoint.tensors();
         (tensors.filter(|(name, _)| name.starts_with(vision::PREFIX)))
             .for_each(|(_, tensor)| tensor.bytes().release());
+    }
+    /// Its weights on a device, where its sessions then run.
+    #[cfg(feature = "cuda")]
+    #[must_use]
+    pub fn resident(&self) -> Option<&Arc<Resident>> {
+        self.resident.as_ref()
+    }
+    #[cfg(feature = "cuda")]
+    pub(crate) fn set_resident(&mut self, resident: Arc<Resident>) {
+        self.resident = Some(resident);
     }
     /// Something the user should know about the opening: where quantized weights were kept.
     #[must_use]

@@ -1,6 +1,5 @@
 //! A sequence of tokens in the hands of a model: prompt in, logits out, cache kept.
 
-use crate::blocks::head;
 use crate::blocks::moe::LayerRouting;
 use crate::blocks::rope::Regime;
 use crate::config::Config;
@@ -8,9 +7,10 @@ use crate::error::Error;
 use crate::format::WeightFormat;
 use crate::image::Processed;
 use crate::model::{Model, WeightBytes};
+use crate::running::{Chunk, LOGIT_ROWS, Runner, Running};
 use crate::text::{Detokenizer, PLACEHOLDER, TextError};
-use crate::transformer::{Cancelled, Observer, Pass, Placed, Workspace};
-use phidias_engine::backend::{Cpu, Input, Ops, PICKS};
+use crate::transformer::{Observer, Placed};
+use phidias_engine::backend::{Cache, Cpu, Input, PICKS};
 use phidias_engine::generate::{Detokenize, Sequence};
 use phidias_engine::kv_cache::{KvCache, KvType};
 use phidias_engine::memory::MemoryPlan;
@@ -245,9 +245,10 @@ pub enum Piece {
 /// A sequence, its cache and the device it runs on.
 pub struct Session {
     model: Arc<Model>,
-    cpu: Cpu,
-    cache: KvCache,
-    /// The whole sequence; `ids[..cache.len()]` are in the cache. [`PLACEHOLDER`] where pictures stand.
+    runner: Box<dyn Runner>,
+    /// What it runs on, if that is the CPU.
+    cpu: Option<Cpu>,
+    /// The whole sequence; as many as the cache holds are in it. [`PLACEHOLDER`] where pictures stand.
     ids: Vec<u32>,
     /// The pictures of the sequence, in order.
     pictures: Vec<Placed>,
@@ -257,14 +258,11 @@ pub struct Session {
     chunk: usize,
     crossing: Crossing,
     drop_hidden: bool,
-    workspace: Workspace,
-    head: head::Scratch,
+    /// Those after the last token, `[vocab]`.
+    logits: Vec<f32>,
     cancel: Cancel,
     progress: Option<Box<dyn FnMut(Prefill) + Send>>,
 }
-
-/// Rows of logits computed together when all of them are wanted: bounds their memory.
-const LOGIT_ROWS: usize = 32;
 
 impl Session {
     /// A session with an empty sequence.
@@ -272,40 +270,69 @@ impl Session {
     /// A context beyond the model's, a plan that does not fit in memory, threads that cannot be had.
     pub fn new(model: Arc<Model>, options: &SessionOptions) -> Result<Self, Error> {
         let plan = Self::plan(&model, options)?;
+        #[cfg(feature = "cuda")]
+        if let Some(resident) = model.resident() {
+            let runner = model.runner(resident, options, &plan)?;
+            return Ok(Self::of(
+                Arc::clone(&model),
+                options,
+                plan.context,
+                runner,
+                None,
+            ));
+        }
         if options.check_memory {
             plan.check(&phidias_engine::machine::Machine::detect())?;
         }
         let pool = Arc::new(Pool::new(options.threads)?);
         let kernels = options.kernels.unwrap_or_else(Kernels::best);
         let kv_type = options.kv_type.unwrap_or(model.format().default_kv_type());
-        Ok(Self {
-            cpu: Cpu::new(kernels, pool),
-            cache: KvCache::new(model.config().kv_shape(), kv_type),
+        let cpu = Cpu::new(kernels, pool);
+        let cache = KvCache::new(model.config().kv_shape(), kv_type);
+        let runner = Box::new(Running::new(cpu.clone(), cache));
+        Ok(Self::of(model, options, plan.context, runner, Some(cpu)))
+    }
+
+    fn of(
+        model: Arc<Model>,
+        options: &SessionOptions,
+        context: usize,
+        runner: Box<dyn Runner>,
+        cpu: Option<Cpu>,
+    ) -> Self {
+        Self {
+            runner,
+            cpu,
             ids: Vec::new(),
             pictures: Vec::new(),
             regime: Regime::Short,
-            context: plan.context,
+            context,
             chunk: options.chunk.max(1),
             crossing: options.crossing,
             drop_hidden: options.drop_hidden,
-            workspace: Workspace::default(),
-            head: head::Scratch::default(),
+            logits: Vec::new(),
             cancel: Cancel::default(),
             progress: None,
             model,
-        })
+        }
     }
 
-    /// The memory that such a session takes when its context is full, weights included.
+    /// The memory that such a session takes when its context is full, weights included: that of the
+    /// device, when the model was put on one.
     /// # Errors
     /// As [`memory_plan`].
     pub fn plan(model: &Model, options: &SessionOptions) -> Result<MemoryPlan, Error> {
-        memory_plan(
+        let plan = memory_plan(
             model.config(),
             model.format(),
             model.weight_bytes(),
             options,
-        )
+        )?;
+        #[cfg(feature = "cuda")]
+        if let Some(resident) = model.resident() {
+            return model.on_device(resident, options, plan);
+        }
+        Ok(plan)
     }
 
     /// The model.
@@ -328,14 +355,14 @@ impl Session {
 
     /// Its cache.
     #[must_use]
-    pub fn cache(&self) -> &KvCache {
-        &self.cache
+    pub fn cache(&self) -> &dyn Cache {
+        self.runner.cache()
     }
 
-    /// Its device.
+    /// The CPU, if it runs on that.
     #[must_use]
-    pub fn cpu(&self) -> &Cpu {
-        &self.cpu
+    pub fn cpu(&self) -> Option<&Cpu> {
+        self.cpu.as_ref()
     }
 
     /// The flag that stops [`Session::extend`]; the sequence is then what it was before the call.
@@ -352,7 +379,7 @@ impl Session {
     /// experts counts none, and before the first token there are no layers. Tokens that were computed twice
     /// count twice.
     pub fn take_routing(&mut self) -> Vec<LayerRouting> {
-        self.workspace.take_routing()
+        self.runner.take_routing()
     }
 
     /// Forgets the tokens from `len` on.
@@ -362,7 +389,7 @@ impl Session {
         if let Some(last) = self.pictures.last_mut() {
             last.len = last.len.min(len - last.start);
         }
-        self.cache.truncate(len);
+        self.runner.cache_mut().truncate(len);
     }
 
     /// Appends tokens and returns the logits after the last one, `[vocab]`.
@@ -370,8 +397,8 @@ impl Session {
     /// No tokens, a token outside the vocabulary, a sequence beyond the context, no memory for the
     /// cache, cancellation. The sequence is then what it was before.
     pub fn extend(&mut self, tokens: &[u32]) -> Result<&[f32], Error> {
-        self.run(tokens, Want::Last, &mut |_, _, _| {})?;
-        Ok(self.head.logits.row(0))
+        self.run(tokens, Want::Last, None)?;
+        Ok(&self.logits)
     }
 
     /// The ids of some pieces that are to be appended next, with [`PLACEHOLDER`]s where pictures stand.
@@ -407,7 +434,7 @@ impl Session {
         tokens: &[u32],
         mut each: impl FnMut(usize, &[f32]),
     ) -> Result<(), Error> {
-        self.run(tokens, Want::Each(&mut each), &mut |_, _, _| {})
+        self.run(tokens, Want::Each(&mut each), None)
     }
 
     /// [`Session::extend_all`] that also shows the values inside the forward pass.
@@ -419,10 +446,30 @@ impl Session {
         mut each: impl FnMut(usize, &[f32]),
         observe: Observer<'_>,
     ) -> Result<(), Error> {
-        self.run(tokens, Want::Each(&mut each), observe)
+        self.run(tokens, Want::Each(&mut each), Some(observe))
     }
 
-    fn run(&mut self, tokens: &[u32], want: Want<'_>, observe: Observer<'_>) -> Result<(), Error> {
+    /// The features of pictures, for [`Piece::Picture`]; `progress` hears of the crops that are done.
+    /// # Errors
+    /// [`Error::NoVision`] when there are any and the model sees none, cancellation, a device that fails.
+    pub fn encode(
+        &self,
+        pictures: &[Processed],
+        progress: &mut dyn FnMut(usize),
+    ) -> Result<Vec<Arc<Buffer>>, Error> {
+        if pictures.is_empty() {
+            return Ok(Vec::new());
+        }
+        let (vision, _) = self.model.vision()?;
+        (self.runner).encode(vision, pictures, &self.cancel, progress)
+    }
+
+    fn run(
+        &mut self,
+        tokens: &[u32],
+        want: Want<'_>,
+        observe: Option<Observer<'_>>,
+    ) -> Result<(), Error> {
         let vocab = self.model.config().vocab_size;
         if tokens.is_empty() {
             return Err(Error::NoTokens);
@@ -439,7 +486,7 @@ impl Session {
             });
         }
         if !self.drop_hidden {
-            self.cache.reserve(total)?;
+            self.runner.cache_mut().reserve(total)?;
         }
         self.ids.extend_from_slice(tokens);
         let result = self.advance(before, want, observe);
@@ -454,70 +501,48 @@ impl Session {
         &mut self,
         before: usize,
         mut want: Want<'_>,
-        observe: Observer<'_>,
+        mut observe: Option<Observer<'_>>,
     ) -> Result<(), Error> {
         let total = self.ids.len();
         let model = Arc::clone(&self.model);
         let transformer = model.transformer();
-        let short = self.cache.len() < before;
-        self.enter_regime(transformer.rope.regime(total));
-        let start = self.cache.len();
+        let short = self.cache().len() < before;
+        self.enter_regime(transformer.rope.regime(total))?;
+        let start = self.cache().len();
         let recomputing = match start < before {
             true if short => Some(Recomputing::Dropped),
             true => Some(Recomputing::Crossing),
             false => None,
         };
-        while self.cache.len() < total {
-            let first = self.cache.len();
+        while self.cache().len() < total {
+            let first = self.cache().len();
             let end = total.min(first + self.chunk);
             if self.drop_hidden {
                 // Not sooner: what the last pass computed may be truncated yet, as wrong guesses are.
-                self.cache.drop_hidden(first);
-                self.cache.reserve(end)?;
+                self.runner.cache_mut().drop_hidden(first);
+                self.runner.cache_mut().reserve(end)?;
             }
-            let wanted = match want {
-                Want::Last => end.max(total) - 1..end,
-                Want::Each(_) => before.max(first)..end,
+            let chunk = Chunk {
+                ids: &self.ids[first..end],
+                regime: self.regime,
+                pictures: &self.pictures,
+                wanted: match want {
+                    Want::Last => end.max(total) - 1..end,
+                    Want::Each(_) => before.max(first)..end,
+                },
+                cancel: &self.cancel,
+                observe: observe
+                    .as_mut()
+                    .map(|observe| &mut **observe as Observer<'_>),
             };
-            let mut groups = (wanted.clone().step_by(LOGIT_ROWS))
-                .map(|from| from..wanted.end.min(from + LOGIT_ROWS));
-            let group = groups.next();
-            // One entry into the pool for the whole pass, the first logits included.
-            let Self {
-                cpu,
-                cache,
-                workspace,
-                head,
-                ..
-            } = self;
-            let pass = |ops: &Ops<'_>| {
-                let pass = Pass {
-                    ops,
-                    pictures: &self.pictures,
-                    cache,
-                    cancel: &self.cancel,
-                    observe: &mut *observe,
-                };
-                let ids = &self.ids[first..end];
-                transformer.forward(ids, self.regime, pass, workspace)?;
-                if let Some(rows) = &group {
-                    let hidden = workspace.hidden();
-                    let rows = rows.start - first..rows.end - first;
-                    transformer.lm_head.forward(ops, hidden, rows, head);
-                }
-                Ok(())
+            let logits = &mut self.logits;
+            let mut keep = |_: usize, row: &[f32]| {
+                logits.clear();
+                logits.extend_from_slice(row);
             };
-            cpu.enter(pass).map_err(|Cancelled| Error::Cancelled)?;
-            if let (Want::Each(each), Some(rows)) = (&mut want, group) {
-                rows.clone()
-                    .for_each(|t| each(t, head.logits.row(t - rows.start)));
-                for rows in groups {
-                    let hidden = workspace.hidden();
-                    let range = rows.start - first..rows.end - first;
-                    cpu.enter(|ops| transformer.lm_head.forward(ops, hidden, range, head));
-                    rows.clone()
-                        .for_each(|t| each(t, head.logits.row(t - rows.start)));
-                }
+            match &mut want {
+                Want::Last => self.runner.pass(transformer, chunk, &mut keep)?,
+                Want::Each(each) => self.runner.pass(transformer, chunk, *each)?,
             }
             if let Some(progress) = &mut self.progress {
                 progress(Prefill {
@@ -531,19 +556,21 @@ impl Session {
     }
 
     /// Makes the cached keys fit the regime that the new length asks for, or drops them.
-    fn enter_regime(&mut self, regime: Regime) {
+    fn enter_regime(&mut self, regime: Regime) -> Result<(), Error> {
         let old = std::mem::replace(&mut self.regime, regime);
-        if old == regime || self.cache.is_empty() {
-            return;
+        let cache = self.runner.cache_mut();
+        if old == regime || cache.is_empty() {
+            return Ok(());
         }
         match self.crossing {
-            Crossing::Exact => self.cache.truncate(0),
+            Crossing::Exact => cache.truncate(0),
             Crossing::Rotate => {
                 let rope = &self.model.transformer().rope;
-                self.cache
-                    .update_keys(|position, head| rope.change(old, regime, position, head));
+                cache
+                    .update_keys(&mut |position, head| rope.change(old, regime, position, head))?;
             }
         }
+        Ok(())
     }
 }
 
@@ -596,12 +623,6 @@ enum Want<'a> {
     Last,
     /// Those after each new token, handed out one by one.
     Each(&'a mut dyn FnMut(usize, &[f32])),
-}
-
-impl From<Cancelled> for Error {
-    fn from(_: Cancelled) -> Self {
-        Self::Cancelled
-    }
 }
 
 #[cfg(test)]

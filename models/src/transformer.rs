@@ -1,14 +1,14 @@
 //! The decoder: embedding, layers, norm, head.
 
-use crate::blocks::attention::{self, Attention, Place};
+use crate::blocks::attention::{self, Attention};
 use crate::blocks::head::LmHead;
 use crate::blocks::mlp::{self, Mlp};
 use crate::blocks::moe::{self, LayerRouting, Moe};
-use crate::blocks::rope::{Regime, Rope};
+use crate::blocks::rope::Rope;
 use phidias_engine::Cancel;
-use phidias_engine::backend::{Expert, Input, Norm, Ops, PICKS, Rotations};
-use phidias_engine::kv_cache::KvCache;
+use phidias_engine::backend::{Backend, Expert, Norm, Ops, PICKS};
 use phidias_engine::tensor::{Buffer, Matrix};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// One layer.
@@ -75,28 +75,42 @@ pub struct Transformer {
 }
 
 /// Buffers of a forward pass, kept from one to the next.
-#[derive(Debug, Default)]
-pub struct Workspace {
+#[derive(Debug)]
+pub struct Workspace<B: Backend> {
     /// The residual stream, `[tokens, hidden]`.
-    x: Buffer,
+    x: B::Buffer,
     /// The last norm's output.
-    normed: Buffer,
+    normed: B::Buffer,
     /// A norm's output as the next matrix takes it.
-    input: Input,
+    input: B::Input,
     /// What attention or the MLP gave, to be added to `x` when the next norm reads it.
-    branch: Buffer,
-    rotations: Rotations,
-    attention: attention::Scratch,
-    mlp: mlp::Scratch,
-    moe: moe::Scratch,
+    branch: B::Buffer,
+    attention: attention::Scratch<B>,
+    mlp: mlp::Scratch<B>,
+    moe: moe::Scratch<B>,
     /// Of each layer, since it was last taken.
     routing: Vec<LayerRouting>,
 }
 
-impl Workspace {
+impl<B: Backend> Default for Workspace<B> {
+    fn default() -> Self {
+        Self {
+            x: B::Buffer::default(),
+            normed: B::Buffer::default(),
+            input: B::Input::default(),
+            branch: B::Buffer::default(),
+            attention: attention::Scratch::default(),
+            mlp: mlp::Scratch::default(),
+            moe: moe::Scratch::default(),
+            routing: Vec::default(),
+        }
+    }
+}
+
+impl<B: Backend> Workspace<B> {
     /// What the last pass gave: the rows after the last norm, `[tokens, hidden]`.
     #[must_use]
-    pub fn hidden(&self) -> &Buffer {
+    pub fn hidden(&self) -> &B::Buffer {
         &self.normed
     }
 
@@ -139,29 +153,58 @@ pub struct Placed {
 }
 
 impl Placed {
-    /// Writes the rows at positions `first ..` over those of `x`.
-    fn overwrite(&self, first: usize, x: &mut Buffer) {
+    /// Whether some of it stands at these positions.
+    pub(crate) fn meets(&self, positions: &Range<usize>) -> bool {
+        self.start < positions.end && positions.start < self.start + self.len
+    }
+
+    /// Writes the rows at positions `first ..` over those of `x`, which are so many.
+    fn overwrite<B: Backend>(
+        &self,
+        ops: &impl Ops<B>,
+        first: usize,
+        rows: usize,
+        x: &mut B::Buffer,
+    ) {
         let from = self.start.max(first);
-        let to = (self.start + self.len).min(first + x.rows());
-        for position in from..to {
-            let row = self.rows.row(position - self.start);
-            x.row_mut(position - first).copy_from_slice(row);
+        let to = (self.start + self.len).min(first + rows);
+        if from < to {
+            let cols = self.rows.cols();
+            let values = &self.rows.data()[(from - self.start) * cols..(to - self.start) * cols];
+            ops.write(values, from - first, x);
         }
     }
 }
 
-/// What a forward pass runs on.
-pub struct Pass<'a> {
-    /// The operations of the device.
-    pub ops: &'a Ops<'a>,
+/// What a forward pass goes over, and who looks.
+pub struct Pass<'a, B: Backend> {
+    /// Its tokens.
+    pub tokens: &'a B::Tokens,
+    /// Their positions.
+    pub positions: Range<usize>,
     /// Rows that stand in the places of embedded tokens.
     pub pictures: &'a [Placed],
     /// Keys and values so far; those of the pass are added.
-    pub cache: &'a mut KvCache,
+    pub cache: &'a mut B::Cache,
     /// Stops the pass.
     pub cancel: &'a Cancel,
     /// Sees its values.
-    pub observe: Observer<'a>,
+    pub observe: Option<Observer<'a>>,
+}
+
+/// Shows values to who looks at them; otherwise they stay where they are.
+struct Watch<'a> {
+    observe: Option<Observer<'a>>,
+    first: usize,
+    copy: Buffer,
+}
+
+impl Watch<'_> {
+    fn see<B: Backend>(&mut self, ops: &impl Ops<B>, point: Point, rows: &B::Buffer) {
+        if let Some(observe) = &mut self.observe {
+            observe(point, self.first, ops.read(rows, &mut self.copy));
+        }
+    }
 }
 
 /// The pass was stopped; the cache's length is what it was before.
@@ -169,35 +212,37 @@ pub struct Pass<'a> {
 pub struct Cancelled;
 
 impl Transformer {
-    /// Runs `ids` at positions `cache.len() ..` through all layers; the result is
-    /// [`Workspace::hidden`]. The cache must have room.
+    /// Runs tokens through all layers; the result is [`Workspace::hidden`]. The cache must have room, and
+    /// its length is the caller's to change.
     /// # Errors
     /// [`Cancelled`], looked at between layers.
-    pub fn forward(
+    pub fn forward<B: Backend>(
         &self,
-        ids: &[u32],
-        regime: Regime,
-        pass: Pass<'_>,
-        w: &mut Workspace,
+        ops: &impl Ops<B>,
+        pass: Pass<'_, B>,
+        w: &mut Workspace<B>,
     ) -> Result<(), Cancelled> {
         let Pass {
-            ops,
+            tokens,
+            positions,
             pictures,
             cache,
             cancel,
             observe,
         } = pass;
-        let first = cache.len();
-        self.rope
-            .rotations(regime, first, ids.len(), &mut w.rotations);
+        let (first, rows) = (positions.start, positions.len());
+        let mut watch = Watch {
+            observe,
+            first,
+            copy: Buffer::default(),
+        };
         let multiplier = self.embedding_multiplier;
-        ops.embed(&self.embed_tokens, ids, multiplier, &mut w.x);
-        w.branch.reshape(w.x.rows(), w.x.cols());
-        w.branch.data_mut().fill(0.0);
+        ops.embed(&self.embed_tokens, tokens, multiplier, &mut w.x);
         for picture in pictures {
-            picture.overwrite(first, &mut w.x);
+            picture.overwrite(ops, first, rows, &mut w.x);
         }
-        observe(Point::Embed, first, &w.x);
+        watch.see(ops, Point::Embed, &w.x);
+        ops.zeros(rows, self.embed_tokens.cols(), &mut w.branch);
         if w.routing.is_empty() {
             let experts = self.layers.iter().map(|layer| layer.experts().len());
             w.routing = experts.map(LayerRouting::new).collect();
@@ -206,19 +251,15 @@ impl Transformer {
             if cancel.is_cancelled() {
                 return Err(Cancelled);
             }
-            let at = Place {
-                layer: l,
-                first,
-                rotations: &w.rotations,
-            };
             let attention = &layer.attention;
             let (norm, matrix) = (&layer.input_norm, attention.matrix());
             ops.add_norm_input(&mut w.x, &w.branch, norm, matrix, &mut w.input);
             if l > 0 {
-                observe(Point::LayerOut(l - 1), first, &w.x);
+                watch.see(ops, Point::LayerOut(l - 1), &w.x);
             }
-            attention.forward(ops, &w.input, cache, at, &mut w.branch, &mut w.attention);
-            observe(Point::AttentionOut(l), first, &w.branch);
+            let (x, y, s) = (&w.input, &mut w.branch, &mut w.attention);
+            attention.forward(ops, x, tokens, cache, l, y, s);
+            watch.see(ops, Point::AttentionOut(l), &w.branch);
             let norm = &layer.post_attention_norm;
             match &layer.feed_forward {
                 FeedForward::Dense(mlp) => {
@@ -231,15 +272,14 @@ impl Transformer {
                     ops.add_norm(&mut w.x, &w.branch, norm, &mut w.normed);
                     let (x, y, s) = (&w.normed, &mut w.branch, &mut w.moe);
                     moe.forward(ops, x, y, s, &mut w.routing[l]);
-                    observe(Point::RouterScores(l), first, &w.moe.scores);
+                    watch.see(ops, Point::RouterScores(l), &w.moe.scores);
                 }
             }
-            observe(Point::MlpOut(l), first, &w.branch);
+            watch.see(ops, Point::MlpOut(l), &w.branch);
         }
         ops.add_norm(&mut w.x, &w.branch, &self.norm, &mut w.normed);
-        observe(Point::LayerOut(self.layers.len() - 1), first, &w.x);
-        observe(Point::FinalNorm, first, &w.normed);
-        cache.set_len(first + ids.len());
+        watch.see(ops, Point::LayerOut(self.layers.len() - 1), &w.x);
+        watch.see(ops, Point::FinalNorm, &w.normed);
         Ok(())
     }
 

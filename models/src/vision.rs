@@ -12,12 +12,14 @@
 //! memory, and changes nothing.
 
 use crate::clip::{self, Clip, ClipConfig};
+#[cfg(feature = "cuda")]
+use crate::cuda::Parts;
+use crate::error::Error;
 use crate::format::WeightFormat;
 use crate::image::{CROP_LEN, Processed};
-use crate::transformer::Cancelled;
 use crate::weights::{Role, Spec, Weights};
 use phidias_engine::Cancel;
-use phidias_engine::backend::{Activation, Cpu, Input, Ops};
+use phidias_engine::backend::{Activation, Backend, Input, Ops};
 use phidias_engine::checkpoint::CheckpointError;
 use phidias_engine::tensor::{Buffer, Linear};
 
@@ -83,8 +85,8 @@ impl VisionConfig {
         let (c, slice) = (&self.clip, SLICE.min(crops));
         let floats = size_of::<f32>();
         let input = |cols| Input::bytes_per_row(format.packed(), cols);
-        // x, normed, branch, heads; projections; the MLP; patches.
-        let row = 4 * c.hidden_size + 3 * c.hidden_size + c.intermediate_size + c.patch();
+        // x, normed, branch, heads; projections; the MLP; patches, as they are cut and as they are taken.
+        let row = 4 * c.hidden_size + 3 * c.hidden_size + c.intermediate_size + 2 * c.patch();
         // The patches' matrix stays in floats, and one input serves all matrices.
         let inputs = input(c.intermediate_size.max(c.hidden_size)).max(floats * c.patch());
         let encoder = slice * (c.tokens() * (floats * row + inputs) + floats * CROP_LEN);
@@ -109,17 +111,34 @@ pub struct Vision {
 }
 
 /// What encoding works with, kept from picture to picture.
-#[derive(Debug, Default)]
-pub struct Scratch {
-    clip: clip::Scratch,
+#[derive(Debug)]
+pub struct Scratch<B: Backend> {
+    clip: clip::Scratch<B>,
     pixels: Vec<f32>,
+    /// What is read back.
+    copy: Buffer,
     /// `[tokens, 4C]`
     rows: Buffer,
     /// Some of them.
-    some: Buffer,
-    wide: Buffer,
-    projected: Buffer,
-    input: Input,
+    some: B::Buffer,
+    wide: B::Buffer,
+    projected: B::Buffer,
+    input: B::Input,
+}
+
+impl<B: Backend> Default for Scratch<B> {
+    fn default() -> Self {
+        Self {
+            clip: clip::Scratch::default(),
+            pixels: Vec::default(),
+            copy: Buffer::default(),
+            rows: Buffer::default(),
+            some: B::Buffer::default(),
+            wide: B::Buffer::default(),
+            projected: B::Buffer::default(),
+            input: B::Input::default(),
+        }
+    }
 }
 
 impl Vision {
@@ -140,6 +159,13 @@ impl Vision {
         })
     }
 
+    /// What it multiplies and normalises with.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn parts<'m>(&'m self, parts: &mut Parts<'m>) {
+        self.clip.parts(parts);
+        self.projection.iter().for_each(|w| parts.linear(w));
+    }
+
     /// Its encoder.
     #[must_use]
     pub fn clip(&self) -> &Clip {
@@ -158,60 +184,59 @@ impl Vision {
 
     /// The features of a picture, `[tokens, hidden]`; `progress` hears of the crops that are done.
     /// # Errors
-    /// [`Cancelled`], looked at between slices of crops.
-    pub fn encode(
+    /// [`Error::Cancelled`], looked at between slices of crops; a device that fails.
+    pub fn encode<B: Backend>(
         &self,
-        cpu: &Cpu,
+        backend: &B,
         picture: &Processed,
         cancel: &Cancel,
         progress: &mut dyn FnMut(usize, usize),
-        s: &mut Scratch,
-    ) -> Result<Buffer, Cancelled> {
+        s: &mut Scratch<B>,
+    ) -> Result<Buffer, Error> {
         let merged = self.between_parts.len();
         s.rows.reshape(picture.tokens(), merged);
         let places = self.separators(picture, &mut s.rows);
         let crops = picture.crops();
         for first in (0..crops).step_by(SLICE) {
             if cancel.is_cancelled() {
-                return Err(Cancelled);
+                return Err(Error::Cancelled);
             }
             let slice = first..crops.min(first + SLICE);
             s.pixels.resize(slice.len() * CROP_LEN, 0.0);
             for (crop, out) in slice.clone().zip(s.pixels.chunks_exact_mut(CROP_LEN)) {
                 picture.crop(crop, out);
             }
-            self.features(cpu, &s.pixels, &mut s.clip);
-            for (i, crop) in slice.clone().enumerate() {
-                self.merge(&s.clip, i, &places.of(crop), &mut s.rows);
-            }
+            let depth = self.clip.config().num_hidden_layers.saturating_sub(1);
+            backend.enter(|ops| {
+                let (pixels, clip) = (&s.pixels, &mut s.clip);
+                (self.clip).forward(ops, pixels, depth, clip, &mut |_, _| {});
+                let hidden = ops.read(clip.hidden(), &mut s.copy);
+                for (i, crop) in slice.clone().enumerate() {
+                    self.merge(hidden, i, &places.of(crop), &mut s.rows);
+                }
+            })?;
             progress(slice.end, crops);
         }
-        Ok(cpu.enter(|ops| self.project(ops, s)))
+        Ok(backend.enter(|ops| self.project(ops, s))?)
     }
 
     /// The projector on all of `s.rows`.
-    fn project(&self, ops: &Ops<'_>, s: &mut Scratch) -> Buffer {
+    fn project<B: Backend>(&self, ops: &impl Ops<B>, s: &mut Scratch<B>) -> Buffer {
         let [first, second] = &self.projection;
         let (merged, hidden) = (s.rows.cols(), second.weight.rows());
         let mut features = Buffer::default();
         features.reshape(s.rows.rows(), hidden);
         let outs = features.data_mut().chunks_mut(PROJECTED * hidden);
         for (rows, out) in s.rows.data().chunks(PROJECTED * merged).zip(outs) {
-            s.some.reshape(rows.len() / merged, merged);
-            s.some.data_mut().copy_from_slice(rows);
+            ops.zeros(rows.len() / merged, merged, &mut s.some);
+            ops.write(rows, 0, &mut s.some);
             ops.input(&s.some, &first.weight, &mut s.input);
             ops.activated_linear(first, Activation::Gelu, &s.input, &mut s.wide);
             ops.input(&s.wide, &second.weight, &mut s.input);
             ops.linear(second, &s.input, &mut s.projected);
-            out.copy_from_slice(s.projected.data());
+            out.copy_from_slice(ops.read(&s.projected, &mut s.copy).data());
         }
         features
-    }
-
-    /// The encoder's hidden states before its last layer, of some crops.
-    fn features(&self, cpu: &Cpu, pixels: &[f32], s: &mut clip::Scratch) {
-        let depth = self.clip.config().num_hidden_layers.saturating_sub(1);
-        cpu.enter(|ops| self.clip.forward(ops, pixels, depth, s, &mut |_, _| {}));
     }
 
     /// Writes every separator, and tells where the crops go.
@@ -238,7 +263,7 @@ impl Vision {
     }
 
     /// Merges crop `i` of the encoder's last call.
-    fn merge(&self, s: &clip::Scratch, i: usize, at: &Lines, rows: &mut Buffer) {
+    fn merge(&self, hidden: &Buffer, i: usize, at: &Lines, rows: &mut Buffer) {
         let c = self.clip.config();
         // Without the class token.
         let first = i * c.tokens() + 1;
@@ -247,7 +272,7 @@ impl Vision {
                 let row = rows.row_mut(at.first + y * at.stride + x);
                 for (part, out) in row.chunks_exact_mut(c.hidden_size).enumerate() {
                     let patch = (2 * y + part / 2) * GRID + 2 * x + part % 2;
-                    out.copy_from_slice(s.hidden().row(first + patch));
+                    out.copy_from_slice(hidden.row(first + patch));
                 }
             }
         }
@@ -291,6 +316,7 @@ mod tests {
     use crate::image::Picture;
     use crate::{Model, OpenOptions};
     use phidias_engine::Kernels;
+    use phidias_engine::backend::Cpu;
     use phidias_engine::pool::Pool;
     use std::path::Path;
     use std::sync::Arc;

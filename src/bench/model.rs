@@ -321,7 +321,7 @@ impl ModelBench {
     }
 
     fn measure_peaks(&self, session: &Session, progress: &Progress) -> Result<Limits, BenchError> {
-        let pool = session.cpu().pool();
+        let pool = session.cpu().expect("a session on the CPU").pool();
         let peaks = Peaks::measure(pool, &self.peaks, &self.conditions.cancel, |done, total| {
             progress(Step {
                 what: "the machine's limits",

@@ -10,7 +10,7 @@
 //! ```
 
 use super::{BenchError, split_mix};
-use phidias_engine::backend::{Cpu, HeadOrder, Heads, Input, Mask, Ops, Rotations};
+use phidias_engine::backend::{Cpu, CpuOps, HeadOrder, Heads, Input, Mask, Rotations};
 use phidias_engine::checkpoint::Checkpoint;
 use phidias_engine::checkpoint::prepack::{Item, Prepack, Treatment, Values};
 use phidias_engine::kernels::cpu::peak::Number;
@@ -520,7 +520,7 @@ impl Prepared {
     }
 
     /// One call of an operation that the engine has.
-    fn call(&mut self, ops: &Ops<'_>, call: usize) {
+    fn call(&mut self, ops: &CpuOps<'_>, call: usize) {
         let (x, y, input) = (&self.x, &mut self.y, &mut self.input);
         match self.operation {
             Operation::Linear { .. } => {

@@ -130,8 +130,7 @@ impl PictureBench {
             let ready = Instant::now();
             let mut encoded = ready;
             let mut crops = |_, _| encoded = Instant::now();
-            let features = vision.encode(&cpu, &processed, &c.cancel, &mut crops, &mut scratch);
-            let features = features.map_err(Error::from)?;
+            let features = vision.encode(&cpu, &processed, &c.cancel, &mut crops, &mut scratch)?;
             let end = Instant::now();
             let Some(bits) = super::finite_bits(features.data()) else {
                 return Err(BenchError::Picture("features that are not finite"));

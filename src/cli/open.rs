@@ -3,7 +3,6 @@
 use super::args::{Device, Global, RopeCrossing, Running, Sampling};
 use super::console::{Bar, Console, Unit, cancel_on_ctrl_c};
 use anyhow::{Context, Result, bail};
-use phidias::engine::backend::Cpu;
 use phidias::engine::machine::Machine;
 use phidias::engine::memory::{DoesNotFit, Fit, MemoryPlan, Size};
 use phidias::engine::pool::Pool;
@@ -181,14 +180,23 @@ impl Setup {
         Ok(session)
     }
 
+    /// A session that only looks at pictures.
+    pub fn encoder(&self, model: &Arc<Model>, pictures: PictureMemory) -> Result<Session> {
+        let options = SessionOptions {
+            context: Some(1),
+            threads: self.threads,
+            kernels: Some(self.kernels),
+            pictures,
+            ..SessionOptions::default()
+        };
+        let mut session = Session::new(Arc::clone(model), &options)?;
+        session.set_cancel(self.cancel.clone());
+        Ok(session)
+    }
+
     /// Threads, as many as were asked for.
     pub fn pool(&self) -> Result<Pool> {
         Ok(Pool::new(self.threads).map_err(phidias::Error::from)?)
-    }
-
-    /// What a model is computed on where no session is.
-    pub fn cpu(&self) -> Result<Cpu> {
-        Ok(Cpu::new(self.kernels, Arc::new(self.pool()?)))
     }
 
     /// Says when the disk will be read; refuses what does not fit, unless that is wanted.

@@ -6,9 +6,9 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use phidias::engine::tensor::Buffer;
 use phidias::models::image::{Picture, Processed, frames};
+use phidias::models::session::PictureMemory;
 use phidias::models::session::Piece;
 use phidias::models::text::{GenerationPrompt, Message, Segment, encode_with_images};
-use phidias::models::vision::Scratch;
 use phidias::{Model, Session};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -106,20 +106,11 @@ pub fn encode(
     session: &Session,
     pictures: &[Processed],
 ) -> Result<Vec<Arc<Buffer>>> {
-    let (mut scratch, mut features) = (Scratch::default(), Vec::new());
     let mut bar: Bar = setup.console.bar("looking", Unit::Crops);
     let total: usize = pictures.iter().map(Processed::crops).sum();
-    let mut before = 0;
-    let model = Arc::clone(session.model());
-    for picture in pictures {
-        let (vision, _) = model.vision()?;
-        let mut progress = |done, _| bar.set((before + done) as u64, Some(total as u64));
-        let cpu = session.cpu();
-        let rows = vision.encode(cpu, picture, &setup.cancel, &mut progress, &mut scratch);
-        features.push(Arc::new(rows.map_err(phidias::Error::from)?));
-        before += picture.crops();
-    }
-    model.release_encoder();
+    let mut progress = |done| bar.set(done as u64, Some(total as u64));
+    let features = session.encode(pictures, &mut progress)?;
+    session.model().release_encoder();
     Ok(features)
 }
 
@@ -127,16 +118,14 @@ pub fn encode(
 pub fn embed(args: &super::args::Embed, global: &super::args::Global) -> Result<()> {
     let setup = Setup::new(global)?;
     let model = setup.open(&setup.locate(Some(&args.model))?, args.format)?;
-    let (vision, _) = model.vision()?;
-    let [picture] = &args.picture.open(&setup, &model)?[..] else {
+    let pictures = args.picture.open(&setup, &model)?;
+    let [picture] = &pictures[..] else {
         bail!("--image: expected one picture");
     };
-    let cpu = setup.cpu()?;
-    let mut bar = setup.console.bar("looking", Unit::Crops);
-    let mut progress = |done: usize, total: usize| bar.set(done as u64, Some(total as u64));
-    let mut scratch = Scratch::default();
-    let features = vision.encode(&cpu, picture, &setup.cancel, &mut progress, &mut scratch);
-    let features = features.map_err(phidias::Error::from)?;
+    let session = setup.encoder(&model, PictureMemory::of(&pictures))?;
+    let [features] = &encode(&setup, &session, &pictures)?[..] else {
+        unreachable!("features of one picture");
+    };
     let bytes = size_of_val(features.data());
     let shape = [features.rows(), features.cols()];
     let header = serde_json::json!({

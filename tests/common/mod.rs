@@ -261,3 +261,73 @@ pub fn changed_fixture(from: &Path, to: &Path, change: impl Fn(&mut Value)) {
         }
     }
 }
+
+/// Every device that is not the CPU: the host device, and the GPU where there is one.
+#[cfg(feature = "cuda")]
+pub fn devices() -> Vec<Arc<dyn phidias::engine::kernels::cuda::Device>> {
+    use phidias::engine::kernels::cuda::{Device, DeviceError, Gpu, HostDevice, Order};
+    use std::io::Write;
+    use std::sync::{LazyLock, Once};
+
+    fn known(place: &str, device: Result<Arc<dyn Device>, DeviceError>) -> Option<Arc<dyn Device>> {
+        // Past the test harness, which swallows what a passing test prints.
+        let skipped = |reason| {
+            let mut stderr = std::io::stderr();
+            let _ = writeln!(stderr, "\n=== SKIPPED: models {place}: {reason} ===\n");
+        };
+        device.map_err(skipped).ok()
+    }
+    static GPU: LazyLock<Option<Arc<dyn Device>>> = LazyLock::new(|| {
+        let gpu = Gpu::open(0, None).map(|gpu| Arc::new(gpu) as Arc<dyn Device>);
+        known("on a GPU", gpu)
+    });
+    static NO_HOST: Once = Once::new();
+    let host = HostDevice::new(Order::Forward).map(|device| Arc::new(device) as Arc<dyn Device>);
+    let host = match host {
+        Ok(device) => Some(device),
+        Err(error) => {
+            NO_HOST.call_once(|| {
+                known("on the host device", Err(error));
+            });
+            None
+        }
+    };
+    host.into_iter().chain(GPU.clone()).collect()
+}
+
+/// A model once for every device, with the device's name.
+#[cfg(feature = "cuda")]
+pub fn on_devices(folder: &Path, format: WeightFormat) -> Vec<(String, Arc<Model>)> {
+    (devices().iter())
+        .map(|device| (device.name(), open_on(device, folder, format)))
+        .collect()
+}
+
+/// No device is in this build.
+#[cfg(not(feature = "cuda"))]
+pub fn on_devices(_: &Path, _: WeightFormat) -> Vec<(String, Arc<Model>)> {
+    Vec::new()
+}
+
+/// A model whose sessions run on `device`.
+#[cfg(feature = "cuda")]
+pub fn open_on(
+    device: &Arc<dyn phidias::engine::kernels::cuda::Device>,
+    folder: &Path,
+    format: WeightFormat,
+) -> Arc<Model> {
+    let name = folder.display();
+    let mut model = Model::open(folder, options(format)).unwrap_or_else(|e| panic!("{name}: {e}"));
+    let cancel = phidias::engine::Cancel::default();
+    let mut told = (0, 0);
+    (model.put_on(Arc::clone(device), &cancel, &mut |done, total| {
+        assert!(
+            told.0 < done && done <= total,
+            "{told:?}, {done} of {total}"
+        );
+        told = (done, total);
+    }))
+    .unwrap_or_else(|e| panic!("{name}: {e}"));
+    assert_eq!(told.0, told.1, "{name}: bytes on the device");
+    Arc::new(model)
+}

@@ -1,266 +1,265 @@
 //! Whole operations on whole buffers: the seam between models and devices.
 //!
-//! A model calls these one after the other and never sees a thread or an instruction set. Every
-//! result depends on its own row only, never on how the work was divided.
+//! A model calls the operations of [`Ops`] one after the other and never sees a thread, an instruction set
+//! or a device: it is written once, for every [`Backend`]. Its weights stay what they are, matrices over
+//! shared bytes; a device with memory of its own has a copy of them. Activations, the cache and whatever an
+//! operation leaves for the next are of the backend's own types.
+//!
+//! Every result depends on its own row only, never on how the work was divided.
 
-mod attention;
-mod encoder;
-mod experts;
-mod linear;
+pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+mod rotations;
+mod weights;
 
 pub use crate::mask::Mask;
-pub use attention::Rotations;
-pub use encoder::Activation;
-pub use experts::{Expert, ExpertScratch, PICKS, Pick, Routes};
-pub use linear::GateUp;
+pub use cpu::{Cpu, CpuOps, ExpertScratch, Input, Routes};
 pub use phidias_kernels::heads::{HeadOrder, Heads};
+pub use rotations::Rotations;
+pub use weights::{Activation, Expert, GateUp, Norm, PICKS, Pick};
 
-use crate::pool::{Pool, Team};
-use crate::tensor::{Buffer, Matrix, MatrixView};
-use phidias_kernels::cpu::Kernels;
-use phidias_quant::Format;
-use phidias_quant::activations::{Activations, TILE};
-use std::sync::Arc;
+use crate::kv_cache::{KvOutOfMemory, KvType};
+use crate::tensor::{Buffer, Linear, Matrix};
+use std::error::Error;
+use std::fmt::Debug;
+use std::ops::Range;
 
-/// The CPU: a table of kernels and the threads to run them on.
-#[derive(Debug)]
-pub struct Cpu {
-    kernels: &'static Kernels,
-    pool: Arc<Pool>,
+/// The tokens of a pass: what they are, and where they stand in the sequence.
+#[derive(Clone, Debug, Default)]
+pub struct Tokens {
+    /// Ids, each a row of the embedding table.
+    pub ids: Vec<u32>,
+    /// Position of the first one; the others follow.
+    pub first: usize,
+    /// Of each of them.
+    pub rotations: Rotations,
 }
 
-/// The operations, on a pool that was entered.
-pub struct Ops<'t> {
-    kernels: &'static Kernels,
-    team: &'t Team<'t>,
+/// What a device failed with. All it was asked for since has not been done.
+#[derive(Debug, thiserror::Error)]
+#[error("{device}: {source}")]
+pub struct DeviceFailed {
+    /// Its name.
+    pub device: String,
+    /// What it said.
+    pub source: Box<dyn Error + Send + Sync>,
 }
 
-/// Rows of activations as matrices of some format take them.
-#[derive(Debug, Default)]
-pub struct Input {
-    cols: usize,
-    kind: InputKind,
-}
+/// What computes: a device as one session sees it.
+pub trait Backend: Debug + Send + Sync + Sized + 'static {
+    /// The operations, while the device is entered.
+    type Ops<'t>: Ops<Self>;
+    /// [`Tokens`] as the operations take them.
+    type Tokens: Debug + Default + Send + Sync;
+    /// Rows of f32: activations, `[rows, cols]` row-major.
+    type Buffer: Debug + Default + Send + Sync;
+    /// Rows of activations as matrices of some format take them.
+    type Input: Debug + Default + Send + Sync;
+    /// Keys and values of a sequence.
+    type Cache: Cache;
+    /// Where the tokens of a pass go in a mixture of experts.
+    type Routes: Debug + Default + Send + Sync;
+    /// What [`Ops::experts`] works with, kept from layer to layer.
+    type ExpertScratch: Debug + Default + Send + Sync;
 
-#[derive(Debug)]
-enum InputKind {
-    /// For matrices stored as floats.
-    Floats(Buffer),
-    /// For packed ones.
-    Quantized(Activations),
-}
+    /// Makes the tokens of a pass known. Not inside [`Backend::repeat`].
+    fn place(&self, tokens: Tokens, placed: &mut Self::Tokens);
 
-impl Default for InputKind {
-    fn default() -> Self {
-        Self::Floats(Buffer::default())
-    }
-}
-
-impl Input {
-    /// Rows.
-    #[must_use]
-    pub fn rows(&self) -> usize {
-        match &self.kind {
-            InputKind::Floats(buffer) => buffer.rows(),
-            InputKind::Quantized(quantized) => quantized.rows(),
-        }
-    }
-
-    /// Bytes of a row of `cols` columns, for matrices in a packed format or stored as floats.
-    #[must_use]
-    pub fn bytes_per_row(format: Option<Format>, cols: usize) -> usize {
-        match format {
-            Some(_) => Activations::bytes_per_row(cols),
-            None => cols * size_of::<f32>(),
-        }
-    }
-
-    /// Makes room for `rows` rows as `w` takes them.
-    fn reshape(&mut self, w: &Matrix, rows: usize) {
-        self.cols = w.cols();
-        match (w.view(), &mut self.kind) {
-            (MatrixView::Dense(_), InputKind::Floats(buffer)) => buffer.reshape(rows, w.cols()),
-            (MatrixView::Packed(packed), InputKind::Quantized(quantized)) => {
-                quantized.reshape(rows, w.cols(), packed.layout().format().zero());
-            }
-            (MatrixView::Dense(_), kind) => {
-                *kind = InputKind::Floats(Buffer::default());
-                self.reshape(w, rows);
-            }
-            (MatrixView::Packed(_), kind) => {
-                *kind = InputKind::Quantized(Activations::default());
-                self.reshape(w, rows);
-            }
-        }
-    }
-}
-
-/// How rows are normalised.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Norm {
-    /// `x / sqrt(mean of x^2 + eps) * weight`
-    Rms {
-        /// `[hidden]`
-        weight: Vec<f32>,
-        /// Epsilon.
-        eps: f32,
-    },
-    /// `(x - mean) / sqrt(variance + eps) * weight + bias`
-    Layer {
-        /// `[hidden]`
-        weight: Vec<f32>,
-        /// `[hidden]`
-        bias: Vec<f32>,
-        /// Epsilon.
-        eps: f32,
-    },
-}
-
-impl Norm {
-    fn apply(&self, kernels: &Kernels, x: &[f32], y: &mut [f32]) {
-        match self {
-            Self::Rms { weight, eps } => kernels.rms_norm(x, weight, *eps, y),
-            Self::Layer { weight, bias, eps } => kernels.layer_norm(x, weight, bias, *eps, y),
-        }
-    }
-}
-
-impl Cpu {
-    /// A device of these kernels and threads.
-    #[must_use]
-    pub fn new(kernels: &'static Kernels, pool: Arc<Pool>) -> Self {
-        Self { kernels, pool }
-    }
-
-    /// Its threads.
-    #[must_use]
-    pub fn pool(&self) -> &Arc<Pool> {
-        &self.pool
-    }
-
-    /// Its kernels.
-    #[must_use]
-    pub fn kernels(&self) -> &'static Kernels {
-        self.kernels
-    }
-
-    /// Enters the pool for some operations.
-    pub fn enter<R: Send>(&self, work: impl FnOnce(&Ops<'_>) -> R + Send) -> R {
-        self.pool.enter(|team| {
-            work(&Ops {
-                kernels: self.kernels,
-                team,
-            })
-        })
-    }
-}
-
-impl Ops<'_> {
-    /// `x[t] = multiplier * table[ids[t]]`
-    /// # Panics
-    /// When an id is not a row of the table: models check ids at their border.
-    pub fn embed(&self, table: &Matrix, ids: &[u32], multiplier: f32, x: &mut Buffer) {
-        x.reshape(ids.len(), table.cols());
-        let parts = ids.iter().zip(x.data_mut().chunks_exact_mut(table.cols()));
-        self.team.each_part(parts.collect(), |(&id, x)| {
-            table.row(id as usize, x);
-            if multiplier != 1.0 {
-                x.iter_mut().for_each(|x| *x *= multiplier);
-            }
-        });
-    }
-
-    /// `x += branch`, and `y` the norm of each row of the sum: the sum is read while it is in the cache.
-    /// # Panics
-    /// When the shapes differ.
-    pub fn add_norm(&self, x: &mut Buffer, branch: &Buffer, norm: &Norm, y: &mut Buffer) {
-        let kernels = self.kernels;
-        let cols = x.cols();
-        assert_same_shape(x, branch);
-        y.reshape(x.rows(), cols);
-        let parts = (x.data_mut().chunks_exact_mut(cols))
-            .zip(branch.data().chunks_exact(cols))
-            .zip(y.data_mut().chunks_exact_mut(cols));
-        self.team.each_part(parts.collect(), |((x, branch), y)| {
-            add(x, branch);
-            norm.apply(kernels, x, y);
-        });
-    }
-
-    /// The same, with the norm as `w` takes it: a normalised row never leaves the first cache.
-    /// # Panics
-    /// When the shapes differ.
-    pub fn add_norm_input(
+    /// The values of `x`: its own, or a copy of them in `copy`.
+    /// # Errors
+    /// When the device fails.
+    fn read<'x>(
         &self,
-        x: &mut Buffer,
-        branch: &Buffer,
+        x: &'x Self::Buffer,
+        copy: &'x mut Buffer,
+    ) -> Result<&'x Buffer, DeviceFailed>;
+
+    /// Enters the device for some operations.
+    /// # Errors
+    /// The first failure of the device, in these operations or before.
+    fn enter<R: Send>(
+        &self,
+        work: impl FnOnce(&Self::Ops<'_>) -> R + Send,
+    ) -> Result<R, DeviceFailed>;
+
+    /// The same for operations that will come again: with the same `key` they are always the same ones,
+    /// of the same shapes, on the same weights and buffers, and read nothing back. Only what was placed
+    /// differs. A device may keep them and ask for all of them at once the next time. After an error of
+    /// `work` the results mean nothing.
+    /// # Errors
+    /// The first failure of the device, in these operations or before.
+    fn repeat<R: Send, E: Send>(
+        &self,
+        _key: usize,
+        work: impl FnOnce(&Self::Ops<'_>) -> Result<R, E> + Send,
+    ) -> Result<Result<R, E>, DeviceFailed> {
+        self.enter(work)
+    }
+}
+
+/// The operations of a backend that was entered. They do not fail: a device notes its first failure, does
+/// nothing from then on, and [`Backend::enter`] returns it.
+///
+/// Where an operation is given a shape or rows that do not fit, it panics: models check their weights and
+/// their tokens at their border.
+pub trait Ops<B: Backend> {
+    /// Zeros, `[rows, cols]`.
+    fn zeros(&self, rows: usize, cols: usize, x: &mut B::Buffer);
+
+    /// Writes `values`, whole rows, over the rows of `x` from `row` on.
+    fn write(&self, values: &[f32], row: usize, x: &mut B::Buffer);
+
+    /// Copies some rows of `from` over those of `to` from `row` on.
+    fn copy_rows(&self, from: &B::Buffer, rows: Range<usize>, to: &mut B::Buffer, row: usize);
+
+    /// The values of `x`: its own, or a copy of them in `copy`. Not inside [`Backend::repeat`].
+    fn read<'x>(&self, x: &'x B::Buffer, copy: &'x mut Buffer) -> &'x Buffer;
+
+    /// `x[t] = multiplier * table[ids[t]]`
+    fn embed(&self, table: &Matrix, tokens: &B::Tokens, multiplier: f32, x: &mut B::Buffer);
+
+    /// `x += branch`, and `y` the norm of each row of the sum.
+    fn add_norm(&self, x: &mut B::Buffer, branch: &B::Buffer, norm: &Norm, y: &mut B::Buffer);
+
+    /// The same, with the norm as `w` takes it.
+    fn add_norm_input(
+        &self,
+        x: &mut B::Buffer,
+        branch: &B::Buffer,
         norm: &Norm,
         w: &Matrix,
-        out: &mut Input,
-    ) {
-        let kernels = self.kernels;
-        assert_columns(x.cols(), w);
-        out.reshape(w, x.rows());
-        match &mut out.kind {
-            InputKind::Floats(y) => self.add_norm(x, branch, norm, y),
-            InputKind::Quantized(quantized) => {
-                let cols = x.cols();
-                assert_same_shape(x, branch);
-                let parts = (quantized.tiles_mut())
-                    .zip(x.data_mut().chunks_mut(TILE * cols))
-                    .zip(branch.data().chunks(TILE * cols));
-                self.team
-                    .each_part(parts.collect(), |((mut tile, x), branch)| {
-                        let mut row = vec![0.0; cols];
-                        let rows = x.chunks_exact_mut(cols).zip(branch.chunks_exact(cols));
-                        for (r, (x, branch)) in rows.enumerate() {
-                            add(x, branch);
-                            norm.apply(kernels, x, &mut row);
-                            kernels.quantize(&row, &mut tile, r);
-                        }
-                    });
-            }
-        }
-    }
+        out: &mut B::Input,
+    );
 
     /// Rows as `w` takes them.
-    /// # Panics
-    /// When `x` has not as many columns as `w`.
-    pub fn input(&self, x: &Buffer, w: &Matrix, out: &mut Input) {
-        let kernels = self.kernels;
-        assert_columns(x.cols(), w);
-        out.reshape(w, x.rows());
-        match &mut out.kind {
-            InputKind::Floats(buffer) => buffer.data_mut().copy_from_slice(x.data()),
-            InputKind::Quantized(quantized) => {
-                let parts = quantized.tiles_mut().zip(x.data().chunks(TILE * x.cols()));
-                self.team.each_part(parts.collect(), |(mut tile, x_rows)| {
-                    for (r, x) in x_rows.chunks_exact(x.cols()).enumerate() {
-                        kernels.quantize(x, &mut tile, r);
-                    }
-                });
-            }
-        }
+    fn input(&self, x: &B::Buffer, w: &Matrix, out: &mut B::Input);
+
+    /// `y = x w^T + bias`: `[tokens, cols]` to `[tokens, rows]`.
+    fn linear(&self, w: &Linear, x: &B::Input, y: &mut B::Buffer);
+
+    /// Several matrices of one input; their outputs lie side by side.
+    fn linears(&self, ws: &[Linear], x: &B::Input, y: &mut B::Buffer);
+
+    /// The gated projections of an MLP: `[tokens, cols]` to `[tokens, inner]`.
+    fn gated_linear(&self, w: &GateUp, x: &B::Input, y: &mut B::Buffer);
+
+    /// `y = activation(x w^T + bias)`
+    fn activated_linear(&self, w: &Linear, activation: Activation, x: &B::Input, y: &mut B::Buffer);
+
+    /// Rotates the queries of each row of `qkv` in place, and stores its key, rotated, and its value in a
+    /// layer of the cache, which has room. What becomes of the keys in `qkv` is left open.
+    fn rope_and_store(
+        &self,
+        qkv: &mut B::Buffer,
+        heads: Heads,
+        tokens: &B::Tokens,
+        cache: &mut B::Cache,
+        layer: usize,
+    );
+
+    /// Attention of the queries in `qkv` over a layer of the cache, which holds their keys and values
+    /// already; `y` is `[tokens, heads * head_dim]`.
+    fn attention(
+        &self,
+        qkv: &B::Buffer,
+        heads: Heads,
+        tokens: &B::Tokens,
+        cache: &B::Cache,
+        seen: Seen,
+        y: &mut B::Buffer,
+    );
+
+    /// Attention of every token with every token of its sequence. `qkv` holds sequences of `tokens` rows one
+    /// after the other; `y` is `[rows, heads * head_dim]`.
+    fn full_attention(
+        &self,
+        qkv: &B::Buffer,
+        heads: Heads,
+        tokens: usize,
+        scale: f32,
+        y: &mut B::Buffer,
+    );
+
+    /// Picks the experts of each token by its scores, `[tokens, experts]`.
+    fn route(&self, scores: &B::Buffer, jitter: f32, routes: &mut B::Routes);
+
+    /// The experts that were given tokens and how many, where the host knows them.
+    fn loads(&self, routes: &B::Routes, each: impl FnMut(usize, usize));
+
+    /// The weighted sum of each token's experts: `[tokens, hidden]` to the same.
+    fn experts(
+        &self,
+        experts: &[Expert],
+        routes: &B::Routes,
+        x: &B::Buffer,
+        y: &mut B::Buffer,
+        s: &mut B::ExpertScratch,
+    );
+
+    /// Divides logits by `divisor`, and makes those of the `unused` ids the lowest float.
+    fn finish_logits(&self, divisor: f32, unused: &[Range<usize>], logits: &mut B::Buffer);
+}
+
+/// What the queries of a layer look at, and how.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Seen {
+    /// Layer of the cache.
+    pub layer: usize,
+    /// Which of its keys.
+    pub mask: Mask,
+    /// Factor on the scores.
+    pub scale: f32,
+}
+
+/// Keys and values of a sequence, wherever they are.
+pub trait Cache: Debug + Send + Sync {
+    /// What it stores.
+    fn kind(&self) -> KvType;
+
+    /// Positions that are complete in every layer.
+    fn len(&self) -> usize;
+
+    /// Whether there are none.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
     }
-}
 
-/// `x += y`
-fn add(x: &mut [f32], y: &[f32]) {
-    x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
-}
+    /// All positions up to `len` are complete in every layer now.
+    fn set_len(&mut self, len: usize);
 
-fn assert_same_shape(x: &Buffer, y: &Buffer) {
-    assert_eq!(
-        (x.rows(), x.cols()),
-        (y.rows(), y.cols()),
-        "shapes of a sum"
-    );
-}
+    /// Bytes held.
+    fn bytes(&self) -> usize;
 
-fn assert_columns(cols: usize, w: &Matrix) {
-    assert_eq!(
-        cols,
-        w.cols(),
-        "columns of the activations and of the weights"
-    );
+    /// Bytes that were given back because no later query sees them.
+    fn dropped_bytes(&self) -> usize;
+
+    /// Takes memory for `positions` positions in all.
+    /// # Errors
+    /// [`KvOutOfMemory`]; what was there stays usable.
+    fn reserve(&mut self, positions: usize) -> Result<(), KvOutOfMemory>;
+
+    /// Gives back what no query at position `next` or later sees, if it can.
+    fn drop_hidden(&mut self, next: usize);
+
+    /// Forgets the positions from `len` on, or all of them where the next query would see what was dropped.
+    fn truncate(&mut self, len: usize);
+
+    /// Changes every stored key in place: `change(position, head)` with `head` of `[head_dim]`.
+    /// # Errors
+    /// When the device fails.
+    fn update_keys(
+        &mut self,
+        change: &mut dyn FnMut(usize, &mut [f32]),
+    ) -> Result<(), DeviceFailed>;
+
+    /// Key and value of one position as f32, `[head_dim]` each.
+    /// # Errors
+    /// When the device fails.
+    fn read(
+        &self,
+        layer: usize,
+        head: usize,
+        position: usize,
+    ) -> Result<(Vec<f32>, Vec<f32>), DeviceFailed>;
 }

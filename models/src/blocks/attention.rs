@@ -1,8 +1,7 @@
 //! Causal self-attention with rotary positions, grouped heads and an optional sliding window.
 
-use phidias_engine::backend::{Heads, Input, Mask, Ops, Rotations};
-use phidias_engine::kv_cache::KvCache;
-use phidias_engine::tensor::{Buffer, Linear, Matrix};
+use phidias_engine::backend::{Backend, Heads, Mask, Ops, Seen};
+use phidias_engine::tensor::{Linear, Matrix};
 
 /// Self-attention.
 #[derive(Clone, Debug)]
@@ -20,23 +19,22 @@ pub struct Attention {
     pub scale: f32,
 }
 
-/// Where in the sequence a chunk of tokens stands.
-#[derive(Clone, Copy, Debug)]
-pub struct Place<'a> {
-    /// Layer of the cache.
-    pub layer: usize,
-    /// Position of the first token.
-    pub first: usize,
-    /// Rotations of the tokens.
-    pub rotations: &'a Rotations,
+/// What attention works with, kept from layer to layer.
+#[derive(Debug)]
+pub struct Scratch<B: Backend> {
+    qkv: B::Buffer,
+    heads: B::Buffer,
+    input: B::Input,
 }
 
-/// What attention works with, kept from layer to layer.
-#[derive(Debug, Default)]
-pub struct Scratch {
-    qkv: Buffer,
-    heads: Buffer,
-    input: Input,
+impl<B: Backend> Default for Scratch<B> {
+    fn default() -> Self {
+        Self {
+            qkv: B::Buffer::default(),
+            heads: B::Buffer::default(),
+            input: B::Input::default(),
+        }
+    }
 }
 
 impl Attention {
@@ -46,29 +44,30 @@ impl Attention {
         &self.qkv_proj[0].weight
     }
 
-    /// `y = attention(x)`, both `[tokens, hidden]`; keys and values go to the cache.
-    pub fn forward(
+    /// `y = attention(x)`, both `[tokens, hidden]`; keys and values go to `layer` of the cache.
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "what goes in, what is kept, what comes out"
+    )]
+    pub fn forward<B: Backend>(
         &self,
-        ops: &Ops<'_>,
-        x: &Input,
-        cache: &mut KvCache,
-        at: Place<'_>,
-        y: &mut Buffer,
-        s: &mut Scratch,
+        ops: &impl Ops<B>,
+        x: &B::Input,
+        tokens: &B::Tokens,
+        cache: &mut B::Cache,
+        layer: usize,
+        y: &mut B::Buffer,
+        s: &mut Scratch<B>,
     ) {
         let heads = self.heads;
+        let seen = Seen {
+            layer,
+            mask: self.mask,
+            scale: self.scale,
+        };
         ops.linears(&self.qkv_proj, x, &mut s.qkv);
-        ops.rope_and_store(&mut s.qkv, heads, at.rotations, cache, at.layer, at.first);
-        ops.attention(
-            &s.qkv,
-            heads,
-            cache,
-            at.layer,
-            at.first,
-            self.mask,
-            self.scale,
-            &mut s.heads,
-        );
+        ops.rope_and_store(&mut s.qkv, heads, tokens, cache, layer);
+        ops.attention(&s.qkv, heads, tokens, cache, seen, &mut s.heads);
         ops.input(&s.heads, &self.o_proj.weight, &mut s.input);
         ops.linear(&self.o_proj, &s.input, y);
     }

@@ -1,7 +1,7 @@
 //! The head: from hidden states to logits.
 
-use phidias_engine::backend::{Input, Ops};
-use phidias_engine::tensor::{Buffer, Linear};
+use phidias_engine::backend::{Backend, Ops};
+use phidias_engine::tensor::Linear;
 use std::ops::Range;
 
 /// `logits = hidden weight^T / divisor`
@@ -16,31 +16,37 @@ pub struct LmHead {
 }
 
 /// What the head works with, kept from pass to pass.
-#[derive(Debug, Default)]
-pub struct Scratch {
-    rows: Buffer,
-    input: Input,
+#[derive(Debug)]
+pub struct Scratch<B: Backend> {
+    rows: B::Buffer,
+    input: B::Input,
     /// `[rows, vocab]`, the last result.
-    pub logits: Buffer,
+    pub logits: B::Buffer,
+}
+
+impl<B: Backend> Default for Scratch<B> {
+    fn default() -> Self {
+        Self {
+            rows: B::Buffer::default(),
+            input: B::Input::default(),
+            logits: B::Buffer::default(),
+        }
+    }
 }
 
 impl LmHead {
     /// The logits of some rows of the hidden states, in `s.logits`.
-    pub fn forward(&self, ops: &Ops<'_>, hidden: &Buffer, rows: Range<usize>, s: &mut Scratch) {
-        let cols = hidden.cols();
-        s.rows.reshape(rows.len(), cols);
-        let values = &hidden.data()[rows.start * cols..rows.end * cols];
-        s.rows.data_mut().copy_from_slice(values);
+    pub fn forward<B: Backend>(
+        &self,
+        ops: &impl Ops<B>,
+        hidden: &B::Buffer,
+        rows: Range<usize>,
+        s: &mut Scratch<B>,
+    ) {
+        ops.zeros(rows.len(), self.linear.weight.cols(), &mut s.rows);
+        ops.copy_rows(hidden, rows, &mut s.rows, 0);
         ops.input(&s.rows, &self.linear.weight, &mut s.input);
         ops.linear(&self.linear, &s.input, &mut s.logits);
-        for t in 0..rows.len() {
-            let logits = s.logits.row_mut(t);
-            if self.divisor != 1.0 {
-                logits.iter_mut().for_each(|v| *v /= self.divisor);
-            }
-            for ids in &self.unused {
-                logits[ids.clone()].fill(f32::MIN);
-            }
-        }
+        ops.finish_logits(self.divisor, &self.unused, &mut s.logits);
     }
 }

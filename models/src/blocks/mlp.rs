@@ -1,7 +1,7 @@
 //! The MLP: `down(gated(x))`.
 
-use phidias_engine::backend::{GateUp, Input, Ops};
-use phidias_engine::tensor::{Buffer, Linear, Matrix};
+use phidias_engine::backend::{Backend, GateUp, Ops};
+use phidias_engine::tensor::{Linear, Matrix};
 
 /// An MLP with a gate.
 #[derive(Clone, Debug)]
@@ -13,10 +13,19 @@ pub struct Mlp {
 }
 
 /// What the MLP works with, kept from layer to layer.
-#[derive(Debug, Default)]
-pub struct Scratch {
-    gated: Buffer,
-    input: Input,
+#[derive(Debug)]
+pub struct Scratch<B: Backend> {
+    gated: B::Buffer,
+    input: B::Input,
+}
+
+impl<B: Backend> Default for Scratch<B> {
+    fn default() -> Self {
+        Self {
+            gated: B::Buffer::default(),
+            input: B::Input::default(),
+        }
+    }
 }
 
 impl Mlp {
@@ -26,7 +35,13 @@ impl Mlp {
     }
 
     /// `y = mlp(x)`, both `[tokens, hidden]`.
-    pub fn forward(&self, ops: &Ops<'_>, x: &Input, y: &mut Buffer, s: &mut Scratch) {
+    pub fn forward<B: Backend>(
+        &self,
+        ops: &impl Ops<B>,
+        x: &B::Input,
+        y: &mut B::Buffer,
+        s: &mut Scratch<B>,
+    ) {
         ops.gated_linear(&self.gate_up, x, &mut s.gated);
         ops.input(&s.gated, &self.down_proj.weight, &mut s.input);
         ops.linear(&self.down_proj, &s.input, y);

@@ -1,7 +1,7 @@
 //! A mixture of experts in the place of the MLP.
 
-use phidias_engine::backend::{Expert, ExpertScratch, Input, Ops, Routes};
-use phidias_engine::tensor::{Buffer, Linear};
+use phidias_engine::backend::{Backend, Expert, Ops};
+use phidias_engine::tensor::Linear;
 
 /// A router and its experts, of which a token uses [`PICKS`](phidias_engine::backend::PICKS).
 #[derive(Clone, Debug)]
@@ -15,29 +15,40 @@ pub struct Moe {
 }
 
 /// What a mixture works with, kept from layer to layer.
-#[derive(Debug, Default)]
-pub struct Scratch {
-    input: Input,
+#[derive(Debug)]
+pub struct Scratch<B: Backend> {
+    input: B::Input,
     /// The router's scores of the last layer, `[tokens, experts]`.
-    pub scores: Buffer,
-    routes: Routes,
-    experts: ExpertScratch,
+    pub scores: B::Buffer,
+    routes: B::Routes,
+    experts: B::ExpertScratch,
+}
+
+impl<B: Backend> Default for Scratch<B> {
+    fn default() -> Self {
+        Self {
+            input: B::Input::default(),
+            scores: B::Buffer::default(),
+            routes: B::Routes::default(),
+            experts: B::ExpertScratch::default(),
+        }
+    }
 }
 
 impl Moe {
     /// `y = moe(x)`, both `[tokens, hidden]`.
-    pub fn forward(
+    pub fn forward<B: Backend>(
         &self,
-        ops: &Ops<'_>,
-        x: &Buffer,
-        y: &mut Buffer,
-        s: &mut Scratch,
+        ops: &impl Ops<B>,
+        x: &B::Buffer,
+        y: &mut B::Buffer,
+        s: &mut Scratch<B>,
         routing: &mut LayerRouting,
     ) {
         ops.input(x, &self.router.weight, &mut s.input);
         ops.linear(&self.router, &s.input, &mut s.scores);
         ops.route(&s.scores, self.jitter, &mut s.routes);
-        routing.count(&s.routes);
+        ops.loads(&s.routes, |expert, tokens| routing.count(expert, tokens));
         ops.experts(&self.experts, &s.routes, x, y, &mut s.experts);
     }
 }
@@ -61,10 +72,8 @@ impl LayerRouting {
         }
     }
 
-    fn count(&mut self, routes: &Routes) {
-        for (expert, tokens) in routes.loads() {
-            self.tokens[expert] += tokens as u64;
-            self.reads += 1;
-        }
+    fn count(&mut self, expert: usize, tokens: usize) {
+        self.tokens[expert] += tokens as u64;
+        self.reads += 1;
     }
 }

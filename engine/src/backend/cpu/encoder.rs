@@ -1,21 +1,12 @@
 //! What an encoder needs beside a decoder's operations: an activation, and attention without a mask.
 
 use super::linear::multiply;
-use super::{Heads, Input, Ops, assert_columns};
+use super::{Activation, CpuOps, Heads, Input, assert_columns};
 use crate::tensor::{Buffer, Linear};
 use phidias_kernels::cpu::{AttentionState, AttentionTask, Cached, KEY_PANEL, Kernels};
 use phidias_kernels::view::{ColsMut, Elements};
 use std::cell::RefCell;
 use std::ops::Range;
-
-/// An activation of single values.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Activation {
-    /// `x * sigmoid(1.702 x)`
-    QuickGelu,
-    /// `x * Phi(x)`, Phi the distribution of the Gaussian: the exact form, by the error function.
-    Gelu,
-}
 
 impl Activation {
     fn apply(self, kernels: &Kernels, x: &mut [f32]) {
@@ -32,7 +23,7 @@ const QUERY_ROWS: usize = 64;
 /// Keys that are merged together: those of a picture's 577 patches at once.
 const KEY_ROWS: usize = 640;
 
-impl Ops<'_> {
+impl CpuOps<'_> {
     /// `y = activation(x w^T + bias)`, applied while the products are in the cache.
     /// # Panics
     /// When `x` was not made for a matrix like `w`.

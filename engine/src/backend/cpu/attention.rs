@@ -1,30 +1,21 @@
 //! Rotation, the KV cache and attention.
 
-use super::Ops;
+use super::super::{Heads, Mask, Rotations};
+use super::CpuOps;
 use crate::kv_cache::KvCache;
-use crate::mask::{BLOCK, Mask};
+use crate::mask::BLOCK;
 use crate::tensor::Buffer;
 use phidias_kernels::cpu::{AttentionState, AttentionTask, Kernels};
-use phidias_kernels::heads::Heads;
 use phidias_kernels::view::ColsMut;
 use std::cell::RefCell;
 use std::ops::Range;
-
-/// Rows `[tokens, heads]` of rotations: cosine and sine of each position.
-#[derive(Clone, Debug, Default)]
-pub struct Rotations {
-    /// `[positions, head_dim / 2]`
-    pub cos: Buffer,
-    /// `[positions, head_dim / 2]`
-    pub sin: Buffer,
-}
 
 /// Queries that are computed together by one thread, at most: their state stays in the second cache.
 const QUERY_ROWS: usize = 64;
 /// The same where each head sees other blocks: of its queries alone, as many read a block together.
 const HEAD_ROWS: usize = 32;
 
-impl Ops<'_> {
+impl CpuOps<'_> {
     /// Rotates queries and keys of each row of `qkv` in place, row `t` by rotation `t`, and stores keys
     /// and values at positions `first ..` of a layer.
     #[allow(

@@ -1,64 +1,16 @@
 //! Matrices times activations, alone, side by side, and gated.
 
-use super::{Input, InputKind, Ops, add, assert_columns};
+use super::{CpuOps, GateUp, Input, InputKind, add, assert_columns};
 use crate::tensor::{Buffer, Linear, Matrix, MatrixView};
 use phidias_kernels::cpu::{Kernels, panels_at_once};
 use phidias_kernels::view::ColsMut;
 use phidias_quant::packed::PANEL_ROWS;
 use std::ops::Range;
 
-/// The gate and the up projection of an MLP, and how they are combined.
-#[derive(Clone, Debug)]
-pub enum GateUp {
-    /// `up * silu(gate)`: the rows of one matrix, first the gate's, then as many of `up`.
-    Stacked(Linear),
-    /// `up * silu(gate)` of two matrices alike.
-    Pair {
-        /// `[inner, cols]`
-        gate: Linear,
-        /// `[inner, cols]`
-        up: Linear,
-    },
-    /// GEGELU: even rows of one matrix are the gate, odd rows are linear.
-    Interleaved {
-        /// `[2 * inner, cols]`
-        both: Linear,
-        /// Largest magnitude that either may have.
-        limit: f32,
-    },
-}
-
 impl GateUp {
     /// Outputs that are computed before the gate is applied.
     pub(super) fn rows_at_once(tokens: usize) -> usize {
         PANEL_ROWS * panels_at_once(tokens)
-    }
-
-    /// A matrix that its input is made for.
-    #[must_use]
-    pub fn matrix(&self) -> &Matrix {
-        match self {
-            Self::Stacked(both) | Self::Interleaved { both, .. } => &both.weight,
-            Self::Pair { gate, .. } => &gate.weight,
-        }
-    }
-
-    /// All its matrices.
-    pub fn matrices(&self) -> impl Iterator<Item = &Matrix> {
-        let second = match self {
-            Self::Pair { up, .. } => Some(&up.weight),
-            Self::Stacked(_) | Self::Interleaved { .. } => None,
-        };
-        std::iter::once(self.matrix()).chain(second)
-    }
-
-    /// Outputs.
-    #[must_use]
-    pub fn inner(&self) -> usize {
-        match self {
-            Self::Stacked(both) | Self::Interleaved { both, .. } => both.weight.rows() / 2,
-            Self::Pair { gate, .. } => gate.weight.rows(),
-        }
     }
 
     /// Outputs `out` for all rows of `x`, [`GateUp::rows_at_once`] at a time, so that the projections stay in the
@@ -109,7 +61,7 @@ impl GateUp {
     }
 }
 
-impl Ops<'_> {
+impl CpuOps<'_> {
     /// `y = x w^T + bias`: `[tokens, cols]` to `[tokens, rows]`.
     /// # Panics
     /// When `x` was not made for a matrix like `w`.

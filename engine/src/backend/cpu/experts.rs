@@ -16,54 +16,21 @@
 //!          the picks, so no result depends on what else was routed where.
 //! ```
 
+use super::super::{Expert, GateUp, PICKS, Pick};
 use super::linear::{multiply, split, unit};
-use super::{GateUp, Input, InputKind, Ops, assert_columns};
+use super::{CpuOps, Input, InputKind, assert_columns};
 use crate::bytes::Bytes;
-use crate::tensor::{Buffer, Linear, Matrix};
+use crate::tensor::{Buffer, Matrix};
 use phidias_kernels::cpu::Kernels;
 use phidias_kernels::view::ColsMut;
 use phidias_quant::activations::{TILE, TileMut};
 use std::ops::Range;
-
-/// Experts that a token is given to.
-pub const PICKS: usize = 2;
 
 /// Rows of the weighted sum that one thread takes at a time.
 const SUM_ROWS: usize = 8;
 
 /// Pages of a matrix that are looked at before the rest is asked for: a system call each, 0.2 us.
 const SAMPLED_PAGES: usize = 8;
-
-/// One expert: an MLP with a gate.
-#[derive(Clone, Debug)]
-pub struct Expert {
-    /// `[hidden]` to `[inner]`; rows that a panel begins with, as two matrices always have.
-    pub gate_up: GateUp,
-    /// `[hidden, inner]`
-    pub down_proj: Linear,
-}
-
-impl Expert {
-    /// Its matrices.
-    pub fn matrices(&self) -> impl Iterator<Item = &Matrix> {
-        self.gate_up.matrices().chain([&self.down_proj.weight])
-    }
-
-    /// Bytes that one pass over it reads.
-    #[must_use]
-    pub fn bytes(&self) -> usize {
-        self.matrices().map(Matrix::bytes).sum()
-    }
-}
-
-/// An expert that a token goes to.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Pick {
-    /// Which one.
-    pub expert: usize,
-    /// Factor on its output.
-    pub weight: f32,
-}
 
 /// Where the tokens of a pass go.
 #[derive(Clone, Debug, Default)]
@@ -141,7 +108,7 @@ fn pick(scores: &[f32], taken: Option<usize>, jitter: f32) -> Pick {
     }
 }
 
-/// What [`Ops::experts`] works with, kept from layer to layer.
+/// What [`CpuOps::experts`] works with, kept from layer to layer.
 #[derive(Debug, Default)]
 pub struct ExpertScratch {
     /// Of each expert that has tokens.
@@ -161,7 +128,7 @@ enum InputRows<'i> {
 /// An expert and its part of the grouped rows.
 type Group<'e> = (&'e Expert, Range<usize>);
 
-impl Ops<'_> {
+impl CpuOps<'_> {
     /// Picks the experts of each token by its scores, `[tokens, experts]`.
     /// # Panics
     /// When there are fewer than [`PICKS`] experts: models check that at their border.
@@ -337,7 +304,7 @@ mod tests {
     use crate::backend::Cpu;
     use crate::huge::OwnedBytes;
     use crate::pool::Pool;
-    use crate::tensor::{DType, Tensor};
+    use crate::tensor::{DType, Linear, Tensor};
     use phidias_kernels::cpu::Kernels;
     use std::sync::Arc;
 

@@ -1,0 +1,513 @@
+//! The operations on one GPU, or on the host device that stands in for one.
+//!
+//! ```text
+//! Resident   weights, norms, the head's unused ids: copied once for a model, shared by its sessions
+//! Cuda       a session: its cache, its buffers, the passes it has recorded
+//! a pass     tokens, position and rotations go to the device in one copy; everything else is there
+//! ```
+//!
+//! Operations return before they are done: they are in one queue, and reading logits waits for it. A
+//! failure is noted, and [`Backend::enter`] returns it.
+//!
+//! # Recorded passes
+//!
+//! Decoding asks for the same few hundred launches for every token, and on a GPU asking takes longer than
+//! doing. So [`Backend::repeat`] launches them one by one the first time, which also takes the memory that
+//! is needed; records them the second time; and from then on launches the recording as a whole. The model
+//! is still gone through, so that shapes are what they always are; its operations only do not launch
+//! anything. A recording holds addresses: when a buffer of the session is moved because it grows, all
+//! recordings are forgotten.
+
+mod buffers;
+mod cache;
+mod weights;
+
+pub use buffers::{DeviceExperts, DeviceInput, DeviceRoutes, DeviceTokens, Rows};
+pub use cache::{DeviceCache, KvTypeRefused};
+pub use weights::{Part, Resident, Width};
+
+use super::{Activation, Backend, DeviceFailed, Expert, GateUp, Heads, Norm, Ops, Seen, Tokens};
+use crate::tensor::{Buffer, Linear, Matrix};
+use buffers::Room;
+use phidias_kernels::cuda::attention::{self, Arithmetic};
+use phidias_kernels::cuda::{Device, DeviceError, Recording, elementwise, experts, linear};
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::fmt;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use weights::failed;
+
+/// Tokens of a pass that are spread over the whole device by ranges of the cache: decoding, alone or with
+/// guesses.
+const FEW_TOKENS: usize = 8;
+
+/// A device as one session sees it.
+pub struct Cuda {
+    resident: Arc<Resident>,
+    /// Partial results of attention over a long cache.
+    partials: attention::Scratch,
+    /// In what attention without a cache computes.
+    arithmetic: Arithmetic,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// What failed outside of any pass.
+    error: Option<DeviceError>,
+    passes: HashMap<usize, Pass>,
+    /// Both projections of an MLP where they cannot be gated at once.
+    both: Rows,
+}
+
+/// A pass that comes again.
+enum Pass {
+    /// It was done once, and its buffers are there.
+    Known,
+    /// What it launches, and how much that is.
+    Recorded(Box<dyn Recording>, usize),
+}
+
+impl fmt::Debug for Cuda {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", self.device())
+    }
+}
+
+impl Cuda {
+    /// For sequences of up to `context` tokens of a model that has such heads. With `exact`, attention
+    /// without a cache is f32 throughout.
+    /// # Errors
+    /// When there is no memory for the partial results of attention.
+    pub fn new(
+        resident: Arc<Resident>,
+        heads: Heads,
+        context: usize,
+        exact: bool,
+    ) -> Result<Self, DeviceFailed> {
+        let device = resident.device();
+        let partials = attention::Scratch::new(device, heads, context, FEW_TOKENS);
+        Ok(Self {
+            partials: partials.map_err(|error| failed(&**device, error))?,
+            arithmetic: match exact {
+                true => Arithmetic::F32,
+                false => Arithmetic::F16,
+            },
+            state: Mutex::default(),
+            resident,
+        })
+    }
+
+    /// Bytes that [`Cuda::new`] takes.
+    #[must_use]
+    pub fn bytes(heads: Heads, context: usize) -> usize {
+        attention::Scratch::bytes(heads, context, FEW_TOKENS)
+    }
+
+    /// What of `heads` the kernels cannot take, and what they expect.
+    /// # Errors
+    /// The message.
+    pub fn check(heads: Heads) -> Result<(), String> {
+        let (d, most) = (heads.head_dim, attention::HEAD_DIM);
+        match d.is_multiple_of(8) && (8..=most).contains(&d) {
+            true => Ok(()),
+            false => Err(format!(
+                "heads of {d} elements; on a GPU they have a multiple of 8, at most {most}"
+            )),
+        }
+    }
+
+    fn device(&self) -> &Arc<dyn Device> {
+        self.resident.device()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn failed(&self, error: DeviceError) -> DeviceFailed {
+        failed(&**self.device(), error)
+    }
+
+    /// Goes through some operations, which launch or do not.
+    fn run<R>(
+        &self,
+        state: &mut State,
+        launches: bool,
+        work: impl FnOnce(&CudaOps<'_>) -> R,
+    ) -> Result<(R, Done), DeviceError> {
+        let ops = CudaOps {
+            cuda: self,
+            launches,
+            error: RefCell::new(state.error.take()),
+            count: Cell::new(0),
+            moved: Cell::new(false),
+            both: RefCell::new(&mut state.both),
+        };
+        let result = work(&ops);
+        let done = Done {
+            count: ops.count.get(),
+            moved: ops.moved.get(),
+        };
+        match ops.error.into_inner() {
+            Some(error) => Err(error),
+            None => Ok((result, done)),
+        }
+    }
+
+    /// The same, and forgets the recordings when a buffer was moved.
+    fn launch<R>(
+        &self,
+        state: &mut State,
+        work: impl FnOnce(&CudaOps<'_>) -> R,
+    ) -> Result<R, DeviceError> {
+        let result = self.run(state, true, work);
+        match &result {
+            Ok((_, done)) if !done.moved => {}
+            // A failure may have come when memory had already been given back.
+            _ => state.passes.clear(),
+        }
+        result.map(|(result, _)| result)
+    }
+}
+
+/// What operations did.
+struct Done {
+    /// Those that launch something.
+    count: usize,
+    /// Whether a buffer was moved.
+    moved: bool,
+}
+
+impl Backend for Cuda {
+    type Ops<'t> = CudaOps<'t>;
+    type Tokens = DeviceTokens;
+    type Buffer = Rows;
+    type Input = DeviceInput;
+    type Cache = DeviceCache;
+    type Routes = DeviceRoutes;
+    type ExpertScratch = DeviceExperts;
+
+    fn place(&self, tokens: Tokens, placed: &mut DeviceTokens) {
+        let mut state = self.state();
+        match placed.place(self.device(), &tokens) {
+            Ok(false) => {}
+            Ok(true) => state.passes.clear(),
+            Err(error) => state.error = Some(error),
+        }
+    }
+
+    fn read<'x>(&self, x: &'x Rows, copy: &'x mut Buffer) -> Result<&'x Buffer, DeviceFailed> {
+        copy.reshape(x.rows(), x.cols());
+        (x.span().download(copy.data_mut())).map_err(|error| self.failed(error))?;
+        Ok(copy)
+    }
+
+    fn enter<R: Send>(
+        &self,
+        work: impl FnOnce(&CudaOps<'_>) -> R + Send,
+    ) -> Result<R, DeviceFailed> {
+        (self.launch(&mut self.state(), work)).map_err(|error| self.failed(error))
+    }
+
+    fn repeat<R: Send, E: Send>(
+        &self,
+        key: usize,
+        work: impl FnOnce(&CudaOps<'_>) -> Result<R, E> + Send,
+    ) -> Result<Result<R, E>, DeviceFailed> {
+        let state = &mut *self.state();
+        let result = match state.passes.remove(&key) {
+            None => {
+                let result = self.launch(state, work);
+                if let Ok(Ok(_)) = result {
+                    state.passes.insert(key, Pass::Known);
+                }
+                result
+            }
+            Some(Pass::Known) => self.record(state, key, work),
+            Some(Pass::Recorded(recording, count)) => {
+                let result = self.run(state, false, work);
+                result.and_then(|(result, done)| {
+                    if result.is_ok() {
+                        assert_eq!(done.count, count, "launches of a pass that was recorded");
+                        recording.replay()?;
+                    }
+                    state.passes.insert(key, Pass::Recorded(recording, count));
+                    Ok(result)
+                })
+            }
+        };
+        result.map_err(|error| self.failed(error))
+    }
+}
+
+impl Cuda {
+    /// Records a pass whose buffers are there, and does it.
+    fn record<R, E>(
+        &self,
+        state: &mut State,
+        key: usize,
+        work: impl FnOnce(&CudaOps<'_>) -> Result<R, E>,
+    ) -> Result<Result<R, E>, DeviceError> {
+        let (mut work, mut result) = (Some(work), None);
+        let recording = self.device().record(&mut || {
+            let work = work.take().expect("one call");
+            result = Some(self.run(state, true, work)?);
+            Ok(())
+        })?;
+        let (result, done) = result.expect("work that was called");
+        if result.is_ok() {
+            recording.replay()?;
+            state
+                .passes
+                .insert(key, Pass::Recorded(recording, done.count));
+        }
+        Ok(result)
+    }
+}
+
+/// The operations of a session's device.
+pub struct CudaOps<'c> {
+    cuda: &'c Cuda,
+    /// Whether they launch anything: not when a recording does.
+    launches: bool,
+    error: RefCell<Option<DeviceError>>,
+    count: Cell<usize>,
+    moved: Cell<bool>,
+    both: RefCell<&'c mut Rows>,
+}
+
+impl CudaOps<'_> {
+    /// Does something on the device, if nothing has failed before.
+    fn run(&self, work: impl FnOnce(&dyn Device, &Resident) -> Result<(), DeviceError>) {
+        self.count.set(self.count.get() + 1);
+        let mut error = self.error.borrow_mut();
+        if self.launches && error.is_none() {
+            let resident = &*self.cuda.resident;
+            *error = work(&**resident.device(), resident).err();
+        }
+    }
+
+    fn reserve(&self, room: &mut Room, bytes: usize) {
+        let mut error = self.error.borrow_mut();
+        if error.is_none() {
+            match room.reserve(self.cuda.device(), bytes) {
+                Ok(moved) => self.moved.set(self.moved.get() || moved),
+                Err(failed) => *error = Some(failed),
+            }
+        }
+    }
+
+    /// Shapes an input as a matrix takes it.
+    fn shape(&self, out: &mut DeviceInput, w: &Matrix, rows: usize) {
+        let layout = self.cuda.resident.layout(w);
+        out.reshape(self, layout.elements().form(), rows, layout.cols());
+    }
+}
+
+impl Ops<Cuda> for CudaOps<'_> {
+    fn zeros(&self, rows: usize, cols: usize, x: &mut Rows) {
+        x.reshape(self, rows, cols);
+        self.run(|_, _| x.span().zero());
+    }
+
+    fn write(&self, values: &[f32], row: usize, x: &mut Rows) {
+        let rows = row..row + values.len() / x.cols();
+        self.run(|_, _| x.slice(rows).upload(values));
+    }
+
+    fn copy_rows(&self, from: &Rows, rows: Range<usize>, to: &mut Rows, row: usize) {
+        let place = row..row + rows.len();
+        self.run(|_, _| from.slice(rows).copy_to(to.slice(place)));
+    }
+
+    fn read<'x>(&self, x: &'x Rows, copy: &'x mut Buffer) -> &'x Buffer {
+        copy.reshape(x.rows(), x.cols());
+        self.run(|_, _| x.span().download(copy.data_mut()));
+        copy
+    }
+
+    fn embed(&self, table: &Matrix, tokens: &DeviceTokens, multiplier: f32, x: &mut Rows) {
+        x.reshape(self, tokens.count(), table.cols());
+        self.run(|device, resident| {
+            let table = resident.matrix(table);
+            elementwise::embed(device, &table, tokens.ids(), multiplier, x.span())
+        });
+    }
+
+    fn add_norm(&self, x: &mut Rows, branch: &Rows, norm: &Norm, y: &mut Rows) {
+        y.reshape(self, x.rows(), x.cols());
+        self.run(|device, resident| {
+            let norm = resident.norm(norm);
+            elementwise::add_norm(device, x.span(), Some(branch.span()), norm, y.span())
+        });
+    }
+
+    fn add_norm_input(
+        &self,
+        x: &mut Rows,
+        branch: &Rows,
+        norm: &Norm,
+        w: &Matrix,
+        out: &mut DeviceInput,
+    ) {
+        self.shape(out, w, x.rows());
+        self.run(|device, resident| {
+            let (norm, branch) = (resident.norm(norm), Some(branch.span()));
+            elementwise::add_norm(device, x.span(), branch, norm, out.activations())
+        });
+    }
+
+    fn input(&self, x: &Rows, w: &Matrix, out: &mut DeviceInput) {
+        self.shape(out, w, x.rows());
+        self.run(|device, _| elementwise::input(device, x.span(), x.cols(), out.activations()));
+    }
+
+    fn linear(&self, w: &Linear, x: &DeviceInput, y: &mut Rows) {
+        self.linears(std::slice::from_ref(w), x, y);
+    }
+
+    fn linears(&self, ws: &[Linear], x: &DeviceInput, y: &mut Rows) {
+        y.reshape(self, x.rows(), ws.iter().map(|w| w.weight.rows()).sum());
+        self.run(|device, resident| {
+            let ws: Vec<_> = ws.iter().map(|w| resident.linear(w)).collect();
+            linear::linear(device, &ws, x.activations(), x.rows(), y.span())
+        });
+    }
+
+    fn gated_linear(&self, w: &GateUp, x: &DeviceInput, y: &mut Rows) {
+        let (rows, inner) = (x.rows(), w.inner());
+        y.reshape(self, rows, inner);
+        match (w, self.cuda.resident.gated(w)) {
+            (GateUp::Stacked(w), None) => {
+                // The rows of `up` do not begin with a panel: both at once, then the gate.
+                let both = &mut **self.both.borrow_mut();
+                self.linear(w, x, both);
+                self.run(|device, _| elementwise::silu_mul(device, both.span(), inner, y.span()));
+            }
+            (_, gated) => self.run(|device, _| {
+                let gated = gated.expect("only stacked ones cannot be gated at once");
+                linear::gated_linear(device, &gated, x.activations(), rows, y.span())
+            }),
+        }
+    }
+
+    fn activated_linear(&self, w: &Linear, activation: Activation, x: &DeviceInput, y: &mut Rows) {
+        self.linear(w, x, y);
+        let activation = match activation {
+            Activation::QuickGelu => elementwise::Activation::QuickGelu,
+            Activation::Gelu => elementwise::Activation::Gelu,
+        };
+        self.run(|device, _| {
+            elementwise::activate(device, activation, y.span(), y.cols(), y.span())
+        });
+    }
+
+    fn rope_and_store(
+        &self,
+        qkv: &mut Rows,
+        heads: Heads,
+        tokens: &DeviceTokens,
+        cache: &mut DeviceCache,
+        layer: usize,
+    ) {
+        self.run(|device, _| {
+            let rotations = tokens.rotations();
+            let cache = cache.layer(layer);
+            attention::rope_and_store(device, qkv.span(), heads, rotations, cache, tokens.first())
+        });
+    }
+
+    fn attention(
+        &self,
+        qkv: &Rows,
+        heads: Heads,
+        tokens: &DeviceTokens,
+        cache: &DeviceCache,
+        seen: Seen,
+        y: &mut Rows,
+    ) {
+        y.reshape(self, qkv.rows(), heads.queries());
+        self.run(|device, _| {
+            attention::attention(
+                device,
+                qkv.span(),
+                heads,
+                cache.layer(seen.layer),
+                seen.mask,
+                seen.scale,
+                tokens.first(),
+                &self.cuda.partials,
+                y.span(),
+            )
+        });
+    }
+
+    fn full_attention(&self, qkv: &Rows, heads: Heads, tokens: usize, scale: f32, y: &mut Rows) {
+        y.reshape(self, qkv.rows(), heads.queries());
+        self.run(|device, _| {
+            let arithmetic = self.cuda.arithmetic;
+            attention::full_attention(
+                device,
+                qkv.span(),
+                heads,
+                tokens,
+                scale,
+                arithmetic,
+                y.span(),
+            )
+        });
+    }
+
+    fn route(&self, scores: &Rows, jitter: f32, routes: &mut DeviceRoutes) {
+        routes.reshape(self, scores.rows(), scores.cols());
+        self.run(|device, _| experts::route(device, scores.span(), jitter, &routes.routes()));
+    }
+
+    /// They stay on the device.
+    fn loads(&self, _routes: &DeviceRoutes, _each: impl FnMut(usize, usize)) {}
+
+    fn experts(
+        &self,
+        experts: &[Expert],
+        routes: &DeviceRoutes,
+        x: &Rows,
+        y: &mut Rows,
+        s: &mut DeviceExperts,
+    ) {
+        let Some(first) = experts.first() else {
+            unreachable!("a mixture of no experts")
+        };
+        let (gate_up, down) = (&first.gate_up, &first.down_proj.weight);
+        let places = x.rows() * super::PICKS;
+        s.gated.reshape(self, places, gate_up.inner());
+        s.outputs.reshape(self, places, down.rows());
+        y.reshape(self, x.rows(), down.rows());
+        self.input(x, gate_up.matrix(), &mut s.input);
+        self.run(|device, resident| {
+            let gated = resident
+                .gated(gate_up)
+                .expect("experts that can be gated at once");
+            let (x, routes) = (s.input.activations(), routes.routes());
+            linear::gated_experts(device, &gated, x, &routes, s.gated.span())
+        });
+        self.input(&s.gated, down, &mut s.input);
+        self.run(|device, resident| {
+            let (w, x) = (resident.matrix(down), s.input.activations());
+            linear::linear_experts(device, &w, x, &routes.routes(), s.outputs.span())?;
+            let (outputs, cols) = (s.outputs.span(), y.cols());
+            experts::sum_picks(device, outputs, &routes.routes(), cols, y.span())
+        });
+    }
+
+    fn finish_logits(&self, divisor: f32, unused: &[Range<usize>], logits: &mut Rows) {
+        if divisor == 1.0 && unused.is_empty() {
+            return;
+        }
+        self.run(|device, resident| {
+            let (vocab, ids) = (logits.cols(), resident.ids(unused));
+            elementwise::finish_logits(device, logits.span(), vocab, divisor, ids)
+        });
+    }
+}

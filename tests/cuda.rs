@@ -1,0 +1,356 @@
+//! Models on a device: the host device, and the GPU where there is one. What the reference implementation
+//! gives is compared in `reference.rs` and `vision_reference.rs`, on devices as on the CPU.
+//!
+//! ```text
+//! near    the CPU's results, in the formats whose products are sums of integers, and in bf16
+//! same    bit for bit: chunks, contexts, decoding and prompts, recorded passes, what was truncated
+//! ```
+#![cfg(feature = "cuda")]
+
+mod common;
+
+use common::{
+    Random, all_logits, config, devices, moe_config, open, open_on, relative_error, session,
+    small_config, text_fixtures, weights, write_model,
+};
+use phidias::engine::Cancel;
+use phidias::engine::kernels::cuda::{Device, Memory};
+use phidias::engine::kv_cache::KvType;
+use phidias::models::Crossing;
+use phidias::{Error, Model, Session, SessionOptions, WeightFormat};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tempfile::TempDir;
+
+/// The fixtures, and models that they lack: an MLP whose gate ends inside a panel, a head that is the
+/// embedding table, biases everywhere.
+struct Folders {
+    list: Vec<PathBuf>,
+    _made: TempDir,
+}
+
+fn folders() -> Folders {
+    let made = TempDir::new().unwrap();
+    let mut list = text_fixtures();
+    let odd = changed(config(), "intermediate_size", json!(40));
+    let tied = changed(config(), "tie_word_embeddings", json!(true));
+    let configs = [odd, tied, small_config(), moe_config()];
+    for (config, seed) in configs.iter().zip(1..) {
+        let folder = made.path().join(format!("made{seed}"));
+        write_model(&folder, config, &weights(config, "BF16", seed));
+        list.push(folder);
+    }
+    Folders { list, _made: made }
+}
+
+fn changed(mut config: Value, field: &str, value: Value) -> Value {
+    config[field] = value;
+    config
+}
+
+/// Every folder in some formats, on every device.
+fn each_model(formats: &[WeightFormat], mut check: impl FnMut(&str, &Arc<Model>, &Path)) {
+    let folders = folders();
+    for device in devices() {
+        for folder in &folders.list {
+            for &format in formats {
+                let what = format!("{} in {format} on {}", folder.display(), device.name());
+                check(&what, &open_on(&device, folder, format), folder);
+            }
+        }
+    }
+}
+
+/// Any of the fixtures on every device.
+fn each_device(mut check: impl FnMut(&Arc<dyn Device>, &Path)) {
+    let folder = text_fixtures().remove(0);
+    devices().iter().for_each(|device| check(device, &folder));
+}
+
+fn run(chunk: usize, context: usize) -> SessionOptions {
+    SessionOptions {
+        context: Some(context),
+        chunk,
+        threads: Some(1),
+        ..SessionOptions::default()
+    }
+}
+
+fn with_cache(kind: KvType, options: SessionOptions) -> SessionOptions {
+    SessionOptions {
+        kv_type: Some(kind),
+        ..options
+    }
+}
+
+fn prompt(model: &Model, n: usize, seed: u64) -> Vec<u32> {
+    Random(seed).ids(n, model.config().vocab_size)
+}
+
+fn bits(row: &[f32]) -> Vec<u32> {
+    row.iter().map(|v| v.to_bits()).collect()
+}
+
+fn assert_same(got: &[Vec<f32>], want: &[Vec<f32>], what: &str) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    for (i, (got, want)) in got.iter().zip(want).enumerate() {
+        assert!(bits(got) == bits(want), "{what}: logits {i} differ");
+    }
+}
+
+fn worst(got: &[Vec<f32>], want: &[Vec<f32>]) -> f64 {
+    assert_eq!(got.len(), want.len());
+    let errors = got.iter().zip(want).map(|(a, b)| relative_error(a, b));
+    errors.fold(0.0, f64::max)
+}
+
+/// Whether a model has experts: a difference in the last place may send a token elsewhere.
+fn routes(model: &Model) -> bool {
+    model.config().moe.is_some()
+}
+
+/// Products are sums of the same integers and attention is f32: what differs is the order of sums of floats
+/// and the last place of exponentials. With 32 layers of 4 matrices that would be 128 roundings of 2^-24,
+/// 8e-6 if all were alike; but where such a difference moves a value over the border between two quants the
+/// result jumps by as much as with a cache in half precision. So either it is below 1e-5, or no jump is more
+/// than some times what that does to the CPU's own results.
+#[test]
+fn quantized_models_give_what_the_cpu_gives() {
+    each_model(
+        &[WeightFormat::Q8, WeightFormat::Q4],
+        |what, model, folder| {
+            let (cpu, ids) = (open(folder, model.format()), prompt(model, 11, 1));
+            let of = |model, kind| all_logits(model, with_cache(kind, run(8, 32)), &ids);
+            let [exact, half] = [KvType::F32, KvType::F16].map(|kind| of(&cpu, kind));
+            let jump = worst(&half, &exact);
+            let error = worst(&of(model, KvType::F32), &exact);
+            assert!(
+                error < 1e-5 || error < 4.0 * jump,
+                "{what}: {error:e}, {jump:e}"
+            );
+            if what.contains("host") {
+                assert!(
+                    error < 1e-5,
+                    "{what}: {error:e} where arithmetic is the same"
+                );
+            }
+            if !routes(model) {
+                let error = worst(&of(model, KvType::F16), &half);
+                assert!(
+                    error < 4.0 * jump,
+                    "{what}: {error:e} with a cache in f16, {jump:e}"
+                );
+            }
+        },
+    );
+}
+
+/// Activations are rounded to bf16, by 2^-9 of each at most. A layer has four products after another, and the
+/// head is one more; their errors add like noise: `sqrt(4 layers + 1) * 2^-9`, four times that for the
+/// largest of many rows, and for what the norms and attention in half precision make of it.
+#[test]
+fn bf16_models_are_as_near_as_their_activations() {
+    each_model(&[WeightFormat::Bf16], |what, model, folder| {
+        if routes(model) {
+            return;
+        }
+        let (cpu, ids) = (open(folder, WeightFormat::Bf16), prompt(model, 11, 1));
+        let got = all_logits(model, run(8, 32), &ids);
+        let error = worst(&got, &all_logits(&cpu, run(8, 32), &ids));
+        let layers = model.config().num_hidden_layers as f64;
+        let bound = 4.0 * (4.0 * layers + 1.0).sqrt() / 512.0;
+        assert!(error < bound, "{what}: {error:e} over {bound:e}");
+    });
+}
+
+/// However a sequence is cut into passes, and however large the cache is; tokens one by one are done once,
+/// recorded, and then replayed.
+#[test]
+fn passes_and_contexts_do_not_change_a_bit() {
+    let formats = [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::Q4];
+    each_model(&formats, |what, model, _| {
+        let ids = prompt(model, 21, 2);
+        let want = all_logits(model, run(64, 32), &ids);
+        for (chunk, context) in [(3, 32), (8, 64), (16, 21)] {
+            let got = all_logits(model, run(chunk, context), &ids);
+            assert_same(&got, &want, &format!("{what}, chunks of {chunk}"));
+        }
+        let mut alone = session(model, run(64, 63));
+        let each = ids.iter().map(|id| alone.extend(&[*id]).unwrap().to_vec());
+        assert_same(
+            &each.collect::<Vec<_>>(),
+            &want,
+            &format!("{what}, one by one"),
+        );
+    });
+}
+
+/// Passes of one token, of guesses and of prompts, which move the buffers that recordings know; back, and on.
+#[test]
+fn recorded_passes_survive_what_comes_between() {
+    let formats = [WeightFormat::Q8];
+    each_model(&formats, |what, model, _| {
+        let ids = prompt(model, 30, 3);
+        let want = all_logits(model, run(512, 64), &ids);
+        let mut session = session(model, run(512, 64));
+        let mut at = 0;
+        let mut go = |session: &mut Session, n: usize| {
+            let mut rows = Vec::new();
+            let tokens = &ids[at..at + n];
+            (session.extend_all(tokens, |_, row| rows.push(row.to_vec()))).unwrap();
+            assert_same(&rows, &want[at..at + n], &format!("{what}, {n} at {at}"));
+            at += n;
+        };
+        for n in [1, 1, 1, 4, 1, 4, 1, 9, 1, 1, 4] {
+            go(&mut session, n);
+        }
+        session.truncate(at - 6);
+        at -= 6;
+        let mut go = |session: &mut Session, n: usize| {
+            let got = session.extend(&ids[at..at + n]).unwrap().to_vec();
+            at += n;
+            assert_same(
+                &[got],
+                &want[at - 1..at],
+                &format!("{what}, {n} before {at}"),
+            );
+        };
+        for n in [1, 1, 4, 1, 1] {
+            go(&mut session, n);
+        }
+    });
+}
+
+#[test]
+fn a_cancelled_pass_leaves_no_trace() {
+    each_device(|device, folder| {
+        let model = open_on(device, folder, WeightFormat::Q8);
+        let ids = prompt(&model, 8, 4);
+        let want = all_logits(&model, run(64, 16), &ids);
+        let mut session = session(&model, run(64, 16));
+        // Cancelled when it is done for the first time, when it is recorded, when it is replayed.
+        for (i, id) in ids.iter().enumerate() {
+            let cancel = Cancel::default();
+            cancel.cancel();
+            session.set_cancel(cancel);
+            let error = session.extend(&[*id]).unwrap_err();
+            assert!(matches!(error, Error::Cancelled), "{error}");
+            assert_eq!((session.ids().len(), session.cache().len()), (i, i));
+            session.set_cancel(Cancel::default());
+            let got = session.extend(&[*id]).unwrap().to_vec();
+            assert_same(&[got], &want[i..=i], "after a cancelled pass");
+        }
+    });
+}
+
+#[test]
+fn a_model_that_is_cancelled_on_its_way_to_the_device_is_not_there() {
+    each_device(|device, folder| {
+        let before = device.free_memory().unwrap();
+        let options = common::options(WeightFormat::Q8);
+        let mut model = Model::open(folder, options).unwrap();
+        let cancel = Cancel::default();
+        let put = model.put_on(Arc::clone(device), &cancel, &mut |_, _| cancel.cancel());
+        assert!(matches!(put, Err(Error::Cancelled)), "{put:?}");
+        assert!(model.resident().is_none());
+        assert_eq!(device.free_memory().unwrap(), before);
+    });
+}
+
+/// Turning the keys in the cache is done on the host, whatever holds them.
+#[test]
+fn the_cache_is_turned_as_on_the_cpu() {
+    let mut turned = 0;
+    each_model(&[WeightFormat::F32], |what, model, folder| {
+        let Some(long) = model.config().rope.long.as_ref() else {
+            return;
+        };
+        let original = long.original_max_position_embeddings;
+        if original > 64 {
+            return;
+        }
+        let ids = prompt(model, original + 5, 5);
+        let logits = |model: &Arc<Model>| {
+            let options = SessionOptions {
+                crossing: Crossing::Rotate,
+                ..run(16, original + 5)
+            };
+            let mut session = session(model, options);
+            session.extend(&ids[..original]).unwrap();
+            let logits = session.extend(&ids[original..]).unwrap().to_vec();
+            let key = session.cache().read(0, 0, original / 2).unwrap().0;
+            (logits, key)
+        };
+        let (got, want) = (logits(model), logits(&open(folder, WeightFormat::F32)));
+        for (got, want) in [(got.0, want.0), (got.1, want.1)] {
+            let error = relative_error(&got, &want);
+            assert!(error < 1e-4, "{what}: {error:e}");
+        }
+        turned += 1;
+    });
+    assert!(
+        turned > 0 || devices().is_empty(),
+        "no model with two lists of factors"
+    );
+}
+
+#[test]
+fn what_does_not_fit_is_refused_with_the_numbers() {
+    each_device(|device, folder| {
+        let options = || common::options(WeightFormat::Q8);
+        let free = device.free_memory().unwrap();
+        let held = Memory::new(device, free - (64 << 10)).unwrap();
+        let mut model = Model::open(folder, options()).unwrap();
+        let left = device.free_memory().unwrap();
+        let put = model.put_on(Arc::clone(device), &Cancel::default(), &mut |_, _| {});
+        let Err(Error::DeviceWeights { needed, free, .. }) = put else {
+            panic!("{put:?}");
+        };
+        assert!(needed > left && free == left, "{needed}, {free}, {left}");
+        drop(held);
+
+        let model = open_on(device, folder, WeightFormat::Q8);
+        let held = Memory::new(device, device.free_memory().unwrap() - (64 << 10)).unwrap();
+        let refused = Session::new(Arc::clone(&model), &run(16, 64)).err();
+        let message = refused.map(|error| error.to_string()).unwrap_or_default();
+        assert!(message.contains("not enough memory"), "{message}");
+        assert!(message.contains("KV cache"), "{message}");
+        drop(held);
+        let plan = Session::plan(&model, &run(16, 64)).unwrap();
+        assert_eq!(plan.weights, model.resident().unwrap().bytes());
+        let before = device.free_memory().unwrap();
+        let mut session = session(&model, run(16, 64));
+        session.extend(&prompt(&model, 40, 6)).unwrap();
+        let taken = before - device.free_memory().unwrap();
+        let planned = plan.total() - plan.weights;
+        assert!(taken <= planned, "{taken} bytes taken, {planned} planned");
+    });
+}
+
+#[test]
+fn a_cache_of_another_type_is_refused() {
+    each_device(|device, folder| {
+        let model = open_on(device, folder, WeightFormat::Q8);
+        for kind in [KvType::Bf16, KvType::Int8] {
+            let refused = Session::new(Arc::clone(&model), &with_cache(kind, run(16, 64))).err();
+            let message = refused.map(|error| error.to_string()).unwrap_or_default();
+            let want = format!("the KV cache on a GPU is f16 or f32, not {}", kind.name());
+            assert_eq!(message, want);
+        }
+    });
+}
+
+#[test]
+fn heads_that_the_kernels_lack_are_refused() {
+    let made = TempDir::new().unwrap();
+    // Four heads of 12.
+    let wide = changed(config(), "hidden_size", json!(48));
+    write_model(made.path(), &wide, &weights(&wide, "F32", 9));
+    each_device(|device, _| {
+        let mut model = Model::open(made.path(), common::options(WeightFormat::F32)).unwrap();
+        let put = model.put_on(Arc::clone(device), &Cancel::default(), &mut |_, _| {});
+        let message = put.unwrap_err().to_string();
+        assert!(message.contains("heads of 12 elements"), "{message}");
+    });
+}
