@@ -1291,3 +1291,204 @@ fn chat_keeps_pictures_of_earlier_turns() {
     );
     assert_eq!(ran.out.lines().count(), 1, "{}", ran.out);
 }
+
+/// What `--device` does: on a machine without a GPU one sentence, and the host device in the place of one.
+#[cfg(feature = "cuda")]
+mod device {
+    use super::*;
+    use phidias::engine::kernels::cuda::{Gpu, HostDevice, Order};
+
+    fn there_is_a_gpu() -> bool {
+        Gpu::open(0, None).is_ok()
+    }
+
+    /// Whether kernels can be compiled for the CPU; says so when not.
+    fn there_is_a_host_device() -> bool {
+        match HostDevice::new(Order::Forward) {
+            Ok(_) => true,
+            Err(error) => {
+                let mut stderr = std::io::stderr();
+                let _ = writeln!(
+                    stderr,
+                    "\n=== SKIPPED: the program on a device: {error} ===\n"
+                );
+                false
+            }
+        }
+    }
+
+    fn tiny(name: &str) -> String {
+        fixture(name).to_str().unwrap().to_owned()
+    }
+
+    #[test]
+    fn without_a_gpu_one_sentence_says_so_and_auto_takes_the_cpu() {
+        if there_is_a_gpu() {
+            return;
+        }
+        let home = home();
+        let asked = ["run", "-p", "Hi", "--raw", "-n", "2", "--device"];
+        let refused = run(home.path(), &[&asked[..], &["cuda"]].concat());
+        assert_eq!((refused.code, &*refused.out), (Some(1), ""));
+        let error = refused.err.lines().last().unwrap();
+        assert!(
+            error.starts_with("error: --device cuda: no CUDA "),
+            "{error}"
+        );
+        let auto = succeed(home.path(), &[&asked[..], &["auto"]].concat());
+        assert!(auto.err.contains(" kernels, "), "{}", auto.err);
+        assert!(!auto.err.contains("GPU"), "{}", auto.err);
+    }
+
+    #[test]
+    fn logits_of_a_device_are_those_of_the_cpu() {
+        if !there_is_a_host_device() {
+            return;
+        }
+        let home = home();
+        let out = home.path().join("logits");
+        let read = |device: &str, more: &[&str]| {
+            let model = tiny("phi35-mini-tiny");
+            let words = [
+                "logits",
+                &model,
+                "--tokens",
+                "5,6,7,8,9",
+                "--device",
+                device,
+            ];
+            let to = ["--out", out.to_str().unwrap()];
+            let ran = succeed(home.path(), &[&words[..], &to, more].concat());
+            let bytes = fs::read(&out).unwrap();
+            let file = SafeTensors::deserialize(&bytes).unwrap();
+            let data = file.tensor("logits").unwrap().data().to_vec();
+            let (values, _) = data.as_chunks::<4>();
+            let values: Vec<_> = values.iter().map(|b| f32::from_le_bytes(*b)).collect();
+            (values, ran.err)
+        };
+        let (cpu, _) = read("cpu", &[]);
+        let (host, said) = read("host", &[]);
+        assert!(common::relative_error(&host, &cpu) < 1e-4);
+        assert!(said.contains("f32 weights, host device"), "{said}");
+        // Of the device's memory, and nothing of pages of files.
+        assert!(said.contains("memory: weights"), "{said}");
+        assert!(
+            !said.contains("pageable") && !said.contains("resident"),
+            "{said}"
+        );
+    }
+
+    #[test]
+    fn answers_come_from_a_device() {
+        if !there_is_a_host_device() {
+            return;
+        }
+        let home = home();
+        let words = ["run", "-p", "Hi", "--raw", "-n", "5", "--temp", "0"];
+        let of = |device: &[&str]| {
+            let ran = succeed(
+                home.path(),
+                &[&words[..], &["--json", "--device"], device].concat(),
+            );
+            let object: Value = serde_json::from_str(&ran.out).unwrap();
+            object["ids"].clone()
+        };
+        assert_eq!(of(&["host"]), of(&["cpu"]));
+        let kept = [&words[..], &["--device", "host", "--drop-hidden-keys"]].concat();
+        fail(
+            home.path(),
+            1,
+            &kept,
+            &["--drop-hidden-keys", "--device cpu"],
+        );
+        let kind = [&words[..], &["--device", "host", "--kv", "int8"]].concat();
+        fail(
+            home.path(),
+            1,
+            &kind,
+            &["f16 or f32, not int8", "--device cpu"],
+        );
+    }
+
+    #[test]
+    fn a_device_is_measured_against_its_own_limits() {
+        if !there_is_a_host_device() {
+            return;
+        }
+        let home = home();
+        let model = tiny("phi35-moe-tiny");
+        let words = [
+            "bench",
+            &model,
+            "-p",
+            "9",
+            "-n",
+            "2",
+            "-r",
+            "2",
+            "--rough-peaks",
+        ];
+        let more = ["--json", "--device", "host", "--threads", "1,2", "--format"];
+        for (format, number) in [("q8", "int8"), ("bf16", "bf16"), ("f32", "f32")] {
+            let ran = succeed(home.path(), &[&words[..], &more, &[format]].concat());
+            let records: Vec<Value> = (ran.out.lines())
+                .map(|line| serde_json::from_str(line).unwrap())
+                .collect();
+            let kinds: Vec<_> = records.iter().map(|r| &r["kind"]).collect();
+            assert_eq!(kinds, ["prefill", "decode"], "once, whatever the threads");
+            for record in &records {
+                let of = |name: &str| (record[name].as_str().unwrap(), record[name].clone());
+                assert!(of("device").0.starts_with("host device"), "{record}");
+                assert_eq!((of("isa").0, of("peak_number").0), ("cuda", number));
+                assert_eq!(record["threads"], 0);
+                let share = record["share_of_peak"].as_f64().unwrap();
+                assert!(share > 0.0 && share.is_finite(), "{record}");
+            }
+        }
+        let peaks = ["bench", "--peaks", "--rough-peaks", "--device", "host"];
+        let ran = succeed(home.path(), &peaks);
+        for word in ["host device", "mma.sync", "copied, both ways"] {
+            assert!(ran.out.contains(word), "no '{word}' in {}", ran.out);
+        }
+        let object = succeed(home.path(), &[&peaks[..], &["--json"]].concat()).out;
+        let object: Value = serde_json::from_str(&object).unwrap();
+        assert!(object["read_gb_s"].as_f64().unwrap() > 0.0);
+        let kernels = ["bench", "--kernels", "--device", "host"];
+        fail(home.path(), 1, &kernels, &["--kernels", "--device cpu"]);
+    }
+
+    #[test]
+    fn pictures_are_seen_by_a_device() {
+        if !there_is_a_host_device() {
+            return;
+        }
+        let home = home();
+        let model = tiny("phi3v-tiny-nc4");
+        let picture = format!("{model}/image0.png");
+        let out = home.path().join("features");
+        let read = |device: &str| {
+            let words = ["embed", &model, "--image", &picture, "--format", "f32"];
+            let to = ["--out", out.to_str().unwrap(), "--device", device];
+            succeed(home.path(), &[&words[..], &to].concat());
+            let bytes = fs::read(&out).unwrap();
+            let file = SafeTensors::deserialize(&bytes).unwrap();
+            let data = file.tensor("features").unwrap().data().to_vec();
+            let (values, _) = data.as_chunks::<4>();
+            let values: Vec<_> = values.iter().map(|b| f32::from_le_bytes(*b)).collect();
+            values
+        };
+        assert!(common::relative_error(&read("host"), &read("cpu")) < 1e-4);
+        let words = ["bench", &model, "--image", &picture, "-r", "1"];
+        let more = [
+            "--rough-peaks",
+            "--json",
+            "--device",
+            "host",
+            "--num-crops",
+            "1",
+        ];
+        let ran = succeed(home.path(), &[&words[..], &more].concat());
+        let record: Value = serde_json::from_str(&ran.out).unwrap();
+        assert!(record["encode_s"]["median"].as_f64().unwrap() > 0.0);
+    }
+}

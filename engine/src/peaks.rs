@@ -91,6 +91,10 @@ pub enum PeakError {
     /// Stopped from outside.
     #[error("cancelled")]
     Cancelled,
+    /// The device failed.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Device(#[from] crate::backend::DeviceFailed),
 }
 
 /// One way to reach for a limit.
@@ -102,10 +106,10 @@ pub struct Peak {
     pub rate: Spread,
 }
 
-/// The limits of this machine with a number of threads.
+/// The limits of this machine with a number of threads, or of a device.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Peaks {
-    /// Threads.
+    /// Threads of the CPU; 0: a device.
     pub threads: usize,
     /// Bytes that were read.
     pub buffer_bytes: usize,
@@ -120,7 +124,7 @@ pub struct Peaks {
 }
 
 impl Peak {
-    fn of(variant: String, rates: &[f64]) -> Self {
+    pub(crate) fn of(variant: String, rates: &[f64]) -> Self {
         let rate = Spread::of(rates).expect("at least one repetition");
         Self { variant, rate }
     }

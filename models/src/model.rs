@@ -461,6 +461,16 @@ impl Model {
     pub fn resident(&self) -> Option<&Arc<Resident>> {
         self.resident.as_ref()
     }
+    /// Whether its sessions multiply matrices that were widened to f32, whatever the file has: a device does
+    /// when f32 is asked for.
+    #[must_use]
+    pub fn widens(&self) -> bool {
+        #[cfg(feature = "cuda")]
+        let on_device = self.resident.is_some();
+        #[cfg(not(feature = "cuda"))]
+        let on_device = false;
+        on_device && self.format == WeightFormat::F32
+    }
     #[cfg(feature = "cuda")]
     pub(crate) fn set_resident(&mut self, resident: Arc<Resident>) {
         self.resident = Some(resident);

@@ -365,6 +365,13 @@ impl Session {
         self.cpu.as_ref()
     }
 
+    /// The device, if it runs on one.
+    #[cfg(feature = "cuda")]
+    #[must_use]
+    pub fn device(&self) -> Option<&Arc<dyn phidias_engine::kernels::cuda::Device>> {
+        self.model.resident().map(|resident| resident.device())
+    }
+
     /// The flag that stops [`Session::extend`]; the sequence is then what it was before the call.
     pub fn set_cancel(&mut self, cancel: Cancel) {
         self.cancel = cancel;

@@ -30,10 +30,18 @@ pub struct Weights {
 }
 
 impl Weights {
-    fn of<'m>(matrices: impl IntoIterator<Item = &'m Matrix>) -> Self {
-        (matrices.into_iter()).fold(Self::default(), |sum, m| Self {
-            bytes: sum.bytes + m.bytes(),
-            elements: sum.elements + m.rows() * m.cols(),
+    /// Some matrices as they lie, or widened to f32.
+    fn of<'m>(matrices: impl IntoIterator<Item = &'m Matrix>, widened: bool) -> Self {
+        (matrices.into_iter()).fold(Self::default(), |sum, m| {
+            let elements = m.rows() * m.cols();
+            Self {
+                bytes: sum.bytes
+                    + match widened {
+                        true => elements * size_of::<f32>(),
+                        false => m.bytes(),
+                    },
+                elements: sum.elements + elements,
+            }
         })
     }
 }
@@ -97,15 +105,17 @@ impl Account {
     #[must_use]
     pub fn of(model: &Model, kv: KvType) -> Self {
         let transformer = model.transformer();
-        let layers = Weights::of(transformer.layers.iter().flat_map(Layer::matrices));
-        let head = Weights::of([&transformer.lm_head.linear.weight]);
+        let widened = model.widens();
+        let layers = Weights::of(transformer.layers.iter().flat_map(Layer::matrices), widened);
+        let head = Weights::of([&transformer.lm_head.linear.weight], widened);
         let mut firsts = transformer
             .layers
             .iter()
             .filter_map(|l| l.experts().first());
         let experts = Experts {
             layers: firsts.clone().count(),
-            each: (firsts.next()).map_or(Weights::default(), |e| Weights::of(e.matrices())),
+            each: (firsts.next())
+                .map_or(Weights::default(), |e| Weights::of(e.matrices(), widened)),
         };
         Self::new(model.config(), kv, layers, head, experts)
     }

@@ -6,7 +6,7 @@
 //! of every number of guesses and none among them, so that a machine that changes its speed changes it
 //! for all. After each, the logits behind the whole text must be finite and, bit for bit, the same.
 
-use super::{BenchError, Conditions, Progress, Spread, Step, finite_bits};
+use super::{BenchError, Conditions, Place, Progress, Spread, Step, finite_bits};
 use crate::lookup::{LookupRate, SAMPLES, text_rate};
 use phidias_engine::lookup::{LookupStats, MAX_LOOKUP};
 use phidias_models::text::Tokenizer;
@@ -37,6 +37,8 @@ pub struct LookupRecord {
     pub model: String,
     /// Format of its matrices.
     pub format: &'static str,
+    /// What computed: the CPU, or a device's name.
+    pub device: String,
     /// Instruction set of the kernels.
     pub isa: &'static str,
     /// Threads.
@@ -207,7 +209,7 @@ impl LookupBench {
             let mut session = self.conditions.session(model, context, threads)?;
             for text in &texts {
                 let timed = self.time(&mut session, text, progress)?;
-                for record in self.records(&session, threads, text, timed) {
+                for record in self.records(&session, text, timed) {
                     each(record)?;
                 }
             }
@@ -265,23 +267,19 @@ impl LookupBench {
         Ok(timed)
     }
 
-    fn records(
-        &self,
-        session: &Session,
-        threads: usize,
-        text: &Text,
-        timed: Vec<Timed>,
-    ) -> Vec<LookupRecord> {
+    fn records(&self, session: &Session, text: &Text, timed: Vec<Timed>) -> Vec<LookupRecord> {
         let spread = |t: &Timed| Spread::of(&t.samples).expect("at least one repetition");
         let without = timed.first().map(|t| spread(t).median);
+        let place = Place::of(session);
         (timed.into_iter())
             .map(|t| {
                 let tok_s = spread(&t);
                 LookupRecord {
                     model: self.conditions.name.clone(),
                     format: session.model().format().name(),
-                    isa: self.conditions.kernels.isa().name(),
-                    threads,
+                    device: place.name(),
+                    isa: place.isa(),
+                    threads: place.threads(),
                     kind: "lookup",
                     text: text.name,
                     lookup: t.lookup,

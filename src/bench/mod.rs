@@ -11,6 +11,7 @@ pub mod lookup;
 pub mod model;
 pub mod operations;
 pub mod picture;
+pub mod place;
 pub mod roofline;
 
 pub use account::{Account, Work};
@@ -19,6 +20,7 @@ pub use lookup::{LookupBench, LookupError, LookupRecord};
 pub use model::{ModelBench, Record, Test, TestError};
 pub use phidias_engine::peaks::{Peak, PeakError, PeakOptions, Peaks, Spread};
 pub use picture::{PictureBench, PictureRecord};
+pub use place::Place;
 
 use phidias_engine::kv_cache::KvType;
 use phidias_engine::{Cancel, Kernels};
@@ -54,6 +56,10 @@ pub enum BenchError {
     /// What the peaks report.
     #[error(transparent)]
     Peaks(#[from] PeakError),
+    /// The device failed.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Device(phidias_engine::kernels::cuda::DeviceError),
     /// The answer is no answer, so its speed means nothing.
     #[error("{test}: the logits hold a value that is not finite; nothing was timed")]
     NotFinite {
@@ -96,7 +102,7 @@ pub struct Conditions {
     pub name: String,
     /// Timed repetitions of each test, after a warm-up.
     pub repetitions: usize,
-    /// Numbers of threads; everything with the first, then with the next.
+    /// Numbers of threads; everything with the first, then with the next. On a device they do not matter.
     pub threads: Vec<usize>,
     /// What the cache stores; `None`: as [`SessionOptions`] has it.
     pub kv_type: Option<KvType>,

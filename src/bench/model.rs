@@ -2,14 +2,16 @@
 //!
 //! The cache is filled to the depth once and truncated back between repetitions. Token ids are fixed,
 //! so each repetition computes the same thing, and that is checked: the logits after the last token
-//! must be finite and, bit for bit, those of the first repetition. Sampling is not timed.
+//! must be finite and, bit for bit, those of the first repetition. Sampling is not timed. A device is
+//! timed by its own events, from before a pass is asked for until its logits are read.
 //!
 //! The machine's limits are measured before the first test, between two and after the last, so that
 //! each test has its own just before and just after it.
 
 use super::account::{Account, Work};
 use super::{
-    BenchError, Conditions, PeakOptions, Peaks, Progress, Spread, Step, finite_bits, token_ids,
+    BenchError, Conditions, PeakOptions, Peaks, Place, Progress, Spread, Step, finite_bits,
+    token_ids,
 };
 use phidias_engine::kernels::cpu::peak::Number;
 use phidias_engine::kv_cache::KvType;
@@ -20,7 +22,6 @@ use serde::Serialize;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
 
 /// What is timed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -183,6 +184,8 @@ pub enum Limit {
     Memory,
     /// Multiplying bytes.
     Int8,
+    /// Multiplying bf16.
+    Bf16,
     /// Multiplying f32.
     F32,
 }
@@ -192,6 +195,7 @@ impl fmt::Display for Limit {
         f.write_str(match self {
             Self::Memory => "memory",
             Self::Int8 => "int8",
+            Self::Bf16 => "bf16",
             Self::F32 => "f32",
         })
     }
@@ -204,9 +208,11 @@ pub struct Record {
     pub model: String,
     /// Format of its matrices.
     pub format: &'static str,
+    /// What computed: the CPU, or a device's name.
+    pub device: String,
     /// Instruction set of the kernels.
     pub isa: &'static str,
-    /// Threads.
+    /// Threads of the CPU; 0 on a device.
     pub threads: usize,
     /// What was timed.
     pub kind: Kind,
@@ -297,7 +303,8 @@ impl ModelBench {
         let mut runner = Runner::new(session, progress);
         let kv_type = runner.session.cache().kind();
         let account = Account::of(model, kv_type);
-        let mut before = self.measure_peaks(&runner.session, progress)?;
+        let place = runner.place.clone();
+        let mut before = self.measure_peaks(&place, progress)?;
         for &test in &self.tests {
             let (samples, routing) = runner.time(test, self.conditions.repetitions)?;
             let reads: usize = routing.iter().map(|layer| layer.reads as usize).sum();
@@ -306,7 +313,7 @@ impl ModelBench {
                 Kind::Prefill => account.prefill(test.depth, test.tokens, runner.chunk, reads),
                 Kind::Decode => account.decode(test.depth, test.tokens),
             };
-            let after = self.measure_peaks(&runner.session, progress)?;
+            let after = self.measure_peaks(&place, progress)?;
             let peaks = Around { before, after };
             before = after;
             let timed = Timed {
@@ -315,27 +322,20 @@ impl ModelBench {
                 routing,
                 work,
             };
-            each(self.record(model, threads, kv_type, timed, peaks))?;
+            each(self.record(model, &place, kv_type, timed, peaks))?;
         }
         Ok(())
     }
 
-    fn measure_peaks(&self, session: &Session, progress: &Progress) -> Result<Limits, BenchError> {
-        let pool = session.cpu().expect("a session on the CPU").pool();
-        let peaks = Peaks::measure(pool, &self.peaks, &self.conditions.cancel, |done, total| {
-            progress(Step {
-                what: "the machine's limits",
-                done,
-                total,
-            });
-        })?;
+    fn measure_peaks(&self, place: &Place, progress: &Progress) -> Result<Limits, BenchError> {
+        let peaks = place.peaks(&self.peaks, &self.conditions.cancel, progress)?;
         Ok(Limits::from(&peaks))
     }
 
     fn record(
         &self,
         model: &Model,
-        threads: usize,
+        place: &Place,
         kv_type: KvType,
         timed: Timed,
         peaks: Around,
@@ -349,12 +349,14 @@ impl ModelBench {
         let tok_s = Spread::of(&samples).expect("at least one repetition");
         let peak_number = match model.format() {
             WeightFormat::Q4 | WeightFormat::Q8 => Limit::Int8,
+            WeightFormat::Bf16 if place.multiplies_bf16() => Limit::Bf16,
             WeightFormat::Bf16 | WeightFormat::F32 => Limit::F32,
         };
         let peak_gb_s = peaks.mean(|l| l.read_gb_s);
         let peak_gop_s = peaks.mean(|l| match peak_number {
             Limit::Int8 => l.int8_gop_s,
-            _ => l.f32_gop_s,
+            Limit::Bf16 => l.bf16_gop_s,
+            Limit::F32 | Limit::Memory => l.f32_gop_s,
         });
         let gb_s = work.bytes() * tok_s.median / 1e9;
         let gop_s = work.ops * tok_s.median / 1e9;
@@ -362,8 +364,9 @@ impl ModelBench {
         Record {
             model: self.conditions.name.clone(),
             format: model.format().name(),
-            isa: self.conditions.kernels.isa().name(),
-            threads,
+            device: place.name(),
+            isa: place.isa(),
+            threads: place.threads(),
             kind: test.kind,
             tokens: test.tokens,
             depth: test.depth,
@@ -399,6 +402,7 @@ impl ModelBench {
 /// A session that runs tests.
 struct Runner {
     session: Session,
+    place: Place,
     /// The fixed sequence; the cache always holds a part of its beginning.
     ids: Vec<u32>,
     progress: Progress,
@@ -425,6 +429,7 @@ impl Runner {
             progress: Arc::clone(progress),
             filling,
             chunk: SessionOptions::default().chunk,
+            place: Place::of(&session),
             session,
         }
     }
@@ -441,12 +446,13 @@ impl Runner {
         let mut samples = Vec::new();
         let mut first = None;
         for repetition in 1..=repetitions.max(1) {
-            let (time, logits) = self.repetition(test, test.tokens, repetition - 1, repetitions)?;
+            let (seconds, logits) =
+                self.repetition(test, test.tokens, repetition - 1, repetitions)?;
             let bits = finite_bits(&logits).ok_or(BenchError::NotFinite { test })?;
             if *first.get_or_insert_with(|| bits.clone()) != bits {
                 return Err(BenchError::NotRepeatable { test, repetition });
             }
-            samples.push(test.tokens as f64 / time.as_secs_f64());
+            samples.push(test.tokens as f64 / seconds);
         }
         Ok((samples, self.session.take_routing()))
     }
@@ -481,14 +487,14 @@ impl Runner {
         Ok(())
     }
 
-    /// The first `tokens` tokens of a test: time and the last logits. Ends as it began.
+    /// The first `tokens` tokens of a test: seconds and the last logits. Ends as it began.
     fn repetition(
         &mut self,
         test: Test,
         tokens: usize,
         done: usize,
         total: usize,
-    ) -> Result<(Duration, Vec<f32>), BenchError> {
+    ) -> Result<(f64, Vec<f32>), BenchError> {
         let what = match total {
             0 => format!("{test}: warming up"),
             _ => test.to_string(),
@@ -498,7 +504,7 @@ impl Runner {
             Kind::Prefill => tokens,
             Kind::Decode => 1,
         };
-        let mut time = Duration::ZERO;
+        let mut seconds = 0.0;
         let mut logits = Vec::new();
         for (i, part) in ids.chunks(step).enumerate() {
             (self.progress)(Step {
@@ -506,15 +512,15 @@ impl Runner {
                 done: done * tokens + i * step,
                 total: total * tokens,
             });
-            let start = Instant::now();
-            let row = self.session.extend(part)?;
-            time += start.elapsed();
+            let session = &mut self.session;
+            let (time, row) = self.place.seconds(|| Ok(session.extend(part)?))?;
+            seconds += time;
             if (i + 1) * step >= tokens {
                 logits = row.to_vec();
             }
         }
         self.session.truncate(test.depth);
-        Ok((time, logits))
+        Ok((seconds, logits))
     }
 }
 

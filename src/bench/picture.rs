@@ -12,12 +12,10 @@
 //! floats; attention, which is f32 throughout, counts like the rest.
 
 use super::model::{Around, Limits};
-use super::{BenchError, Conditions, PeakOptions, Peaks, Progress, Spread, Step};
-use phidias_engine::backend::Cpu;
+use super::{BenchError, Conditions, PeakOptions, Place, Progress, Spread, Step};
 use phidias_engine::pool::Pool;
 use phidias_models::image::{ImageProcessor, Picture, Processed};
-use phidias_models::vision::Scratch;
-use phidias_models::{Error, Model};
+use phidias_models::{Error, Model, WeightFormat};
 use serde::Serialize;
 use std::path::Path;
 use std::sync::Arc;
@@ -39,6 +37,8 @@ pub struct PictureRecord {
     pub model: String,
     /// Format of its weights.
     pub format: &'static str,
+    /// What encoded: the CPU, or a device's name.
+    pub device: String,
     /// Instruction set of the kernels.
     pub isa: &'static str,
     /// Threads.
@@ -101,7 +101,7 @@ impl PictureBench {
 
     fn measure(
         &self,
-        model: &Model,
+        model: &Arc<Model>,
         file: &Path,
         processor: &ImageProcessor,
         threads: usize,
@@ -109,15 +109,17 @@ impl PictureBench {
     ) -> Result<PictureRecord, BenchError> {
         let c = &self.conditions;
         let (vision, _) = model.vision()?;
-        let pool = Arc::new(Pool::new(Some(threads)).map_err(Error::from)?);
-        let cpu = Cpu::new(c.kernels, Arc::clone(&pool));
+        let session = c.session(model, 1, threads)?;
+        let place = Place::of(&session);
+        // The resize is the CPU's, wherever the encoder is.
+        let pool = Pool::new(Some(threads)).map_err(Error::from)?;
         let told = |what: &str, done, total| progress(Step { what, done, total });
         let limits = || {
-            let told = |done, total| told("the machine's limits", done, total);
-            Peaks::measure(&pool, &self.peaks, &c.cancel, told).map(|p| Limits::from(&p))
+            let peaks = place.peaks(&self.peaks, &c.cancel, progress);
+            peaks.map(|peaks| Limits::from(&peaks))
         };
         let before = limits()?;
-        let (mut stages, mut scratch) = (Stages::default(), Scratch::default());
+        let mut stages = Stages::default();
         let mut first: Option<Vec<u32>> = None;
         let mut prepared: Option<Processed> = None;
         for repetition in 0..=c.repetitions {
@@ -129,12 +131,14 @@ impl PictureBench {
             let processed = processed.map_err(Error::from)?;
             let ready = Instant::now();
             let mut encoded = ready;
-            let mut crops = |_, _| encoded = Instant::now();
-            let features = vision.encode(&cpu, &processed, &c.cancel, &mut crops, &mut scratch)?;
+            let pictures = std::slice::from_ref(&processed);
+            let features = session.encode(pictures, &mut |_| encoded = Instant::now())?;
             let end = Instant::now();
-            let Some(bits) = super::finite_bits(features.data()) else {
+            let bits = features.iter().map(|f| super::finite_bits(f.data()));
+            let Some(bits) = bits.collect::<Option<Vec<_>>>() else {
                 return Err(BenchError::Picture("features that are not finite"));
             };
+            let bits = bits.concat();
             if first.get_or_insert_with(|| bits.clone()) != &bits {
                 return Err(BenchError::Picture("other features each time"));
             }
@@ -156,15 +160,17 @@ impl PictureBench {
         let (encode_s, project_s) = (spread(&stages.encode), spread(&stages.project));
         let ops = vision.operations(picture.crops(), picture.tokens());
         let gop_s = ops / 1e9 / (encode_s.median + project_s.median);
-        let peak_gop_s = match model.format().packed() {
-            Some(_) => peaks.mean(|l| l.int8_gop_s),
-            None => peaks.mean(|l| l.f32_gop_s),
+        let peak_gop_s = match model.format() {
+            WeightFormat::Q4 | WeightFormat::Q8 => peaks.mean(|l| l.int8_gop_s),
+            WeightFormat::Bf16 if place.multiplies_bf16() => peaks.mean(|l| l.bf16_gop_s),
+            WeightFormat::Bf16 | WeightFormat::F32 => peaks.mean(|l| l.f32_gop_s),
         };
         Ok(PictureRecord {
             model: c.name.clone(),
             format: model.format().name(),
-            isa: c.kernels.isa().name(),
-            threads,
+            device: place.name(),
+            isa: place.isa(),
+            threads: place.threads(),
             kind: "picture",
             crops: picture.crops(),
             tokens: picture.tokens(),

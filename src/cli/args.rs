@@ -74,9 +74,16 @@ pub struct Global {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Device {
+    /// This machine's processor
     Cpu,
+    /// The first NVIDIA GPU
     Cuda,
+    /// The GPU when there is one, the CPU otherwise
     Auto,
+    /// The GPU's kernels, one thread after another on the CPU: very slow, for tests and for readers
+    #[cfg(feature = "cuda")]
+    #[value(hide = true)]
+    Host,
 }
 
 /// How a model is run.

@@ -2,6 +2,7 @@
 
 use super::args::{Bench, Global};
 use super::console::{Steps, Unit};
+use super::device;
 use super::files;
 use super::open::{Origin, Setup, cache_folder, open_source};
 use super::stats::{self, routing};
@@ -39,6 +40,13 @@ pub fn bench(args: &Bench, global: &Global) -> Result<()> {
         return self::peaks(args, &setup, &machine, peaks);
     }
     if args.kernels {
+        #[cfg(feature = "cuda")]
+        if let Some(device) = setup.devices.find(setup.console)? {
+            bail!(
+                "--kernels: measures the CPU's kernels, not {}'s (--device cpu; `cargo bench --features cuda --bench cuda` times those of a GPU)",
+                device.name()
+            );
+        }
         return kernels(args, &setup, &machine, peaks);
     }
     model(args, &setup, &machine, peaks)
@@ -89,7 +97,15 @@ fn model(args: &Bench, setup: &Setup, machine: &Machine, peaks: PeakOptions) -> 
     })?;
     (bench.conditions.name, lookup.conditions.name) = (name.clone(), name);
     let weights = model.weight_bytes().all;
-    if let Some(cache) = machine.last_cache.filter(|c| *c > weights / 2) {
+    let device = device::of(&model);
+    if let Some(device) = &device {
+        setup.console.note(device);
+        // Its speed does not depend on them.
+        bench.conditions.threads.truncate(1);
+        lookup.conditions.threads.truncate(1);
+    }
+    let cache = machine.last_cache.filter(|c| *c > weights / 2);
+    if let Some(cache) = cache.filter(|_| device.is_none()) {
         setup.console.note(format_args!(
             "the weights ({}) are no larger than twice the last cache ({}): decode is not limited by memory, and its share of the bandwidth says little",
             Size(weights),
@@ -488,6 +504,24 @@ fn write_kernels(out: &mut impl Write, args: &Bench, records: &[KernelRecord]) -
 // ---- the machine ---------------------------------------------------------------------------------
 
 fn peaks(args: &Bench, setup: &Setup, machine: &Machine, options: PeakOptions) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    if let Some(device) = setup.devices.find(setup.console)? {
+        let steps = Arc::new(setup.console.steps());
+        let peaks = Peaks::of_device(&device, &options, &setup.cancel, |done, total| {
+            steps.set("the device's limits", done, total);
+        })
+        .map_err(BenchError::from)?;
+        drop(steps);
+        let name = device.name();
+        if args.json {
+            let mut object = peaks_json(&peaks);
+            object["device"] = json!(name);
+            writeln!(io::stdout(), "{object}")?;
+            return Ok(());
+        }
+        let what = format!("{name}: {}", how_measured(&peaks));
+        return write_peaks(&mut io::stdout().lock(), &what, &[(name, peaks)]);
+    }
     let counts = match args.threads.as_slice() {
         [] if machine.threads() == 1 => vec![1],
         [] => vec![1, machine.threads()],
@@ -503,13 +537,22 @@ fn peaks(args: &Bench, setup: &Setup, machine: &Machine, options: PeakOptions) -
         })
         .map_err(BenchError::from)?;
         if args.json {
-            steps.suspend(|| writeln!(io::stdout(), "{}", peaks_json(machine, &peaks)))?;
+            let mut object = peaks_json(&peaks);
+            object["cpu"] = json!(cpu_name());
+            object["last_cache_bytes"] = json!(machine.last_cache);
+            steps.suspend(|| writeln!(io::stdout(), "{object}"))?;
         }
-        all.push(peaks);
+        all.push((plural(threads), peaks));
     }
     drop(steps);
-    if !args.json {
-        write_peaks(&mut io::stdout().lock(), machine, &all)?;
+    if let Some((_, first)) = all.first().filter(|_| !args.json) {
+        let cache = match machine.last_cache {
+            Some(bytes) => format!(", last cache {}", Size(bytes)),
+            None => String::new(),
+        };
+        let cpu = cpu_name().unwrap_or_else(|| "this machine".to_owned());
+        let what = format!("{cpu}: {}{cache}", how_measured(first));
+        write_peaks(&mut io::stdout().lock(), &what, &all)?;
     }
     Ok(())
 }
@@ -521,48 +564,42 @@ fn plural(threads: usize) -> String {
     }
 }
 
-fn peaks_json(machine: &Machine, peaks: &Peaks) -> Value {
+fn peaks_json(peaks: &Peaks) -> Value {
     json!({
-        "cpu": cpu_name(),
         "threads": peaks.threads,
         "read_gb_s": peaks.read_gb_s(),
         "int8_gop_s": peaks.gop_s(Number::Int8),
         "bf16_gop_s": peaks.gop_s(Number::Bf16),
         "f32_gop_s": peaks.gop_s(Number::F32),
-        "last_cache_bytes": machine.last_cache,
         "buffer_bytes": peaks.buffer_bytes,
         "variants": { "read": peaks.read, "int8": peaks.int8, "bf16": peaks.bf16, "f32": peaks.f32 },
     })
 }
 
-/// A row a variant, a column a number of threads; the best variant of each limit is marked.
-fn write_peaks(out: &mut impl Write, machine: &Machine, all: &[Peaks]) -> Result<()> {
-    let Some(first) = all.first() else {
+fn how_measured(peaks: &Peaks) -> String {
+    let read = Size(peaks.buffer_bytes);
+    format!("median (min-max) of each; * the limit; {read} read")
+}
+
+/// A row a variant, a column a number of threads or a device; the best variant of each limit is marked.
+fn write_peaks(out: &mut impl Write, what: &str, all: &[(String, Peaks)]) -> Result<()> {
+    let Some((_, first)) = all.first() else {
         bail!("no number of threads");
     };
-    let cache = match machine.last_cache {
-        Some(bytes) => format!(", last cache {}", Size(bytes)),
-        None => String::new(),
-    };
-    writeln!(
-        out,
-        "{}: median (min-max) of each; * the limit; {} read{cache}\n",
-        cpu_name().unwrap_or_else(|| "this machine".to_owned()),
-        Size(first.buffer_bytes),
-    )?;
+    writeln!(out, "{what}\n")?;
     const NAME: usize = 28;
     const CELL: usize = 24;
     let row = |out: &mut _, name: &str, cells: &[String]| {
         let first = std::iter::once((name, NAME));
         write_row(out, first.chain(cells.iter().map(|c| (c.as_str(), CELL))))
     };
-    let heads: Vec<_> = all.iter().map(|p| plural(p.threads)).collect();
+    let heads: Vec<_> = all.iter().map(|(name, _)| name.clone()).collect();
     row(out, "", &heads)?;
     row(out, &"-".repeat(NAME), &vec!["-".repeat(CELL); all.len()])?;
     let mut section = |title: &str, of: &dyn Fn(&Peaks) -> &[Peak]| {
         for (i, variant) in of(first).iter().enumerate() {
             let cells: Vec<_> = (all.iter())
-                .map(|p| {
+                .map(|(_, p)| {
                     let peak = &of(p)[i];
                     let mark = if best(of(p)) == Some(peak) { "*" } else { "" };
                     let rate = peak.rate;

@@ -2,6 +2,7 @@
 
 use super::args::{Eval, Global};
 use super::console::Unit;
+use super::device;
 use super::open::Setup;
 use super::stats::{self, routing};
 use anyhow::{Context, Result, bail};
@@ -43,13 +44,13 @@ pub fn eval(args: &Eval, global: &Global) -> Result<()> {
         .ctx
         .unwrap_or_else(|| default_context(model.config()).min(WINDOW));
     let start = |model: Arc<phidias::Model>| {
-        let options = phidias::SessionOptions {
+        let mut options = phidias::SessionOptions {
             context: Some(context),
-            check_memory: false,
             ..setup.session_options(&args.running)
         };
-        setup.admit(&Session::plan(&model, &options)?, &args.running)?;
-        let mut session = Session::new(model, &options)?;
+        let plan = Session::plan(&model, &options).map_err(device::or_cpu)?;
+        options.check_memory = setup.admit(&model, &plan, &args.running)?;
+        let mut session = Session::new(model, &options).map_err(device::or_cpu)?;
         session.set_cancel(setup.cancel.clone());
         anyhow::Ok(session)
     };

@@ -4,6 +4,7 @@ pub mod args;
 mod bench;
 mod chat;
 pub mod console;
+mod device;
 mod eval;
 mod files;
 mod inspect;

@@ -1,7 +1,8 @@
 //! From the command line's words to a model and a session.
 
-use super::args::{Device, Global, RopeCrossing, Running, Sampling};
+use super::args::{Global, RopeCrossing, Running, Sampling};
 use super::console::{Bar, Console, Unit, cancel_on_ctrl_c};
+use super::device::{self, Devices};
 use anyhow::{Context, Result, bail};
 use phidias::engine::machine::Machine;
 use phidias::engine::memory::{DoesNotFit, Fit, MemoryPlan, Size};
@@ -19,6 +20,7 @@ pub struct Setup {
     pub cancel: Cancel,
     pub kernels: &'static Kernels,
     pub threads: Option<usize>,
+    pub devices: Devices,
     placement: Placement,
     revision: Option<String>,
 }
@@ -43,9 +45,6 @@ impl Origin {
 
 impl Setup {
     pub fn new(global: &Global) -> Result<Self> {
-        if global.device == Device::Cuda {
-            bail!("--device cuda: this build computes on the CPU only");
-        }
         let kernels = match global.isa {
             None => Kernels::best(),
             Some(isa) => Kernels::for_isa(isa).with_context(|| {
@@ -65,6 +64,7 @@ impl Setup {
             cancel: cancel_on_ctrl_c(),
             kernels,
             threads: global.threads,
+            devices: Devices::new(global)?,
             placement: match global.copy_weights {
                 true => Placement::Copied,
                 false => Placement::Mapped,
@@ -116,7 +116,7 @@ impl Setup {
         bail!("{model}: no such folder (this build cannot download: it lacks the feature 'hub')")
     }
 
-    /// Opens a model, quantizing it when the format asks for that.
+    /// Opens a model, quantizing it when the format asks for that, and puts it on the device.
     pub fn open(&self, origin: &Origin, format: Option<WeightFormat>) -> Result<Arc<Model>> {
         let what = match self.placement {
             Placement::Mapped => "quantizing",
@@ -132,7 +132,7 @@ impl Setup {
             cancel: self.cancel.clone(),
             progress: Some(&mut progress),
         };
-        let model = match origin {
+        let mut model = match origin {
             Origin::Folder(folder) => Model::open(folder, options)?,
             #[cfg(feature = "fable")]
             Origin::BuiltIn => phidias::models::fable::open(options)?,
@@ -140,6 +140,14 @@ impl Setup {
         if let Some(note) = model.note() {
             self.console.note(note);
         }
+        drop(bar);
+        let Self {
+            devices,
+            console,
+            cancel,
+            ..
+        } = self;
+        devices.place(&mut model, *console, cancel)?;
         Ok(Arc::new(model))
     }
 
@@ -154,27 +162,26 @@ impl Setup {
             pictures,
             ..self.session_options(running)
         };
-        let plan = Session::plan(model, &options)?;
-        let threads = options
-            .threads
-            .unwrap_or_else(|| Machine::detect().threads());
+        let plan = Session::plan(model, &options).map_err(device::or_cpu)?;
+        let on = device::of(model).unwrap_or_else(|| {
+            let count = options.threads;
+            let threads = count.unwrap_or_else(|| Machine::detect().threads());
+            let plural = if threads == 1 { "" } else { "s" };
+            format!("{} kernels, {threads} thread{plural}", self.kernels.isa())
+        });
         self.console.note(format_args!(
-            "{}: {} weights, {} kernels, {threads} thread{}",
+            "{}: {} weights, {on}",
             model.path().display(),
             model.format(),
-            self.kernels.isa(),
-            if threads == 1 { "" } else { "s" },
         ));
         self.console.note(format_args!("memory: {plan}"));
-        self.admit(&plan, running)?;
+        let check_memory = self.admit(model, &plan, running)?;
         self.tell_residency(model);
-        let mut session = Session::new(
-            Arc::clone(model),
-            &SessionOptions {
-                check_memory: false,
-                ..options
-            },
-        )?;
+        let options = SessionOptions {
+            check_memory,
+            ..options
+        };
+        let mut session = Session::new(Arc::clone(model), &options).map_err(device::or_cpu)?;
         session.set_cancel(self.cancel.clone());
         session.set_progress(self.prefill_progress());
         Ok(session)
@@ -189,7 +196,7 @@ impl Setup {
             pictures,
             ..SessionOptions::default()
         };
-        let mut session = Session::new(Arc::clone(model), &options)?;
+        let mut session = Session::new(Arc::clone(model), &options).map_err(device::or_cpu)?;
         session.set_cancel(self.cancel.clone());
         Ok(session)
     }
@@ -199,8 +206,15 @@ impl Setup {
         Ok(Pool::new(self.threads).map_err(phidias::Error::from)?)
     }
 
-    /// Says when the disk will be read; refuses what does not fit, unless that is wanted.
-    pub fn admit(&self, plan: &MemoryPlan, running: &Running) -> Result<()> {
+    /// Says when the disk will be read; refuses what does not fit, unless that is wanted. On a device the
+    /// session has to look itself, and nothing is wanted beyond its memory: whether that is so.
+    pub fn admit(&self, model: &Model, plan: &MemoryPlan, running: &Running) -> Result<bool> {
+        if let Some(device) = device::of(model) {
+            if running.drop_hidden_keys {
+                bail!("--drop-hidden-keys: {device} keeps the whole cache; --device cpu can drop");
+            }
+            return Ok(true);
+        }
         let machine = Machine::detect();
         match plan.check(&machine) {
             Ok(Fit::Whole) => {}
@@ -210,11 +224,14 @@ impl Setup {
             }
             Err(error) => bail!(refusal(&error)),
         }
-        Ok(())
+        Ok(false)
     }
 
-    /// Says how much of the mapped weights is in memory.
+    /// Says how much of the mapped weights is in memory, where they are read from there.
     pub fn tell_residency(&self, model: &Model) {
+        if device::of(model).is_some() {
+            return;
+        }
         if let Some(now) = model.residency() {
             let share = 100.0 * now.resident as f64 / now.mapped as f64;
             let [resident, mapped] = [now.resident, now.mapped].map(Size);

@@ -20,6 +20,8 @@ pub enum Source {
     Attention,
     /// `sample.cu`
     Sample,
+    /// `peak.cu`
+    Peak,
     /// `check/probe.cu`, for tests of devices.
     #[cfg(test)]
     Probe,
@@ -33,6 +35,7 @@ impl Source {
         Self::Experts,
         Self::Attention,
         Self::Sample,
+        Self::Peak,
         #[cfg(test)]
         Self::Probe,
     ];
@@ -49,6 +52,7 @@ impl Source {
             Self::Experts => "experts.cu",
             Self::Attention => "attention.cu",
             Self::Sample => "sample.cu",
+            Self::Peak => "peak.cu",
             #[cfg(test)]
             Self::Probe => "probe.cu",
         }
@@ -63,6 +67,7 @@ impl Source {
             Self::Experts => include_str!("experts.cu"),
             Self::Attention => include_str!("attention.cu"),
             Self::Sample => include_str!("sample.cu"),
+            Self::Peak => include_str!("peak.cu"),
             #[cfg(test)]
             Self::Probe => include_str!("check/probe.cu"),
         }
@@ -77,6 +82,7 @@ impl Source {
             Self::Experts => super::experts::KERNELS,
             Self::Attention => super::attention::KERNELS,
             Self::Sample => super::sample::KERNELS,
+            Self::Peak => super::peak::KERNELS,
             #[cfg(test)]
             Self::Probe => super::check::probe::KERNELS,
         }

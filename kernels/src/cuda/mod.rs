@@ -18,6 +18,7 @@ mod gpu;
 mod host;
 pub mod linear;
 pub mod nvrtc;
+pub mod peak;
 mod rows;
 pub mod sample;
 

@@ -20,6 +20,7 @@
 
 mod buffers;
 mod cache;
+mod peaks;
 mod weights;
 
 pub use buffers::{DeviceExperts, DeviceInput, DeviceRoutes, DeviceTokens, Rows};

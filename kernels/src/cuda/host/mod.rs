@@ -7,6 +7,7 @@ use bytemuck::{Pod, Zeroable};
 use std::alloc::{Layout, alloc, dealloc};
 use std::collections::BTreeMap;
 use std::ffi::{CString, c_char, c_int, c_void};
+use std::fmt;
 use std::fmt::Write as _;
 use std::path::Path;
 use std::process::Command;
@@ -23,6 +24,16 @@ pub enum Order {
     Backward,
     /// Shuffled anew for every block, by this seed.
     Shuffled(u32),
+}
+
+impl fmt::Display for Order {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Forward => f.write_str("forward"),
+            Self::Backward => f.write_str("backward"),
+            Self::Shuffled(seed) => write!(f, "shuffled by {seed}"),
+        }
+    }
 }
 
 impl Order {
@@ -164,7 +175,7 @@ fn layout(bytes: usize) -> Layout {
 
 impl Device for HostDevice {
     fn name(&self) -> String {
-        format!("host, threads {:?}", self.0.order)
+        format!("host device, threads {}", self.0.order)
     }
 
     fn limits(&self) -> Limits {

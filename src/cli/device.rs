@@ -1,0 +1,135 @@
+//! `--device`: from its word to a GPU, and models on it.
+
+use super::args::{Device as Asked, Global};
+use super::console::Console;
+use anyhow::{Result, bail};
+use phidias::Model;
+use phidias::engine::Cancel;
+
+/// Where to compute, as far as the command line says.
+#[cfg(feature = "cuda")]
+pub struct Devices {
+    asked: Asked,
+    /// The device, once it was looked for.
+    found: std::sync::OnceLock<Option<Device>>,
+}
+
+#[cfg(feature = "cuda")]
+type Device = std::sync::Arc<dyn phidias::engine::kernels::cuda::Device>;
+
+#[cfg(feature = "cuda")]
+impl Devices {
+    pub fn new(global: &Global) -> Result<Self> {
+        // Whoever names an instruction set means the CPU.
+        let asked = match (global.device, global.isa) {
+            (Asked::Auto, Some(_)) => Asked::Cpu,
+            (asked, _) => asked,
+        };
+        Ok(Self {
+            asked,
+            found: std::sync::OnceLock::new(),
+        })
+    }
+
+    /// The device that is asked for, or that is there; `None`: the CPU.
+    pub fn find(&self, console: Console) -> Result<Option<Device>> {
+        use phidias::engine::kernels::cuda::{DeviceError, Gpu, HostDevice, Order};
+        use std::sync::Arc;
+        if let Some(found) = self.found.get() {
+            return Ok(found.clone());
+        }
+        let gpu = || {
+            let cache = super::open::cache_folder().map(|folder| folder.join("cuda"));
+            Gpu::open(0, cache.as_deref()).map(|gpu| Arc::new(gpu) as Device)
+        };
+        let found = match self.asked {
+            Asked::Cpu => None,
+            Asked::Cuda => match gpu() {
+                Ok(device) => Some(device),
+                Err(error) => bail!("--device cuda: {error}"),
+            },
+            Asked::Host => match HostDevice::new(Order::Forward) {
+                Ok(device) => Some(Arc::new(device) as Device),
+                Err(error) => bail!("--device host: {error}"),
+            },
+            Asked::Auto => match gpu() {
+                Ok(device) => Some(device),
+                Err(DeviceError::NoDriver { .. } | DeviceError::NoDevice { .. }) => None,
+                Err(error) => {
+                    console.note(format_args!("the GPU is not used: {error}"));
+                    None
+                }
+            },
+        };
+        Ok(self.found.get_or_init(|| found).clone())
+    }
+
+    /// Puts a model on the device. One that `auto` found is left alone when the model does not fit there.
+    pub fn place(&self, model: &mut Model, console: Console, cancel: &Cancel) -> Result<()> {
+        use super::console::Unit;
+        use phidias::Error;
+        let Some(device) = self.find(console)? else {
+            return Ok(());
+        };
+        let what = format!("copying the weights to {}", device.name());
+        let mut bar = console.bar(&what, Unit::Bytes);
+        let mut progress = |done: usize, total: usize| bar.set(done as u64, Some(total as u64));
+        match model.put_on(device, cancel, &mut progress) {
+            Err(error @ (Error::DeviceWeights { .. } | Error::DeviceHeads { .. }))
+                if self.asked == Asked::Auto =>
+            {
+                console.note(format_args!("the GPU is not used: {error}"));
+                Ok(())
+            }
+            placed => Ok(placed?),
+        }
+    }
+}
+
+/// The device that a model was put on.
+#[cfg(feature = "cuda")]
+pub fn of(model: &Model) -> Option<String> {
+    model.resident().map(|resident| resident.device().name())
+}
+
+/// The same with what else can be done, where a device cannot take a session.
+#[cfg(feature = "cuda")]
+pub fn or_cpu(error: phidias::Error) -> anyhow::Error {
+    use phidias::Error;
+    match error {
+        Error::DevicePlan { .. } | Error::DeviceKv(_) | Error::DeviceWeights { .. } => {
+            anyhow::anyhow!("{error}; --device cpu computes on the CPU")
+        }
+        error => error.into(),
+    }
+}
+
+/// There is the CPU only.
+#[cfg(not(feature = "cuda"))]
+pub struct Devices;
+
+#[cfg(not(feature = "cuda"))]
+impl Devices {
+    pub fn new(global: &Global) -> Result<Self> {
+        if global.device == Asked::Cuda {
+            bail!(
+                "--device cuda: this build computes on the CPU only (it lacks the feature 'cuda')"
+            );
+        }
+        Ok(Self)
+    }
+
+    pub fn place(&self, _: &mut Model, _: Console, _: &Cancel) -> Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+pub fn of(_: &Model) -> Option<String> {
+    None
+}
+
+#[cfg(not(feature = "cuda"))]
+pub fn or_cpu(error: phidias::Error) -> anyhow::Error {
+    error.into()
+}
