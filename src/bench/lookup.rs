@@ -37,8 +37,6 @@ pub struct LookupRecord {
     pub model: String,
     /// Format of its matrices.
     pub format: &'static str,
-    /// What computed: the CPU, or a device's name.
-    pub device: String,
     /// Instruction set of the kernels.
     pub isa: &'static str,
     /// Threads.
@@ -67,6 +65,8 @@ pub struct LookupRecord {
     pub speedup: f64,
     /// What the cache stores.
     pub kv: &'static str,
+    /// What computed: the CPU, or a device's name.
+    pub device: String,
     /// Tokens a second of each repetition.
     pub samples: Vec<f64>,
 }

@@ -208,8 +208,6 @@ pub struct Record {
     pub model: String,
     /// Format of its matrices.
     pub format: &'static str,
-    /// What computed: the CPU, or a device's name.
-    pub device: String,
     /// Instruction set of the kernels.
     pub isa: &'static str,
     /// Threads of the CPU; 0 on a device.
@@ -250,6 +248,8 @@ pub struct Record {
     pub peak_number: Limit,
     /// The limit that allows the fewest tokens a second.
     pub bound: Limit,
+    /// What computed: the CPU, or a device's name.
+    pub device: String,
     /// Tokens a second of each repetition.
     pub samples: Vec<f64>,
     /// The limits just before the test and just after it.

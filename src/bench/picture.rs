@@ -37,8 +37,6 @@ pub struct PictureRecord {
     pub model: String,
     /// Format of its weights.
     pub format: &'static str,
-    /// What encoded: the CPU, or a device's name.
-    pub device: String,
     /// Instruction set of the kernels.
     pub isa: &'static str,
     /// Threads.
@@ -67,6 +65,8 @@ pub struct PictureRecord {
     pub peak_gop_s: f64,
     /// Of that rate.
     pub share_of_peak: f64,
+    /// What encoded: the CPU, or a device's name.
+    pub device: String,
     /// The limits before and after.
     pub peaks: Around,
 }
