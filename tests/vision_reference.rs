@@ -111,8 +111,9 @@ impl Fixture {
 
     /// The prompt in pieces: runs of text, and a picture wherever ids are negative. The pictures stand in
     /// the order of their appearance, whatever their numbers.
-    fn pieces(&self, prompt: usize, session: &Session) -> Vec<Piece> {
-        let (_, processor) = session.model().vision().unwrap();
+    fn pieces(&self, prompt: usize, session: &mut Session) -> Vec<Piece> {
+        let model = Arc::clone(session.model());
+        let (_, processor) = model.vision().unwrap();
         let pictures = self.pictures(prompt, processor);
         let mut crops = Vec::new();
         let features = session.encode(&pictures, &mut |done| crops.push(done));
@@ -222,7 +223,7 @@ fn embedded_prompts_and_logits() {
         let prompts = (models.iter()).flat_map(|m| (0..fixture.prompts()).map(move |p| (m, p)));
         for (model, prompt) in prompts {
             let mut session = session(model, 100);
-            let pieces = fixture.pieces(prompt, &session);
+            let pieces = fixture.pieces(prompt, &mut session);
             pictures += pieces
                 .iter()
                 .filter(|p| matches!(p, Piece::Picture(_)))
@@ -261,7 +262,7 @@ fn greedy_continuations() {
         let prompts = (models.iter()).flat_map(|m| (0..fixture.prompts()).map(move |p| (m, p)));
         for (model, prompt) in prompts {
             let mut session = session(model, 512);
-            let mut next = fixture.pieces(prompt, &session);
+            let mut next = fixture.pieces(prompt, &mut session);
             let name = format!("prompt{prompt}.greedy_logits");
             let rows = fixture.floats[&name].0[0];
             for (step, id) in fixture.ids[&format!("prompt{prompt}.greedy_ids")]
@@ -287,7 +288,7 @@ fn chunks_and_truncation_change_nothing() {
         for format in [WeightFormat::F32, WeightFormat::Q8] {
             let model = fixture.open(format);
             let mut whole = session(&model, 4096);
-            let pieces = fixture.pieces(0, &whole);
+            let pieces = fixture.pieces(0, &mut whole);
             let ids = whole.attach(&pieces);
             let want = whole.extend(&ids).unwrap().to_vec();
             for chunk in [64, 333] {
@@ -327,7 +328,7 @@ fn chunks_and_truncation_change_nothing() {
 fn quantized_features_point_the_same_way() {
     for fixture in fixtures() {
         let features = |format| -> Vec<f32> {
-            let pieces = fixture.pieces(0, &session(&fixture.open(format), 512));
+            let pieces = fixture.pieces(0, &mut session(&fixture.open(format), 512));
             let rows = pieces.into_iter().find_map(|piece| match piece {
                 Piece::Picture(rows) => Some(rows.data().to_vec()),
                 Piece::Text(_) => None,

@@ -560,6 +560,14 @@ impl KvCache {
         }
     }
 
+    /// Gives back the blocks that hold none of the positions there are: those that were reserved for more,
+    /// or whose positions were truncated.
+    pub fn give_back(&mut self) {
+        for layer in &mut self.layers {
+            layer.blocks.truncate(self.len.div_ceil(layer.mask.block()));
+        }
+    }
+
     /// Changes every stored key in place: `change(position, head)` with `head` of `[head_dim]`.
     pub fn update_keys(&mut self, mut change: impl FnMut(usize, &mut [f32])) {
         let d = self.shape.head_dim;
@@ -747,5 +755,30 @@ mod tests {
         assert_eq!(kept.dropped_bytes(), 0);
         filled(0..600, &mut kept);
         assert_eq!(kept.bytes(), all);
+    }
+
+    #[test]
+    fn blocks_without_positions_are_given_back() {
+        let shape = sparse();
+        let mut cache = KvCache::new(shape.clone(), KvType::F32);
+        filled(0..600, &mut cache);
+        for len in [600, 513, 512, 100, 1, 0] {
+            cache.truncate(len);
+            cache.reserve(700).unwrap();
+            cache.give_back();
+            assert_eq!(cache.bytes(), shape.bytes(KvType::F32, len), "{len}");
+            for p in (0..len).step_by(37) {
+                assert_eq!(cache.read(0, 1, p).0, [p as f32; 4]);
+            }
+        }
+        // What is dropped stays so, and room can be had again.
+        filled(0..600, &mut cache);
+        cache.drop_hidden(600);
+        let held = cache.bytes();
+        cache.reserve(2000).unwrap();
+        cache.give_back();
+        assert_eq!(cache.bytes(), held);
+        filled(600..700, &mut cache);
+        assert_eq!(cache.read(1, 0, 699).0, [699.0; 4]);
     }
 }

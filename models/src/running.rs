@@ -52,9 +52,10 @@ pub(crate) trait Runner: Send {
         each: &mut dyn FnMut(usize, &[f32]),
     ) -> Result<(), Error>;
 
-    /// The features of pictures, `[tokens, hidden]` each; `progress` hears of the crops that are done.
+    /// The features of pictures, `[tokens, hidden]` each; `progress` hears of the crops that are done. What
+    /// the cache holds beyond its positions is given back first: the encoder works there.
     fn encode(
-        &self,
+        &mut self,
         vision: &Vision,
         pictures: &[Processed],
         cancel: &Cancel,
@@ -174,12 +175,13 @@ impl<B: Backend> Runner for Running<B> {
     }
 
     fn encode(
-        &self,
+        &mut self,
         vision: &Vision,
         pictures: &[Processed],
         cancel: &Cancel,
         progress: &mut dyn FnMut(usize),
     ) -> Result<Vec<Arc<Buffer>>, Error> {
+        self.cache.give_back();
         let mut scratch = vision::Scratch::<B>::default();
         let mut features = Vec::new();
         let mut before = 0;

@@ -5,11 +5,12 @@ use crate::blocks::rope::Regime;
 use crate::config::Config;
 use crate::error::Error;
 use crate::format::WeightFormat;
-use crate::image::Processed;
+use crate::image::{CROP_LEN, Processed, layout};
 use crate::model::{Model, WeightBytes};
 use crate::running::{Chunk, LOGIT_ROWS, Runner, Running};
 use crate::text::{Detokenizer, PLACEHOLDER, TextError};
 use crate::transformer::{Observer, Placed};
+use crate::vision::TILE_TOKENS;
 use phidias_engine::backend::{Cache, Cpu, Input, PICKS};
 use phidias_engine::generate::{Detokenize, Sequence};
 use phidias_engine::kv_cache::{KvCache, KvType};
@@ -65,60 +66,116 @@ pub enum PictureMemory {
     First {
         /// Crops of the largest one.
         crops: usize,
+        /// Crops of the others, which wait as pixels.
+        waiting: usize,
         /// Positions of all of them.
         rows: usize,
     },
-    /// One after the other, as many as the context has room for, while the decoder's memory is held.
+    /// One after the other, as many as the context has room for, while the decoder's memory is held. A
+    /// picture is looked at only when there is room for it, so the cache is not full then.
     Anytime {
         /// Crops of the largest one.
         crops: usize,
     },
 }
 
-/// Bytes that pictures take.
+/// Bytes that pictures take beside the decoder.
 #[derive(Clone, Copy, Debug, Default)]
 struct Looking {
-    /// Features, which stay, and what the encoder works with beyond what the decoder takes later.
+    /// Features, which stay, and what the encoder works with beyond what the decoder has not taken then.
     held: usize,
     /// Of the encoder's weights: what is read beyond that.
     weights: usize,
+}
+
+/// What looking at pictures is planned beside.
+struct Beside<'a> {
+    config: &'a Config,
+    format: WeightFormat,
+    /// Bytes of the encoder's weights.
+    encoder: usize,
+    /// Bytes of the cache when it holds so many positions.
+    cache: &'a dyn Fn(usize) -> usize,
+    context: usize,
+    /// Bytes of the decoder's activations.
+    activations: usize,
+}
+
+impl Beside<'_> {
+    /// What looking takes at a moment when the decoder has not taken `free` bytes of what it takes in the end:
+    /// a picture of `crops` is encoded, and pixels of `waiting` others are held. Features not counted.
+    fn looking(&self, crops: usize, waiting: usize, free: usize) -> Looking {
+        let (hidden, vision) = (self.config.hidden_size, self.config.vision.as_ref());
+        let works = vision.map_or(0, |v| v.activation_bytes(hidden, crops, self.format));
+        let works = works.saturating_add(waiting.saturating_mul(CROP_LEN));
+        Looking {
+            held: works.saturating_sub(free),
+            weights: (self.encoder).saturating_sub(free.saturating_sub(works)),
+        }
+    }
 }
 
 impl PictureMemory {
     /// That of some pictures that are looked at first.
     #[must_use]
     pub fn of(pictures: &[Processed]) -> Self {
-        match pictures.iter().map(Processed::crops).max() {
+        let crops = pictures.iter().map(Processed::crops);
+        let all = crops.clone().sum::<usize>();
+        match crops.max() {
             None => Self::Without,
             Some(crops) => Self::First {
                 crops,
+                waiting: all - crops,
                 rows: pictures.iter().map(Processed::tokens).sum(),
             },
         }
     }
 
-    /// What they take beside a decoder that takes `later` bytes for a cache of `context` positions and
-    /// its activations, where the encoder's weights take `weights`.
-    fn bytes(
-        self,
-        config: &Config,
-        format: WeightFormat,
-        weights: usize,
-        context: usize,
-        later: usize,
-    ) -> Looking {
-        let (crops, rows, shared) = match self {
+    /// Positions of a context that pictures take.
+    fn rows(self, context: usize) -> usize {
+        match self {
+            Self::Without => 0,
+            Self::First { rows, .. } => rows,
+            Self::Anytime { .. } => context,
+        }
+    }
+
+    fn looking(self, beside: &Beside<'_>) -> Looking {
+        let full = (beside.cache)(beside.context);
+        let most = match self {
             Self::Without => return Looking::default(),
-            Self::First { crops, rows } => (crops, rows, later),
-            Self::Anytime { crops } => (crops, context, 0),
+            Self::First { crops, waiting, .. } => {
+                beside.looking(crops, waiting, full.saturating_add(beside.activations))
+            }
+            // The pictures of a question have `all` crops together. Few leave most to the cache, many take most
+            // themselves.
+            Self::Anytime { crops } => (2..=beside.context / TILE_TOKENS)
+                .map(|all| {
+                    let held = beside.context.saturating_sub(layout::fewest_tokens(all));
+                    let free = full.saturating_sub((beside.cache)(held));
+                    let largest = all.min(crops);
+                    beside.looking(largest, all - largest, free)
+                })
+                .max_by_key(|looking| looking.held + looking.weights)
+                .unwrap_or_default(),
         };
-        let hidden = config.hidden_size;
-        let vision = config.vision.as_ref();
-        let works = vision.map_or(0, |v| v.activation_bytes(hidden, crops, format));
-        let features = rows.saturating_mul(hidden * size_of::<f32>());
+        let row = beside.config.hidden_size * size_of::<f32>();
+        let features = self.rows(beside.context).saturating_mul(row);
         Looking {
-            held: features.saturating_add(works.saturating_sub(shared)),
-            weights: weights.saturating_sub(shared.saturating_sub(works)),
+            held: most.held.saturating_add(features),
+            ..most
+        }
+    }
+
+    /// Bytes of the embedding table that a full context reads, where a row touches `row` bytes of pages: a
+    /// position has a row of it or one of a picture's features.
+    fn embedded(self, config: &Config, context: usize, row: usize) -> usize {
+        match self {
+            // Whichever is larger; the features are counted already.
+            Self::Anytime { .. } => row
+                .saturating_sub(config.hidden_size * size_of::<f32>())
+                .saturating_mul(context),
+            _ => row.saturating_mul(context.saturating_sub(self.rows(context))),
         }
     }
 }
@@ -173,22 +230,32 @@ pub fn memory_plan(
     let kind = options.kv_type.unwrap_or(format.default_kv_type());
     let (shape, chunk) = (config.kv_shape(), options.chunk.clamp(1, context));
     // Dropping comes before a chunk, so what the last chunk hides is still there.
-    let hidden = shape.hidden_bytes(kind, context - chunk);
-    let dropped = if options.drop_hidden { hidden } else { 0 };
-    let kv_cache = shape.bytes(kind, context) - dropped;
+    let hidden = |positions: usize| shape.hidden_bytes(kind, positions.saturating_sub(chunk));
+    let dropped = |positions| match options.drop_hidden {
+        true => hidden(positions),
+        false => 0,
+    };
+    let cache = |positions| shape.bytes(kind, positions) - dropped(positions);
     let activations = activation_bytes(config, format, chunk);
     let pageable = weights.pageable;
-    let later = kv_cache.saturating_add(activations);
-    let pictures = (options.pictures).bytes(config, format, pageable.encoder, context, later);
+    let pictures = options.pictures.looking(&Beside {
+        config,
+        format,
+        encoder: pageable.encoder,
+        cache: &cache,
+        context,
+        activations,
+    });
     let experts = (config.moe).map_or(0, |moe| pageable.experts / moe.experts * PICKS);
-    let rows = pages_of_row(pageable.embedding / config.vocab_size).saturating_mul(context);
+    let row = pages_of_row(pageable.embedding / config.vocab_size);
+    let embedded = options.pictures.embedded(config, context, row);
     Ok(MemoryPlan {
         weights: weights.all,
         pageable,
-        working_set: experts + rows.min(pageable.embedding) + pictures.weights,
-        kv_cache,
-        hidden,
-        dropped,
+        working_set: experts + embedded.min(pageable.embedding) + pictures.weights,
+        kv_cache: cache(context),
+        hidden: hidden(context),
+        dropped: dropped(context),
         activations,
         pictures: pictures.held,
         context,
@@ -456,18 +523,20 @@ impl Session {
         self.run(tokens, Want::Each(&mut each), Some(observe))
     }
 
-    /// The features of pictures, for [`Piece::Picture`]; `progress` hears of the crops that are done.
+    /// The features of pictures, for [`Piece::Picture`]; `progress` hears of the crops that are done. Pictures
+    /// that will not fit in the context should be refused before: the memory plan counts on room for them.
     /// # Errors
     /// [`Error::NoVision`] when there are any and the model sees none, cancellation, a device that fails.
     pub fn encode(
-        &self,
+        &mut self,
         pictures: &[Processed],
         progress: &mut dyn FnMut(usize),
     ) -> Result<Vec<Arc<Buffer>>, Error> {
         if pictures.is_empty() {
             return Ok(Vec::new());
         }
-        let (vision, _) = self.model.vision()?;
+        let model = Arc::clone(&self.model);
+        let (vision, _) = model.vision()?;
         (self.runner).encode(vision, pictures, &self.cancel, progress)
     }
 
@@ -676,6 +745,7 @@ mod tests {
     fn a_full_vision_model_takes_less_than_four_gigabytes() {
         let plan = plan(PictureMemory::First {
             crops: 17,
+            waiting: 0,
             rows: 2509,
         });
         assert_eq!(plan.kv_cache, 4096 * 393_216);
@@ -687,38 +757,77 @@ mod tests {
         assert!((170_000_000..195_000_000).contains(&plan.pageable.encoder));
         // The encoder works before there is a cache, so only the features are held beside it.
         assert_eq!(plan.pictures, 2509 * 3072 * 4);
-        // A row of 6144 bytes touches two pages, or three.
-        assert_eq!(plan.working_set, 4096 * 3 * 4096);
+        // A row of 6144 bytes touches two pages, or three; pictures need none.
+        assert_eq!(plan.working_set, (4096 - 2509) * 3 * 4096);
         assert!(plan.least() < 4_000_000_000, "{plan}");
         assert!(plan.least() > 3_800_000_000, "{plan}");
     }
 
+    /// The same goal for a conversation, whatever pictures it has and whenever they come.
     #[test]
-    fn pictures_of_a_conversation_are_looked_at_beside_the_cache() {
+    fn pictures_of_a_conversation_are_looked_at_beside_a_cache_with_room_for_them() {
         let text = plan(PictureMemory::Without);
         assert_eq!(text.pictures, 0);
         assert!(!text.to_string().contains("pictures"), "{text}");
         let seen = plan(PictureMemory::Anytime { crops: 17 });
         let (config, weights) = published();
-        let works = config.vision.as_ref().unwrap();
-        let works = works.activation_bytes(3072, 17, WeightFormat::Q4);
-        // As many features as the context has positions.
-        assert_eq!(seen.pictures, 4096 * 3072 * 4 + works);
+        let vision = config.vision.as_ref().unwrap();
+        // As many features as the context has positions; each has a row of the table or one of these.
+        let features = 4096 * 3072 * 4;
+        assert_eq!(text.working_set, 4096 * 3 * 4096);
+        // What is held while a picture of one row of tiles is encoded into the last positions.
+        let then = |crops: usize| {
+            let rows = 144 * crops + 25;
+            let cache = (4096 - rows).next_multiple_of(256) * 393_216;
+            let works = vision.activation_bytes(3072, crops, WeightFormat::Q4);
+            cache + works + weights.pageable.encoder
+        };
+        let most = (2..=17).map(then).max().unwrap();
+        assert_eq!(most, then(2));
+        let later = seen.kv_cache;
+        assert!(most > later);
         assert_eq!(
-            seen.working_set,
-            text.working_set + weights.pageable.encoder
+            seen.pictures + seen.working_set,
+            features + (most - later),
+            "{seen}"
         );
-        assert_eq!(seen.total(), text.total() + seen.pictures);
-        for words in [" encoder 1", " + pictures 1"] {
-            assert!(seen.to_string().contains(words), "{words}: {seen}");
-        }
+        assert!(seen.least() < 4_000_000_000, "{seen}");
+        assert!(seen.to_string().contains(" + pictures "), "{seen}");
+    }
+
+    /// A question may have several pictures: one is encoded, the others wait as pixels.
+    #[test]
+    fn pictures_that_wait_are_planned() {
+        let (config, weights) = published();
+        let plan = |waiting| {
+            let pictures = PictureMemory::First {
+                crops: 5,
+                waiting,
+                rows: 0,
+            };
+            let options = SessionOptions {
+                context: Some(1),
+                pictures,
+                ..SessionOptions::default()
+            };
+            memory_plan(&config, WeightFormat::Q4, weights, &options).unwrap()
+        };
+        // More than the one block of the cache is.
+        assert_eq!(
+            plan(1000).pictures - plan(900).pictures,
+            100 * 336 * 336 * 3
+        );
     }
 
     /// With next to no cache the encoder is what takes most.
     #[test]
     fn a_small_context_still_holds_the_encoder() {
         let (config, weights) = published();
-        let pictures = PictureMemory::First { crops: 17, rows: 0 };
+        let pictures = PictureMemory::First {
+            crops: 17,
+            waiting: 0,
+            rows: 0,
+        };
         let options = SessionOptions {
             context: Some(1),
             pictures,

@@ -109,7 +109,7 @@ impl PictureBench {
     ) -> Result<PictureRecord, BenchError> {
         let c = &self.conditions;
         let (vision, _) = model.vision()?;
-        let session = c.session(model, 1, threads)?;
+        let mut session = c.session(model, 1, threads)?;
         let place = Place::of(&session);
         // The resize is the CPU's, wherever the encoder is.
         let pool = Pool::new(Some(threads)).map_err(Error::from)?;

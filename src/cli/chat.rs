@@ -2,7 +2,7 @@
 
 use super::args::{Chat, Global};
 use super::open::{Setup, cache_folder, generate_options};
-use super::pictures::{Pictures, encode};
+use super::pictures::{Pictures, Room, encode};
 use super::run::summary;
 use anyhow::{Context, Result};
 use phidias::Session;
@@ -118,7 +118,13 @@ impl Talk {
             images: vec![file.into()],
             num_crops: None,
         };
-        match pictures.open(&self.setup, self.session.model()) {
+        let waiting = self.waiting.iter().map(Processed::tokens);
+        let taken = self.conversation.ids().len() + waiting.sum::<usize>();
+        let room = Room {
+            positions: self.session.context().saturating_sub(taken),
+            more: "/clear begins anew, --ctx makes room",
+        };
+        match pictures.open(&self.setup, self.session.model(), room) {
             Err(error) => eprintln!("{error}"),
             Ok(pictures) => {
                 let tokens: usize = pictures.iter().map(Processed::tokens).sum();
@@ -147,7 +153,7 @@ impl Talk {
             true => Err(anyhow::anyhow!(
                 "the context of {context} tokens is full: the conversation would take {needed}, its pictures included"
             )),
-            false => encode(&self.setup, &self.session, &self.waiting),
+            false => encode(&self.setup, &mut self.session, &self.waiting),
         };
         let features = features.inspect_err(|_| {
             self.conversation.take_back();

@@ -3,7 +3,7 @@
 use super::args::{Global, Logits};
 use super::files::{is_device, temporary_beside};
 use super::open::Setup;
-use super::pictures;
+use super::pictures::{self, Room};
 use anyhow::{Context, Result, bail};
 use phidias::models::session::PictureMemory;
 use phidias::models::text::Segment;
@@ -24,7 +24,7 @@ pub fn logits(args: &Logits, global: &Global) -> Result<()> {
         WeightFormat::F32
     };
     let model = setup.open(&origin, Some(args.running.format.unwrap_or(default)))?;
-    let pictures = args.pictures.open(&setup, &model)?;
+    let pictures = args.pictures.open(&setup, &model, Room::of(&model, &args.running))?;
     let segments = match &args.prompt {
         Some(prompt) => pictures::segments(&model, prompt, args.raw, &pictures)?,
         None if !pictures.is_empty() => {

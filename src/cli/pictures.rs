@@ -1,13 +1,13 @@
 //! Pictures of the command line, and the prompts they stand in.
 
+use super::args::Running;
 use super::console::{Bar, Unit};
 use super::open::Setup;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use phidias::engine::tensor::Buffer;
 use phidias::models::image::{Picture, Processed, frames};
-use phidias::models::session::PictureMemory;
-use phidias::models::session::Piece;
+use phidias::models::session::{PictureMemory, Piece, default_context};
 use phidias::models::text::{GenerationPrompt, Message, Segment, encode_with_images};
 use phidias::{Model, Session};
 use std::path::PathBuf;
@@ -25,8 +25,8 @@ pub struct Pictures {
 }
 
 impl Pictures {
-    /// Reads and prepares them.
-    pub fn open(&self, setup: &Setup, model: &Model) -> Result<Vec<Processed>> {
+    /// Reads and prepares them, as many as there is room for.
+    pub fn open(&self, setup: &Setup, model: &Model, room: Room) -> Result<Vec<Processed>> {
         if self.images.is_empty() {
             return Ok(Vec::new());
         }
@@ -35,6 +35,32 @@ impl Pictures {
         if let Some(crops) = self.num_crops {
             processor = processor.with_num_crops(crops)?;
         }
+        let pool = setup.pool()?;
+        let (mut pictures, mut taken) = (Vec::new(), 0);
+        for file in self.files()? {
+            let picture = Picture::open(&file)?;
+            let picture = pool.install(|| processor.process(&picture))?;
+            // Not after all of them: a folder may hold thousands.
+            taken += picture.tokens();
+            if taken > room.positions {
+                let which = match pictures.len() {
+                    0 => "this picture takes".to_owned(),
+                    n => format!("this picture and the {n} before it take"),
+                };
+                bail!(
+                    "{}: {which} {taken} positions; the context has room for {} ({})",
+                    file.display(),
+                    room.positions,
+                    room.more
+                );
+            }
+            pictures.push(picture);
+        }
+        Ok(pictures)
+    }
+
+    /// What is named, and the frames of what is a folder.
+    fn files(&self) -> Result<Vec<PathBuf>> {
         let mut files = Vec::new();
         for image in &self.images {
             match image.is_dir() {
@@ -42,13 +68,26 @@ impl Pictures {
                 false => files.push(image.clone()),
             }
         }
-        let pool = setup.pool()?;
-        (files.iter())
-            .map(|file| {
-                let picture = Picture::open(file)?;
-                Ok(pool.install(|| processor.process(&picture))?)
-            })
-            .collect()
+        Ok(files)
+    }
+}
+
+/// Positions that pictures may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Room {
+    pub positions: usize,
+    /// How to come to more of them.
+    pub more: &'static str,
+}
+
+impl Room {
+    /// All of the context of a prompt.
+    pub fn of(model: &Model, running: &Running) -> Self {
+        let context = running.ctx;
+        Self {
+            positions: context.unwrap_or_else(|| default_context(model.config())),
+            more: "--ctx makes room, --num-crops makes pictures smaller",
+        }
     }
 }
 
@@ -103,7 +142,7 @@ pub fn attach(
 /// The features of some pictures.
 pub fn encode(
     setup: &Setup,
-    session: &Session,
+    session: &mut Session,
     pictures: &[Processed],
 ) -> Result<Vec<Arc<Buffer>>> {
     let mut bar: Bar = setup.console.bar("looking", Unit::Crops);
@@ -118,12 +157,18 @@ pub fn encode(
 pub fn embed(args: &super::args::Embed, global: &super::args::Global) -> Result<()> {
     let setup = Setup::new(global)?;
     let model = setup.open(&setup.locate(Some(&args.model))?, args.format)?;
-    let pictures = args.picture.open(&setup, &model)?;
-    let [picture] = &pictures[..] else {
-        bail!("--image: expected one picture");
+    let files = args.picture.files()?;
+    if files.len() != 1 {
+        bail!("--image: expected one picture, found {}", files.len());
+    }
+    let any = Room {
+        positions: usize::MAX,
+        more: "",
     };
-    let session = setup.encoder(&model, PictureMemory::of(&pictures))?;
-    let [features] = &encode(&setup, &session, &pictures)?[..] else {
+    let pictures = args.picture.open(&setup, &model, any)?;
+    let picture = &pictures[0];
+    let mut session = setup.encoder(&model, PictureMemory::of(&pictures))?;
+    let [features] = &encode(&setup, &mut session, &pictures)?[..] else {
         unreachable!("features of one picture");
     };
     let bytes = size_of_val(features.data());

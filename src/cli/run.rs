@@ -2,7 +2,7 @@
 
 use super::args::{Global, Run};
 use super::open::{Setup, generate_options};
-use super::pictures;
+use super::pictures::{self, Room};
 use super::stats::{self, routing};
 use anyhow::{Context, Result, bail};
 use phidias::engine::generate::{Event, FinishReason, GenerateOptions, Outcome, generate};
@@ -26,7 +26,7 @@ pub fn run(args: &Run, global: &Global) -> Result<()> {
         model.config(),
         model.path().display(),
     )?;
-    let pictures = args.pictures.open(&setup, &model)?;
+    let pictures = args.pictures.open(&setup, &model, Room::of(&model, &args.running))?;
     let segments = pictures::segments(&model, &prompt, args.raw, &pictures)?;
     let mut options = generate_options(&model, &args.sampling, setup.console);
     options.sampling.logprobs = args.logprobs;

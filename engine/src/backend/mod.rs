@@ -245,6 +245,9 @@ pub trait Cache: Debug + Send + Sync {
     /// Forgets the positions from `len` on, or all of them where the next query would see what was dropped.
     fn truncate(&mut self, len: usize);
 
+    /// Gives back what is held for more positions than there are, if it can.
+    fn give_back(&mut self);
+
     /// Changes every stored key in place: `change(position, head)` with `head` of `[head_dim]`.
     /// # Errors
     /// When the device fails.

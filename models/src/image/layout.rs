@@ -45,6 +45,15 @@ impl Grid {
     }
 }
 
+/// Positions that pictures of so many crops in all take at least: those of one picture with one row of tiles.
+pub(crate) fn fewest_tokens(crops: usize) -> usize {
+    let tiles = Grid {
+        rows: 1,
+        cols: crops - 1,
+    };
+    tiles.tokens()
+}
+
 /// What becomes of a picture of some size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
@@ -197,6 +206,7 @@ mod tests {
             };
             let Grid { rows, cols } = layout.grid;
             prop_assert!((1..=num_crops).contains(&(rows * cols)));
+            prop_assert!(layout.grid.tokens() >= fewest_tokens(1 + rows * cols));
             // The white does not fill a tile, and lies on both sides in equal parts.
             let (right, below) = (cols * TILE - layout.left - layout.width,
                                   rows * TILE - layout.top - layout.height);

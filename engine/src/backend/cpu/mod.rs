@@ -398,6 +398,9 @@ impl Cache for KvCache {
     fn truncate(&mut self, len: usize) {
         self.truncate(len);
     }
+    fn give_back(&mut self) {
+        self.give_back();
+    }
     fn update_keys(
         &mut self,
         change: &mut dyn FnMut(usize, &mut [f32]),

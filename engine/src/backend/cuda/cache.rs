@@ -157,6 +157,9 @@ impl Cache for DeviceCache {
         self.len = self.len.min(len);
     }
 
+    /// It is one piece of memory for the whole context.
+    fn give_back(&mut self) {}
+
     fn update_keys(
         &mut self,
         change: &mut dyn FnMut(usize, &mut [f32]),
