@@ -40,7 +40,8 @@ pub fn chat(args: &Chat, global: &Global) -> Result<()> {
     // Pictures may come in any turn, up to the largest that the model takes.
     let pictures = match model.vision() {
         Ok((_, processor)) => PictureMemory::Anytime {
-            crops: 1 + processor.num_crops(),
+            fewest: *processor.crops().start(),
+            most: *processor.crops().end(),
         },
         Err(_) => PictureMemory::Without,
     };

@@ -24,7 +24,9 @@ pub fn logits(args: &Logits, global: &Global) -> Result<()> {
         WeightFormat::F32
     };
     let model = setup.open(&origin, Some(args.running.format.unwrap_or(default)))?;
-    let pictures = args.pictures.open(&setup, &model, Room::of(&model, &args.running))?;
+    let pictures = args
+        .pictures
+        .open(&setup, &model, Room::of(&model, &args.running))?;
     let segments = match &args.prompt {
         Some(prompt) => pictures::segments(&model, prompt, args.raw, &pictures)?,
         None if !pictures.is_empty() => {

@@ -26,7 +26,9 @@ pub fn run(args: &Run, global: &Global) -> Result<()> {
         model.config(),
         model.path().display(),
     )?;
-    let pictures = args.pictures.open(&setup, &model, Room::of(&model, &args.running))?;
+    let pictures = args
+        .pictures
+        .open(&setup, &model, Room::of(&model, &args.running))?;
     let segments = pictures::segments(&model, &prompt, args.raw, &pictures)?;
     let mut options = generate_options(&model, &args.sampling, setup.console);
     options.sampling.logprobs = args.logprobs;

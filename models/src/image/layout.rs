@@ -54,6 +54,17 @@ pub(crate) fn fewest_tokens(crops: usize) -> usize {
     tiles.tokens()
 }
 
+/// The fewest tiles that any picture becomes; small ones grow, so these are about half of the budget. `scale` tiles
+/// across and `down` of them are chosen for some shape when one more of each would be too many: the shape
+/// `scale : down` has those with the next scale.
+pub(crate) fn fewest_tiles(num_crops: usize) -> usize {
+    let grids = (1..=num_crops).flat_map(|scale| (1..=scale).map(move |down| (scale, down)));
+    let chosen = grids
+        .filter(|(scale, down)| scale * down <= num_crops && (scale + 1) * (down + 1) > num_crops);
+    let tiles = chosen.map(|(scale, down)| scale * down);
+    tiles.min().unwrap_or(1)
+}
+
 /// What becomes of a picture of some size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
@@ -194,6 +205,21 @@ mod tests {
         }
     }
 
+    /// Every budget has a picture that takes as few.
+    #[test]
+    fn fewest_tiles_are_taken_by_some_shape() {
+        assert_eq!([1, 4, 16].map(fewest_tiles), [1, 2, 8]);
+        for num_crops in 1..=MAX_CROPS {
+            let shapes = (1..=num_crops).flat_map(|w| (1..=w).map(move |h| (w, h)));
+            let tiles = shapes.map(|(w, h)| {
+                // A little longer, so that rounding does not add a row.
+                let layout = Layout::new(1000 * w + 1, 1000 * h, num_crops);
+                layout.unwrap().grid.tiles()
+            });
+            assert_eq!(tiles.min(), Some(fewest_tiles(num_crops)), "{num_crops}");
+        }
+    }
+
     proptest! {
         #[test]
         fn any_size_fits_the_budget(
@@ -206,6 +232,7 @@ mod tests {
             };
             let Grid { rows, cols } = layout.grid;
             prop_assert!((1..=num_crops).contains(&(rows * cols)));
+            prop_assert!(rows * cols >= fewest_tiles(num_crops));
             prop_assert!(layout.grid.tokens() >= fewest_tokens(1 + rows * cols));
             // The white does not fill a tile, and lies on both sides in equal parts.
             let (right, below) = (cols * TILE - layout.left - layout.width,

@@ -40,6 +40,7 @@ pub use error::ImageError;
 pub use layout::{Grid, Layout};
 
 use crate::config::{ConfigError, PreprocessorConfig};
+use std::ops::RangeInclusive;
 use std::path::Path;
 
 /// Rows and columns of a tile: the pictures that the encoder was trained on.
@@ -144,6 +145,11 @@ impl ImageProcessor {
     /// Tiles that a picture may become, the global view not counted.
     pub fn num_crops(&self) -> usize {
         self.num_crops
+    }
+
+    /// Crops that a picture becomes, the global view counted: the fewest, and the most.
+    pub fn crops(&self) -> RangeInclusive<usize> {
+        1 + layout::fewest_tiles(self.num_crops)..=1 + self.num_crops
     }
 
     /// Resizes a picture and lays it on white; the threads of the rayon pool around the call share
