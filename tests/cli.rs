@@ -1280,16 +1280,65 @@ fn chat_keeps_pictures_of_earlier_turns() {
     );
     assert!(third > second + 2 * 457 && fresh < 30, "{contexts:?}");
     assert!(ran.err.contains("nowhere.png"), "{}", ran.err);
-    // The third picture does not fit; the conversation goes on.
+    // The fifth picture does not fit beside four that wait; with a long question four do not either. The
+    // conversation goes on.
+    let long = "word ".repeat(200);
     let ran = talk(&format!(
-        "{show}{show}{show}{show}{show}Too many\n/clear\nHi\n"
+        "{show}{show}{show}{show}{show}{long}\n/clear\nHi\n"
     ));
-    assert!(
-        ran.err.contains("the context of 2000 tokens is full"),
-        "{}",
-        ran.err
-    );
+    for words in [
+        "this picture takes 457 positions; the context has room for 172 (/clear",
+        "the context of 2000 tokens is full",
+    ] {
+        assert!(ran.err.contains(words), "{}", ran.err);
+    }
     assert_eq!(ran.out.lines().count(), 1, "{}", ran.out);
+}
+
+#[test]
+fn a_folder_of_frames_is_its_pictures_in_order() {
+    let home = home();
+    let model = vision_model(home.path());
+    let frames = home.path().join("frames");
+    fs::create_dir(&frames).unwrap();
+    for (n, name) in [(0, "f2.png"), (1, "f10.PNG")] {
+        fs::copy(picture(n), frames.join(name)).unwrap();
+    }
+    fs::write(frames.join("notes.txt"), "no picture").unwrap();
+    let frames_name = frames.to_str().unwrap();
+    // The prompt that the model's authors write for frames.
+    let run = |more: &[&str]| {
+        let prompt = "<|image_1|>\n<|image_2|>\nWhat happens?";
+        let run = ["run", model.to_str().unwrap(), "-n", "6", "-p", prompt];
+        [&run[..], &["--num-crops", "4"], more].concat().join("\0")
+    };
+    let answer = |more: &[&str]| {
+        let run = run(more);
+        succeed(home.path(), &run.split('\0').collect::<Vec<_>>())
+    };
+    let folder = answer(&["--image", frames_name]);
+    let files = answer(&["--image", &picture(0), "--image", &picture(1)]);
+    assert_eq!(folder.out, files.out);
+    let turned = answer(&["--image", &picture(1), "--image", &picture(0)]);
+    assert_ne!(folder.out, turned.out);
+
+    let refuse = |more: &[&str], words: &[&str]| {
+        let run = run(&[more, &["--image", frames_name]].concat());
+        fail(home.path(), 1, &run.split('\0').collect::<Vec<_>>(), words);
+    };
+    // As many as there is room for, found out on reading.
+    refuse(
+        &["--ctx", "900"],
+        &[
+            "f10.PNG: this picture and the 1 before it take 926 positions",
+            "room for 900",
+        ],
+    );
+    fs::write(frames.join("f3.png"), "no picture").unwrap();
+    refuse(&[], &["f3.png: expected a PNG", "no picture"]);
+    fs::remove_dir_all(&frames).unwrap();
+    fs::create_dir(&frames).unwrap();
+    refuse(&[], &["frames: expected a folder with PNG"]);
 }
 
 /// What `--device` does: on a machine without a GPU one sentence, and the host device in the place of one.

@@ -323,6 +323,28 @@ fn chunks_and_truncation_change_nothing() {
     }
 }
 
+/// The memory plan counts on it: while pictures are encoded, the cache holds no more than its positions take.
+#[test]
+fn encoding_gives_back_what_the_cache_does_not_need() {
+    for fixture in fixtures() {
+        let mut session = session(&fixture.open(WeightFormat::F32), 512);
+        let ids: Vec<u32> = (0..600).map(|i| i % 50).collect();
+        session.extend(&ids).unwrap();
+        let full = session.cache().bytes();
+        session.truncate(300);
+        assert_eq!(session.cache().bytes(), full);
+        fixture.pieces(0, &mut session);
+        let (model, kind) = (session.model(), session.cache().kind());
+        let needed = model.config().kv_shape().bytes(kind, 300);
+        assert!(needed < full);
+        assert_eq!(session.cache().bytes(), needed);
+        // The sequence goes on from where it was.
+        let logits = session.extend(&ids[300..]).unwrap().to_vec();
+        session.truncate(0);
+        assert_eq!(session.extend(&ids).unwrap(), logits);
+    }
+}
+
 /// The encoder has its own error figure: the cosine of the projected features with those in f32.
 #[test]
 fn quantized_features_point_the_same_way() {

@@ -791,7 +791,6 @@ mod tests {
         let works = vision.activation_bytes(3072, 3, WeightFormat::Q4);
         let looking = works + weights.pageable.encoder - 256 * 393_216;
         assert_eq!(small.pictures + small.working_set, features + looking);
-        assert!(small.least() < 4_000_000_000, "{small}");
     }
 
     /// A question may have several pictures: one is encoded, the others wait as pixels.

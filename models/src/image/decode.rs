@@ -180,7 +180,10 @@ pub(super) fn check_size(width: u32, height: u32, bytes: u64) -> Result<(), Refu
 fn decode(bytes: &[u8], format: Format) -> Result<Pixels, Refusal> {
     match format {
         Format::Gif => super::gif::decode(bytes),
-        Format::Png => read(bytes, ImageFormat::Png, png_gray(bytes)),
+        Format::Png => {
+            png_size(bytes)?;
+            read(bytes, ImageFormat::Png, png_gray(bytes))
+        }
         Format::WebP => read(bytes, ImageFormat::WebP, Gray16::HighByte),
         Format::Jpeg if jpeg_ends(bytes) => read(bytes, ImageFormat::Jpeg, Gray16::HighByte),
         Format::Jpeg => Err(Refusal::Damaged("the file ends inside the picture".into())),
@@ -212,6 +215,24 @@ enum Gray16 {
     HighByte,
     /// The number itself, or 255 where it is larger.
     Cut,
+}
+
+/// The sizes of a PNG file lie behind its mark and the length and name of the first chunk. The decoder
+/// refuses large ones by its limit, and does not say them.
+fn png_size(bytes: &[u8]) -> Result<(), Refusal> {
+    let number = |at| {
+        bytes
+            .get(at..)?
+            .first_chunk()
+            .map(|b| u32::from_be_bytes(*b))
+    };
+    match (number(16), number(20)) {
+        (Some(width), Some(height)) => {
+            let pixels = u64::from(width).saturating_mul(u64::from(height));
+            check_size(width, height, pixels.saturating_mul(3))
+        }
+        _ => Ok(()), // too short for a picture, which the decoder says
+    }
 }
 
 /// A PNG file's kind of pixel is its 26th byte; 0 is gray without alpha. The decoder cannot say
@@ -403,6 +424,7 @@ mod tests {
             (65_536, 1, 196_608),
             (1, 65_536, 196_608),
             (20_000, 10_000, 600_000_000),
+            ((1 << 31) - 1, (1 << 31) - 1, 13_835_058_042_397_261_827),
         ] {
             let error = refused(&png_claiming(width, height)).to_string();
             let expected = format!(
