@@ -325,6 +325,35 @@ mod tests {
         size_of_val(buffer.data())
     }
 
+    /// The same rows, row for row: each part as it was, in the other place.
+    #[test]
+    fn either_part_of_a_picture_may_come_first() {
+        let folder = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../tests/fixtures/phi3v-tiny-nc4"
+        );
+        let model = Model::open(Path::new(folder), OpenOptions::default()).unwrap();
+        let (vision, processor) = model.vision().unwrap();
+        let picture = Picture::open(&Path::new(folder).join("image2.png")).unwrap();
+        let picture = processor.process(&picture).unwrap();
+        let cpu = Cpu::new(Kernels::best(), Arc::new(Pool::new(Some(2)).unwrap()));
+        let features = |order| {
+            let (vision, cancel) = (vision.clone(), Cancel::default());
+            let (vision, mut s) = (Vision { order, ..vision }, Scratch::default());
+            let rows = vision.encode(&cpu, &picture, &cancel, &mut |_, _| {}, &mut s);
+            let rows = rows.unwrap();
+            (0..rows.rows())
+                .map(|r| rows.row(r).to_vec())
+                .collect::<Vec<_>>()
+        };
+        let tiles_first = features(PartOrder::TilesFirst);
+        let (tiles, rest) = tiles_first.split_at(picture.tokens() - 1 - SIDE * (SIDE + 1));
+        let (between, global) = rest.split_at(1);
+        assert_ne!(tiles[..global.len()], *global);
+        let turned = [global, between, tiles].concat();
+        assert_eq!(features(PartOrder::GlobalFirst), turned);
+    }
+
     /// What encoding holds is what the plan says; of buffers that are used twice the plan has the larger use.
     #[test]
     fn the_plan_is_what_is_held() {
