@@ -152,11 +152,13 @@ impl Model {
         let kind = options.kv_type.unwrap_or(self.format().default_kv_type());
         let heads = self.config().heads(HeadOrder::Parts);
         let kv_cache = DeviceCache::bytes_of(&self.config().kv_shape(), kind, plan.context)?;
+        let (config, format, context) = (self.config(), self.format(), plan.context);
+        let pictures = &options.pictures;
         Ok(MemoryPlan {
             weights: resident.bytes(),
             kv_cache,
             activations: plan.activations + Cuda::bytes(heads, plan.context),
-            pictures: plan.pictures,
+            pictures: pictures.on_device(config, format, context, plan.activations),
             context: plan.context,
             ..MemoryPlan::default()
         })

@@ -169,6 +169,27 @@ impl PictureMemory {
         }
     }
 
+    /// What they take on a device, whose cache is held as a whole from the start, beside a decoder of so many bytes
+    /// of activations.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_device(
+        self,
+        config: &Config,
+        format: WeightFormat,
+        context: usize,
+        activations: usize,
+    ) -> usize {
+        let looking = self.looking(&Beside {
+            config,
+            format,
+            encoder: 0, // among the weights, which stay
+            cache: &|_| 0,
+            context,
+            activations,
+        });
+        looking.held
+    }
+
     /// Bytes of the embedding table that a full context reads, where a row touches `row` bytes of pages: a
     /// position has a row of it or one of a picture's features.
     fn embedded(self, config: &Config, context: usize, row: usize) -> usize {
@@ -791,6 +812,23 @@ mod tests {
         let works = vision.activation_bytes(3072, 3, WeightFormat::Q4);
         let looking = works + weights.pageable.encoder - 256 * 393_216;
         assert_eq!(small.pictures + small.working_set, features + looking);
+    }
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn a_device_holds_its_whole_cache_while_it_looks() {
+        let (config, _) = published();
+        let anytime = PictureMemory::Anytime {
+            fewest: 9,
+            most: 17,
+        };
+        let vision = config.vision.as_ref().unwrap();
+        let works = vision.activation_bytes(3072, 17, WeightFormat::Q4);
+        // 28 crops fit in the context: one picture is encoded, the pixels of 11 crops wait.
+        assert_eq!(
+            anytime.on_device(&config, WeightFormat::Q4, 4096, 0),
+            4096 * 3072 * 4 + works + 11 * 336 * 336 * 3
+        );
     }
 
     /// A question may have several pictures: one is encoded, the others wait as pixels.
