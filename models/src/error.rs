@@ -30,7 +30,7 @@ pub enum Error {
     Checkpoint(#[from] CheckpointError),
     #[error(transparent)]
     Text(#[from] TextError),
-    #[error("{}: the folder has no tokenizer.json or .tiktoken file, so it takes token ids only (--tokens)", path.display())]
+    #[error("{}: the folder has no tokenizer.json or .tiktoken file, so it takes token ids only (phidias logits --tokens)", path.display())]
     NoTokenizer { path: PathBuf },
     #[error("{}: a {family} model reads text only; pictures need a phi3_v model", path.display())]
     NoVision { path: PathBuf, family: Family },

@@ -93,8 +93,9 @@ pub fn inspect(args: &Inspect, global: &Global) -> Result<()> {
     )?;
     writeln!(
         out,
-        "  {} layers, hidden {}, {}MLP {}, {} heads of {} ({} for keys and values), vocabulary {}",
+        "  {} layer{}, hidden {}, {}MLP {}, {} heads of {} ({} for keys and values), vocabulary {}",
         c.num_hidden_layers,
+        if c.num_hidden_layers == 1 { "" } else { "s" },
         c.hidden_size,
         c.moe.map_or(String::new(), |moe| format!(
             "{} experts ({PICKS} for a token) of ",
