@@ -23,6 +23,7 @@
 //! ```
 
 use super::Kernels;
+use super::ahead::Span;
 use crate::view::Elements;
 use std::ops::Range;
 
@@ -46,7 +47,24 @@ pub enum Cached<'a> {
     },
 }
 
+impl Default for Cached<'_> {
+    /// Nothing.
+    fn default() -> Self {
+        Self::Floats(Elements::F32(&[]))
+    }
+}
+
 impl Cached<'_> {
+    /// Where it is.
+    fn spans(&self) -> [Span; 2] {
+        match *self {
+            Self::Floats(Elements::F32(s)) => [Span::of(s), NOWHERE],
+            Self::Floats(Elements::F16(s)) => [Span::of(s), NOWHERE],
+            Self::Floats(Elements::Bf16(s)) => [Span::of(s), NOWHERE],
+            Self::I8 { quants, steps } => [Span::of(steps), Span::of(quants)],
+        }
+    }
+
     fn len(&self) -> usize {
         match self {
             Self::Floats(elements) => elements.len(),
@@ -70,7 +88,14 @@ pub struct AttentionTask<'a> {
     pub values: Cached<'a>,
     /// Factor on every score.
     pub scale: f32,
+    /// What is read after this block, in that order: where the queries are few, it is asked for while this
+    /// block is read. No result depends on it.
+    pub then: [Cached<'a>; THEN],
 }
+
+/// Keys and values that can be told of in advance. A block of keys is asked for while values of as many
+/// bytes are read; the last block of a cache can be short, and then there is time for what follows it.
+pub const THEN: usize = 3;
 
 /// The running softmax of some queries.
 #[derive(Clone, Debug, Default)]
@@ -115,6 +140,29 @@ pub(super) struct Block<'a, T> {
     pub value_steps: &'a [f32],
     /// Factor on every score.
     pub scale: f32,
+    /// What is read after this block.
+    pub then: [[Span; 2]; THEN],
+}
+
+/// No memory.
+const NOWHERE: Span = Span::EMPTY;
+/// To ask for nothing.
+pub(super) const NOTHING: Spans = [NOWHERE; 2 + 2 * THEN];
+/// What is asked for in the course of a block.
+pub(super) type Spans = [Span; 2 + 2 * THEN];
+
+impl<T> Block<'_, T> {
+    /// What is read after the keys: the values of the keys `seen`, and what comes after the block.
+    #[inline(always)]
+    pub(super) fn spans(&self, seen: Range<usize>) -> Spans {
+        let d = self.head_dim;
+        let mut spans = NOTHING;
+        let (own, then) = spans.split_at_mut(2);
+        own[0] = Span::of(self.value_steps.get(seen.clone()).unwrap_or_default());
+        own[1] = Span::of(&self.values[seen.start * d..seen.end * d]);
+        then.copy_from_slice(self.then.as_flattened());
+        spans
+    }
 }
 
 /// Merges one block into the state of each query.
@@ -276,6 +324,7 @@ impl Kernels {
                     key_steps: $key_steps,
                     value_steps: $value_steps,
                     scale,
+                    then: task.then.map(|cached| cached.spans()),
                 };
                 // SAFETY: the table exists only where the CPU has its features; shapes are checked
                 // above, and below for the steps.

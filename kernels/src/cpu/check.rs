@@ -20,7 +20,7 @@
 mod guard;
 
 use super::activation::{DENOMINATOR, NUMERATOR, RATIO_ERROR};
-use super::{AttentionState, AttentionTask, Cached, Isa, KEY_PANEL, Kernels};
+use super::{AttentionState, AttentionTask, Cached, Isa, KEY_PANEL, Kernels, THEN};
 use crate::view::{ColsMut, Dense, Elements};
 use guard::{guarded, page_end};
 use phidias_quant::activations::{self, Activations, MAGIC, TILE};
@@ -1491,6 +1491,8 @@ impl<T: Stored> Scene<T> {
                 keys: T::cached(&keys, &key_steps),
                 values: T::cached(&values, &value_steps),
                 scale: self.scale,
+                // Anything: it is asked for and not looked at.
+                then: [T::cached(&values, &value_steps); THEN],
             };
             if split {
                 // Each block on its own, beside another one, then merged: what several threads do.

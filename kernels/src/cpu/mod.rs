@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 mod activation;
+mod ahead;
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -27,7 +28,7 @@ mod scalar;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod vector;
 
-pub use attention::{AttentionState, AttentionTask, Cached, KEY_PANEL};
+pub use attention::{AttentionState, AttentionTask, Cached, KEY_PANEL, THEN};
 pub use gemm::panels_at_once;
 
 /// An instruction set that a table exists for.

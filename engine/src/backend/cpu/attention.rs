@@ -5,7 +5,7 @@ use super::CpuOps;
 use crate::kv_cache::KvCache;
 use crate::mask::BLOCK;
 use crate::tensor::Buffer;
-use phidias_kernels::cpu::{AttentionState, AttentionTask, Kernels};
+use phidias_kernels::cpu::{AttentionState, AttentionTask, Cached, Kernels, THEN};
 use phidias_kernels::view::ColsMut;
 use std::cell::RefCell;
 use std::ops::Range;
@@ -93,13 +93,15 @@ impl CpuOps<'_> {
         let longest = tiles.iter().map(|tile| tile.blocks.len()).max();
         if tiles.len() >= 4 * self.team.threads() || longest.unwrap_or(0) < 2 {
             // Long tiles first: the threads end together.
-            let parts = tiles.iter().zip(outs).rev().collect();
-            self.team.each_part(parts, |(tile, mut out)| {
+            let parts = outs.into_iter().enumerate().rev().collect();
+            self.team.each_part(parts, |(i, mut out)| {
+                let (tile, next) = (&tiles[i], i.checked_sub(1).map(|next| &tiles[next]));
                 SCRATCH.with_borrow_mut(|scratch| {
                     layer.load(qkv, tile, scratch);
                     scratch.state.reset(tile.rows(group), heads.head_dim);
-                    for &block in &tile.blocks {
-                        layer.attend(kernels, tile, block, 0, scratch);
+                    for (i, &block) in tile.blocks.iter().enumerate() {
+                        let then = layer.then(tile, i + 1, next);
+                        layer.attend(kernels, tile, block, 0, then, scratch);
                     }
                     layer.finish(&scratch.state, &mut out);
                 });
@@ -111,17 +113,20 @@ impl CpuOps<'_> {
         let several = BLOCK / mask.block();
         let mut states = Vec::new();
         for tile in &tiles {
-            let pieces = tile.blocks.chunks(several);
-            states.extend(pieces.map(|blocks| (tile, blocks, AttentionState::default())));
+            let pieces = tile.blocks.chunks(several).enumerate();
+            states.extend(
+                pieces.map(|(i, blocks)| (tile, i * several, blocks, AttentionState::default())),
+            );
         }
         let parts = states.iter_mut().collect();
-        self.team.each_part(parts, |(tile, blocks, state)| {
+        self.team.each_part(parts, |(tile, first, blocks, state)| {
             SCRATCH.with_borrow_mut(|scratch| {
                 let rows = tile.rows(group);
                 layer.load(qkv, tile, scratch);
                 scratch.state.reset(rows * blocks.len(), heads.head_dim);
                 for (i, &block) in blocks.iter().enumerate() {
-                    layer.attend(kernels, tile, block, i * rows, scratch);
+                    let then = layer.then(tile, *first + i + 1, None);
+                    layer.attend(kernels, tile, block, i * rows, then, scratch);
                 }
                 std::mem::swap(&mut scratch.state, state);
             });
@@ -132,7 +137,7 @@ impl CpuOps<'_> {
             let rows = tile.rows(group);
             merged.reset(rows, heads.head_dim);
             let pieces = tile.blocks.len().div_ceil(several);
-            for (_, blocks, state) in states.by_ref().take(pieces) {
+            for (.., blocks, state) in states.by_ref().take(pieces) {
                 for i in 0..blocks.len() {
                     merged.merge(kernels, &state, i * rows);
                 }
@@ -208,6 +213,28 @@ impl LayerCache<'_> {
         }
     }
 
+    /// Keys and values of a block, as far as the tile's queries can see it.
+    fn stored(&self, tile: &QueryTile, block: usize) -> [Cached<'_>; 2] {
+        let size = self.mask.block();
+        let stored = (tile.positions.end - block * size).min(size);
+        let (keys, values) = (self.cache).block(self.layer, tile.kv_head, block, stored);
+        [keys, values]
+    }
+
+    /// What is read when block `i` of the tile is next, and after its last one the tile `next`.
+    fn then(&self, tile: &QueryTile, i: usize, next: Option<&QueryTile>) -> [Cached<'_>; THEN] {
+        let own = tile.blocks[i..].iter().map(|block| (tile, block));
+        let others = (next.into_iter()).flat_map(|next| next.blocks.iter().map(move |b| (next, b)));
+        let read = own
+            .chain(others)
+            .flat_map(|(tile, block)| self.stored(tile, *block));
+        let mut then = [Cached::default(); THEN];
+        for (then, read) in then.iter_mut().zip(read) {
+            *then = read;
+        }
+        then
+    }
+
     /// Adds a block to the state of the tile's queries, which begin at row `first` of `scratch.state`.
     /// Heads that see nothing of it are left out.
     fn attend(
@@ -216,12 +243,12 @@ impl LayerCache<'_> {
         tile: &QueryTile,
         block: usize,
         first: usize,
+        then: [Cached<'_>; THEN],
         scratch: &mut Scratch,
     ) {
-        let (d, size) = (self.heads.head_dim, self.mask.block());
-        let base = block * size;
-        let stored = (tile.positions.end - base).min(size);
-        let (keys, values) = self.cache.block(self.layer, tile.kv_head, block, stored);
+        let d = self.heads.head_dim;
+        let base = block * self.mask.block();
+        let [keys, values] = self.stored(tile, block);
         let visible = &mut scratch.visible;
         visible.clear();
         for head in self.group_of(tile.kv_head) {
@@ -250,6 +277,7 @@ impl LayerCache<'_> {
                     keys,
                     values,
                     scale: self.scale,
+                    then,
                 };
                 kernels.attend(task, &mut scratch.state);
             }

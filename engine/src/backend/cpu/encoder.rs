@@ -135,6 +135,7 @@ impl Scratch {
                 keys: Cached::Floats(Elements::F32(keys)),
                 values: Cached::Floats(Elements::F32(values)),
                 scale,
+                then: Default::default(),
             };
             kernels.attend(task, &mut self.state);
         }

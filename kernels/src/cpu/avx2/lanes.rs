@@ -6,7 +6,10 @@ use std::arch::x86_64::*;
 
 /// Lanes 0-7 and 8-15.
 #[derive(Clone, Copy)]
-pub(super) struct Ymm2([__m256; 2]);
+pub(in crate::cpu) struct Ymm2([__m256; 2]);
+
+/// Lanes of a register.
+const HALF: usize = LANES / 2;
 
 /// An expression of AVX2, FMA and F16C intrinsics, each load and store inside an array of sixteen.
 macro_rules! avx2 {
@@ -29,10 +32,6 @@ impl Ymm2 {
     #[inline(always)]
     fn zip3(self, b: Self, c: Self, f: impl Fn(__m256, __m256, __m256) -> __m256) -> Self {
         Self([f(self.0[0], b.0[0], c.0[0]), f(self.0[1], b.0[1], c.0[1])])
-    }
-    #[inline(always)]
-    fn halves(f: impl Fn(usize) -> __m256) -> Self {
-        Self([f(0), f(LANES / 2)])
     }
 }
 
@@ -80,32 +79,35 @@ impl Lanes for Ymm2 {
     }
     #[inline(always)]
     fn load(from: &[f32; LANES]) -> Self {
-        Self::halves(|i| avx2!(_mm256_loadu_ps(from.as_ptr().add(i))))
+        Self(avx2!([
+            _mm256_loadu_ps(from.as_ptr()),
+            _mm256_loadu_ps(from.as_ptr().add(HALF)),
+        ]))
     }
     #[inline(always)]
     fn load_f16(from: &[f16; LANES]) -> Self {
-        Self::halves(|i| {
-            avx2!(_mm256_cvtph_ps(_mm_loadu_si128(
-                from.as_ptr().add(i).cast()
-            )))
-        })
+        let (low, high) = (from.as_ptr().cast(), from[HALF..].as_ptr().cast());
+        Self(avx2!([
+            _mm256_cvtph_ps(_mm_loadu_si128(low)),
+            _mm256_cvtph_ps(_mm_loadu_si128(high)),
+        ]))
     }
     #[inline(always)]
     fn load_bf16(from: &[bf16; LANES]) -> Self {
-        Self::halves(|i| {
-            avx2!({
-                let upper = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.as_ptr().add(i).cast()));
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(upper))
-            })
+        let (low, high) = (from.as_ptr().cast(), from[HALF..].as_ptr().cast());
+        avx2!({
+            let low = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(low)));
+            let high = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(high)));
+            Self([_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)])
         })
     }
     #[inline(always)]
     fn load_i8(from: &[i8; LANES]) -> Self {
-        Self::halves(|i| {
-            avx2!(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(
-                from.as_ptr().add(i).cast()
-            ))))
-        })
+        let (low, high) = (from.as_ptr().cast(), from[HALF..].as_ptr().cast());
+        Self(avx2!([
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(low))),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(high))),
+        ]))
     }
     #[inline(always)]
     fn load_pairs(from: &[[f32; 2]; LANES]) -> [Self; 2] {
@@ -174,7 +176,8 @@ impl Lanes for Ymm2 {
         let half = n.mul(Self::splat(0.5));
         let first = half.map(|n| avx2!(_mm256_floor_ps(n)));
         let second = n.sub(first);
-        self.mul(first.map(power)).mul(second.map(power))
+        let powers = |n: Self| Self([power(n.0[0]), power(n.0[1])]);
+        self.mul(powers(first)).mul(powers(second))
     }
     #[inline(always)]
     fn keep(self, from: usize, to: usize, other: Self) -> Self {

@@ -4,15 +4,15 @@ mod lanes;
 pub(super) mod packed;
 pub(super) mod vnni;
 
-pub(super) use lanes::fold;
+pub(super) use lanes::{Ymm2, fold};
 
 // Tiles for 16 registers, two of which are sixteen floats: dense four sums and the operands, scores
-// 8 queries x 1 panel and 1 x 2, values 2 queries x 2 columns.
+// 8 queries x 1 panel and 1 x 4, values 2 queries x 2 columns and 1 x 6.
 super::vector::vector_table!(
-    Isa::Avx2, "avx2,fma,f16c", lanes::Ymm2,
+    Isa::Avx2, "avx2,fma,f16c", Ymm2,
     packed: packed::gemm_q4, packed::gemm_q8,
     dense: 2 x 2,
-    attention: 8, 1, 2, 2, 2, 1
+    attention: 8, 1, 2, 2, 1; one query: Ymm2, 4, 6, 4
 );
 
 /// The table, if this CPU has the instructions.

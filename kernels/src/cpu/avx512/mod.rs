@@ -3,13 +3,15 @@
 mod lanes;
 mod packed;
 
-// Dense sixteen sums, four rows, four tokens: 24 of 32 registers. Scores 8 queries x 2 panels and 1 x 4,
-// values 4 queries x 6 or 4 columns: at most 29.
+use crate::cpu::avx2::Ymm2;
+
+// Dense sixteen sums, four rows, four tokens: 24 of 32 registers. Scores 8 queries x 2 panels, values 4
+// queries x 6 or 4 columns: at most 29. One query in registers of 256 bits: 4 panels, 6 columns.
 super::vector::vector_table!(
-    Isa::Avx512, "avx512f", lanes::Zmm,
+    Isa::Avx512, "avx512f,avx512vl", lanes::Zmm,
     packed: packed::gemm_q4, packed::gemm_q8,
     dense: 4 x 4,
-    attention: 8, 2, 4, 4, 6, 4
+    attention: 8, 2, 4, 6, 4; one query: Ymm2, 4, 6, 4
 );
 
 /// The table, if this CPU has the instructions.

@@ -5,20 +5,28 @@
 //! of the head, the query's element broadcast, and needs no sum across lanes.
 //! 1. Scores: tiles of queries x panels of 16 keys. One query takes four panels at a time, so that
 //!    its chains are independent; eight take two, so that each load serves eight.
+//!    One query has lanes of its own kind: AVX-512 gives it 256-bit registers, since widening sixteen
+//!    halves at once takes twice as long as eight and eight (58 instead of 100 GB/s from L1 on Zen 4).
 //! 2. Softmax: a query's scores lie in one row (1 KiB); lanes that it does not see count as nothing.
 //! 3. Values: sixteen elements of the head are the lanes, weights are broadcast, keys follow each
 //!    other. The keys that all queries of a tile see are taken together; what only some see, the
 //!    triangle at the diagonal, one query at a time. So nothing is multiplied by a weight of zero,
 //!    and a value that a query does not see cannot reach it, not even as a NaN.
+//! 4. A few queries wait for memory, so each line that is read asks for one that will be: while keys
+//!    are read, for the values of the block; while values are, for what is read after the block.
 //! Limit  one query: memory bandwidth; many: the multipliers
 //! Exact  each sum in the order of the definition, whatever is beside it; multiply-adds round once
 //! ```
 
 use super::{LANES, Lanes, Load, exp, padded};
-use crate::cpu::attention::{Block, GROUP, Partial, PartialMut, StateMut};
+use crate::cpu::ahead::{Ahead, LINE};
+use crate::cpu::attention::{Block, GROUP, NOTHING, Partial, PartialMut, StateMut};
 use std::ops::Range;
 
 /// Scores of `Q` queries with `P` panels of keys from panel `first` on.
+///
+/// Here and below, what loads stands in loops: in a closure that the compiler leaves a function of its
+/// own, an instruction would become a call.
 #[inline(always)]
 fn score_tile<L: Lanes, T: Load, const Q: usize, const P: usize>(
     block: &Block<'_, T>,
@@ -26,13 +34,22 @@ fn score_tile<L: Lanes, T: Load, const Q: usize, const P: usize>(
     first: usize,
     scores: &mut [f32],
     stride: usize,
+    ahead: &mut Ahead<'_>,
 ) {
     let d = block.head_dim;
     let keys: [&[[T; LANES]]; P] =
         std::array::from_fn(|p| &block.keys.as_chunks().0[(first + p) * d..][..d]);
     let mut acc = [[L::splat(0.0); P]; Q];
+    // One element of the panels is some lines, or a part of one.
+    let bytes = const { P * size_of::<[T; LANES]>() };
     for i in 0..d {
-        let k: [L; P] = std::array::from_fn(|p| T::load(&keys[p][i]));
+        if (i * bytes).is_multiple_of(LINE) {
+            ahead.lines(const { (P * size_of::<[T; LANES]>()).div_ceil(LINE) });
+        }
+        let mut k = [L::splat(0.0); P];
+        for p in 0..P {
+            k[p] = T::load(&keys[p][i]);
+        }
         for q in 0..Q {
             let x = L::splat(queries[q][i]);
             for p in 0..P {
@@ -61,16 +78,17 @@ fn score_rows<L: Lanes, T: Load, const Q: usize, const P: usize>(
     panels: Range<usize>,
     scores: &mut [f32],
     stride: usize,
+    ahead: &mut Ahead<'_>,
 ) {
     let d = block.head_dim;
     let queries: [&[f32]; Q] = std::array::from_fn(|q| &queries[q * d..][..d]);
     let mut p = panels.start;
     while p + P <= panels.end {
-        score_tile::<L, T, Q, P>(block, queries, p, scores, stride);
+        score_tile::<L, T, Q, P>(block, queries, p, scores, stride, ahead);
         p += P;
     }
     for p in p..panels.end {
-        score_tile::<L, T, Q, 1>(block, queries, p, scores, stride);
+        score_tile::<L, T, Q, 1>(block, queries, p, scores, stride, ahead);
     }
 }
 
@@ -113,18 +131,26 @@ fn value_tile<L: Lanes, T: Load, const Q: usize, const C: usize>(
     column: usize,
     sums: &mut [f32],
     width: usize,
+    ahead: &mut Ahead<'_>,
 ) {
     let d = block.head_dim;
     let at = |q: usize| q * width + column;
-    let mut acc: [[L; C]; Q] = std::array::from_fn(|q| {
+    let mut acc = [[L::splat(0.0); C]; Q];
+    for q in 0..Q {
         let (chunks, _) = sums[at(q)..].as_chunks::<LANES>();
-        std::array::from_fn(|c| L::load(&chunks[c]))
-    });
+        for c in 0..C {
+            acc[q][c] = L::load(&chunks[c]);
+        }
+    }
     let weights = weights.map(|w| &w[seen.clone()]);
     let values = &block.values[seen.start * d..seen.end * d];
     for (j, row) in values.chunks_exact(d).enumerate() {
         let row: &[[T; LANES]; C] = row[column..].as_chunks().0.first_chunk().expect("columns");
-        let v: [L; C] = std::array::from_fn(|c| T::load(&row[c]));
+        ahead.read(C * size_of::<[T; LANES]>());
+        let mut v = [L::splat(0.0); C];
+        for c in 0..C {
+            v[c] = T::load(&row[c]);
+        }
         for q in 0..Q {
             let w = L::splat(weights[q][j]);
             for c in 0..C {
@@ -168,6 +194,7 @@ fn values<L: Lanes, T: Load, const Q: usize, const C: usize, const D: usize>(
     seen: Range<usize>,
     sums: &mut [f32],
     width: usize,
+    ahead: &mut Ahead<'_>,
 ) {
     if seen.is_empty() {
         return;
@@ -179,13 +206,13 @@ fn values<L: Lanes, T: Load, const Q: usize, const C: usize, const D: usize>(
         let rest = columns - c;
         let seen = seen.clone();
         if rest == C || rest >= C + D {
-            value_tile::<L, T, Q, C>(block, weights, seen, c * LANES, sums, width);
+            value_tile::<L, T, Q, C>(block, weights, seen, c * LANES, sums, width, ahead);
             c += C;
         } else if rest >= D {
-            value_tile::<L, T, Q, D>(block, weights, seen, c * LANES, sums, width);
+            value_tile::<L, T, Q, D>(block, weights, seen, c * LANES, sums, width, ahead);
             c += D;
         } else {
-            value_tile::<L, T, Q, 1>(block, weights, seen, c * LANES, sums, width);
+            value_tile::<L, T, Q, 1>(block, weights, seen, c * LANES, sums, width, ahead);
             c += 1;
         }
     }
@@ -199,26 +226,37 @@ fn values<L: Lanes, T: Load, const Q: usize, const C: usize, const D: usize>(
 
 /// Adds the values that `Q` queries see; what only some of them see, one by one.
 #[inline(always)]
-fn value_rows<L: Lanes, T: Load, const Q: usize, const C: usize, const D: usize>(
+fn value_rows<
+    L: Lanes,
+    One: Lanes,
+    T: Load,
+    const Q: usize,
+    const C: usize,
+    const D: usize,
+    const C1: usize,
+    const D1: usize,
+>(
     block: &Block<'_, T>,
     scores: &[f32],
     stride: usize,
     visible: &[Range<usize>],
     sums: &mut [f32],
     width: usize,
+    ahead: &mut Ahead<'_>,
 ) {
     let start = visible.iter().map(|r| r.start).max().unwrap_or(0);
     let end = visible.iter().map(|r| r.end).min().unwrap_or(0);
     let common = start..end.max(start);
     if Q == 1 || common.is_empty() {
-        one_by_one::<L, T, C, D>(block, scores, stride, visible.iter().cloned(), sums, width);
+        let seen = visible.iter().cloned();
+        one_by_one::<One, T, C1, D1>(block, scores, stride, seen, sums, width, ahead);
         return;
     }
     let before = visible.iter().map(|seen| seen.start..common.start);
     let after = visible.iter().map(|seen| common.end..seen.end);
-    one_by_one::<L, T, C, D>(block, scores, stride, before, sums, width);
-    values::<L, T, Q, C, D>(block, scores, stride, common.clone(), sums, width);
-    one_by_one::<L, T, C, D>(block, scores, stride, after, sums, width);
+    one_by_one::<One, T, C1, D1>(block, scores, stride, before, sums, width, ahead);
+    values::<L, T, Q, C, D>(block, scores, stride, common.clone(), sums, width, ahead);
+    one_by_one::<One, T, C1, D1>(block, scores, stride, after, sums, width, ahead);
 }
 
 /// Adds to the sums of each query the values of its own keys.
@@ -230,42 +268,44 @@ fn one_by_one<L: Lanes, T: Load, const C: usize, const D: usize>(
     seen: impl Iterator<Item = Range<usize>>,
     sums: &mut [f32],
     width: usize,
+    ahead: &mut Ahead<'_>,
 ) {
     for (q, seen) in seen.enumerate() {
         let scores = &scores[q * stride..][..stride];
         let sums = &mut sums[q * width..][..width];
-        values::<L, T, 1, C, D>(block, scores, stride, seen, sums, width);
+        values::<L, T, 1, C, D>(block, scores, stride, seen, sums, width, ahead);
     }
 }
 
 /// Scores of a group of queries with all panels: at most `SQ` queries and `P` panels in a tile, `P1` for
 /// one query.
 #[inline(always)]
-fn scores<L: Lanes, T: Load, const SQ: usize, const P: usize, const P1: usize>(
+fn scores<L: Lanes, One: Lanes, T: Load, const SQ: usize, const P: usize, const P1: usize>(
     block: &Block<'_, T>,
     queries: &[f32],
     panels: Range<usize>,
     mut scores: &mut [f32],
     stride: usize,
+    ahead: &mut Ahead<'_>,
 ) {
     let mut queries = queries;
     while !queries.is_empty() {
         let panels = panels.clone();
         let done = match (queries.len() / block.head_dim).min(SQ) {
             8.. => {
-                score_rows::<L, T, 8, P>(block, queries, panels, scores, stride);
+                score_rows::<L, T, 8, P>(block, queries, panels, scores, stride, ahead);
                 8
             }
             4.. => {
-                score_rows::<L, T, 4, P>(block, queries, panels, scores, stride);
+                score_rows::<L, T, 4, P>(block, queries, panels, scores, stride, ahead);
                 4
             }
             2.. => {
-                score_rows::<L, T, 2, P>(block, queries, panels, scores, stride);
+                score_rows::<L, T, 2, P>(block, queries, panels, scores, stride, ahead);
                 2
             }
             _ => {
-                score_rows::<L, T, 1, P1>(block, queries, panels, scores, stride);
+                score_rows::<One, T, 1, P1>(block, queries, panels, scores, stride, ahead);
                 1
             }
         };
@@ -276,13 +316,23 @@ fn scores<L: Lanes, T: Load, const SQ: usize, const P: usize, const P1: usize>(
 
 /// The weighted values of a group of queries, `VQ` queries at a time.
 #[inline(always)]
-fn weighted<L: Lanes, T: Load, const VQ: usize, const C: usize, const D: usize>(
+fn weighted<
+    L: Lanes,
+    One: Lanes,
+    T: Load,
+    const VQ: usize,
+    const C: usize,
+    const D: usize,
+    const C1: usize,
+    const D1: usize,
+>(
     block: &Block<'_, T>,
     scores: &[f32],
     stride: usize,
     visible: &[Range<usize>],
     sums: &mut [f32],
     width: usize,
+    ahead: &mut Ahead<'_>,
 ) {
     let n = visible.len();
     sums[..n * width].fill(0.0);
@@ -291,28 +341,34 @@ fn weighted<L: Lanes, T: Load, const VQ: usize, const C: usize, const D: usize>(
         let (scores, sums) = (&scores[i * stride..], &mut sums[i * width..]);
         if i + VQ <= n {
             let visible = &visible[i..i + VQ];
-            value_rows::<L, T, VQ, C, D>(block, scores, stride, visible, sums, width);
+            value_rows::<L, One, T, VQ, C, D, C1, D1>(
+                block, scores, stride, visible, sums, width, ahead,
+            );
             i += VQ;
         } else {
-            value_rows::<L, T, 1, C, D>(block, scores, stride, &visible[i..=i], sums, width);
+            let visible = visible[i..=i].iter().cloned();
+            one_by_one::<One, T, C1, D1>(block, scores, stride, visible, sums, width, ahead);
             i += 1;
         }
     }
 }
 
 /// One block of keys for all queries, a group at a time: scores, weights, values, and the merge into
-/// their state. The constants are tile sizes: see [`scores`] for the first three, [`weighted`] for `VQ`,
-/// [`values`] for `C` and `D`.
+/// their state. `One` are the lanes for one query. The constants are tile sizes: see [`scores`] for `SQ` and
+/// `P`, [`weighted`] for `VQ`, [`values`] for `C` and `D`; `P1`, `C1` and `D1` are those of one query.
 #[inline(always)]
 pub(in crate::cpu) fn attend<
     L: Lanes,
+    One: Lanes,
     T: Load,
     const SQ: usize,
     const P: usize,
-    const P1: usize,
     const VQ: usize,
     const C: usize,
     const D: usize,
+    const P1: usize,
+    const C1: usize,
+    const D1: usize,
 >(
     block: Block<'_, T>,
     queries: &[f32],
@@ -322,6 +378,7 @@ pub(in crate::cpu) fn attend<
     let d = block.head_dim;
     let stride = state.scores.len() / GROUP;
     let width = state.block.len() / GROUP;
+    let few = visible.len() <= GROUP;
     for (g, visible) in visible.chunks(GROUP).enumerate() {
         let seen = || visible.iter().filter(|r| !r.is_empty());
         let (Some(start), Some(end)) = (seen().map(|r| r.start).min(), seen().map(|r| r.end).max())
@@ -330,13 +387,38 @@ pub(in crate::cpu) fn attend<
         };
         let queries = &queries[g * GROUP * d..][..visible.len() * d];
         let panels = start / LANES..end.div_ceil(LANES);
-        scores::<L, T, SQ, P, P1>(&block, queries, panels, state.scores, stride);
+        let spans = if few {
+            block.spans(start..end)
+        } else {
+            NOTHING
+        };
+        let mut ahead = Ahead::new(&spans);
+        let ahead = &mut ahead;
+        scores::<L, One, T, SQ, P, P1>(
+            &block,
+            queries,
+            panels.clone(),
+            state.scores,
+            stride,
+            ahead,
+        );
         let mut stats = [(f32::NEG_INFINITY, 0.0); GROUP];
         for (q, seen) in visible.iter().enumerate().filter(|(_, r)| !r.is_empty()) {
             let row = &mut state.scores[q * stride..][..stride];
             stats[q] = softmax::<L>(row, seen, block.value_steps);
         }
-        weighted::<L, T, VQ, C, D>(&block, state.scores, stride, visible, state.block, width);
+        if !block.key_steps.is_empty() {
+            ahead.lines(2 * panels.len()); // the steps were read
+        }
+        weighted::<L, One, T, VQ, C, D, C1, D1>(
+            &block,
+            state.scores,
+            stride,
+            visible,
+            state.block,
+            width,
+            ahead,
+        );
         for q in (0..visible.len()).filter(|q| !visible[*q].is_empty()) {
             let of_block = Partial {
                 max: stats[q].0,

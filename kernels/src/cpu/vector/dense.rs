@@ -23,7 +23,10 @@ fn tile<L: Lanes, T: Load, const R: usize, const N: usize>(
     let x_chunks = x.map(|row| row.as_chunks::<LANES>());
     let chunks = w_chunks[0].0.len();
     for i in 0..chunks {
-        let x: [L; N] = std::array::from_fn(|t| L::load(&x_chunks[t].0[i]));
+        let mut x = [L::splat(0.0); N];
+        for t in 0..N {
+            x[t] = L::load(&x_chunks[t].0[i]);
+        }
         for r in 0..R {
             let w: L = T::load(&w_chunks[r].0[i]);
             for t in 0..N {
@@ -32,7 +35,10 @@ fn tile<L: Lanes, T: Load, const R: usize, const N: usize>(
         }
     }
     if !w_chunks[0].1.is_empty() {
-        let x: [L; N] = std::array::from_fn(|t| L::load(&padded(x_chunks[t].1)));
+        let mut x = [L::splat(0.0); N];
+        for t in 0..N {
+            x[t] = L::load(&padded(x_chunks[t].1));
+        }
         for r in 0..R {
             let w: L = T::load(&padded(w_chunks[r].1));
             for t in 0..N {

@@ -147,13 +147,13 @@ pub(super) fn exp<L: Lanes>(x: L) -> L {
 
 /// The table of an instruction set, `KERNELS`: the packed GEMMs given, everything else as written on
 /// `$lanes` and compiled for `$features`. Tile sizes: rows x tokens of the dense GEMM, and those of
-/// [`attention::attend`].
+/// [`attention::attend`], where one query has lanes `$one`.
 macro_rules! vector_table {
     (
         $isa:expr, $features:literal, $lanes:ty,
         packed: $q4:path, $q8:path,
         dense: $rows:literal x $tokens:literal,
-        attention: $($tile:literal),+
+        attention: $($tile:literal),+; one query: $one:ty, $($tile1:literal),+
     ) => {
         use crate::cpu::attention::{Block, Partial, PartialMut, StateMut};
         use crate::cpu::vector::{Load, attention, dense, elementwise, quantize};
@@ -238,7 +238,9 @@ macro_rules! vector_table {
             visible: &[Range<usize>],
             state: StateMut<'_>,
         ) {
-            attention::attend::<$lanes, T, $($tile),+>(block, queries, visible, state);
+            attention::attend::<$lanes, $one, T, $($tile),+, $($tile1),+>(
+                block, queries, visible, state,
+            );
         }
 
         #[target_feature(enable = $features)]
