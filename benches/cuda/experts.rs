@@ -1,6 +1,6 @@
 //! The products of the experts: one token visits two, in turn all; of many, each expert has as many.
 
-use crate::linear::{GATED, Input, Matrices, cost, tolerance};
+use crate::linear::{GATED, Input, Matrices, cost, once, tolerance};
 use crate::timing::{Bench, Case, Work, assert_near, checked};
 use phidias::engine::kernels::cuda::experts::{PICKS, Routes, route};
 use phidias::engine::kernels::cuda::linear::{
@@ -40,16 +40,10 @@ pub fn bench(bench: &mut Bench) {
             let matrices = OnceCell::new();
             let what = format!("{kernel} {format}, {count} of {rows} x {cols}");
             bench.run(&what, &cases, |case| {
-                let matrices = match matrices.get() {
-                    Some(matrices) => Rc::clone(matrices),
-                    None => {
-                        // All experts together are more than a cache holds.
-                        let made = Matrices::new(&device, layout, count, 0)?;
-                        Rc::clone(matrices.get_or_init(|| Rc::new(made)))
-                    }
-                };
-                let sides = (cols, outputs);
-                Product::new(&device, matrices, elements, gated, sides, count, case.count)
+                // All experts together are more than a cache holds.
+                let make = || Matrices::new(&device, layout, count, 0);
+                let matrices = once(&matrices, make)?;
+                Product::new(&device, matrices, gated, count, case.count)
             });
         }
     }
@@ -58,7 +52,6 @@ pub fn bench(bench: &mut Bench) {
 /// One matrix of each expert and some tokens.
 struct Product {
     matrices: Rc<Matrices>,
-    elements: Elements,
     gated: bool,
     experts: usize,
     tokens: usize,
@@ -66,7 +59,6 @@ struct Product {
     words: Vec<Memory>,
     /// Of tokens, or of places.
     input: Input,
-    outputs: usize,
     y: Memory,
 }
 
@@ -74,13 +66,12 @@ impl Product {
     fn new(
         device: &Arc<dyn Device>,
         matrices: Rc<Matrices>,
-        elements: Elements,
         gated: bool,
-        (cols, outputs): (usize, usize),
         experts: usize,
         tokens: usize,
     ) -> Result<Self, DeviceError> {
-        let places = tokens * PICKS;
+        let (layout, places) = (matrices.layout, tokens * PICKS);
+        let inputs = if gated { tokens } else { places };
         // As many as it takes for all experts to have their turn.
         let turns = experts.div_ceil(places);
         let words = (0..turns).map(|turn| -> Result<Memory, DeviceError> {
@@ -98,14 +89,12 @@ impl Product {
         });
         Ok(Self {
             words: words.collect::<Result<_, _>>()?,
-            input: Input::new(device, elements, if gated { tokens } else { places }, cols)?,
-            y: Memory::zeroed(device, places * outputs * size_of::<f32>())?,
+            input: Input::new(device, layout.elements(), inputs, layout.cols())?,
+            y: Memory::zeroed(device, places * matrices.outputs(gated) * size_of::<f32>())?,
             matrices,
-            elements,
             gated,
             experts,
             tokens,
-            outputs,
         })
     }
 
@@ -138,18 +127,22 @@ impl Work for Product {
     fn check(&self) -> Result<(), DeviceError> {
         let routes = self.routes(0);
         let (got, places) = (routes.picks().to_vec()?, routes.places_of_picks().to_vec()?);
-        let y = self.y.span::<f32>().to_vec()?;
+        let (y, width) = (
+            self.y.span::<f32>().to_vec()?,
+            self.matrices.outputs(self.gated),
+        );
         let (mut results, mut want) = (Vec::new(), Vec::new());
         for t in checked(self.tokens) {
             for (i, expert) in picks(0, t, self.experts).into_iter().enumerate() {
                 assert_eq!(got[t * PICKS + i] as usize, expert, "pick {i} of token {t}");
                 let place = places[t * PICKS + i] as usize;
                 let x = self.input.row(if self.gated { t } else { place });
-                results.extend_from_slice(&y[place * self.outputs..][..self.outputs]);
+                results.extend_from_slice(&y[place * width..][..width]);
                 want.extend(self.matrices.results(expert, self.gated, x));
             }
         }
-        let tolerance = tolerance(self.elements) * if self.gated { GATED } else { 1.0 };
+        let tolerance =
+            tolerance(self.matrices.layout.elements()) * if self.gated { GATED } else { 1.0 };
         assert_near(&results, &want, tolerance, |_| 0.0);
         Ok(())
     }

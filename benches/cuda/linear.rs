@@ -52,17 +52,24 @@ pub fn bench(bench: &mut Bench) {
             let kernel = if gated { "gated_linear" } else { "linear" };
             let what = format!("{kernel} {format}, {name} {rows} x {cols}");
             bench.run(&what, &cases, |case| {
-                let matrices = match matrices.get() {
-                    Some(matrices) => Rc::clone(matrices),
-                    None => {
-                        let made = Matrices::new(&device, layout, 1, shapes.working_set)?;
-                        Rc::clone(matrices.get_or_init(|| Rc::new(made)))
-                    }
-                };
+                let make = || Matrices::new(&device, layout, 1, shapes.working_set);
+                let matrices = once(&matrices, make)?;
                 Product::new(&device, matrices, gated, case.count)
             });
         }
     }
+}
+
+/// What all cases of a group share: made for the first one.
+pub fn once<T>(
+    cell: &OnceCell<Rc<T>>,
+    make: impl FnOnce() -> Result<T, DeviceError>,
+) -> Result<Rc<T>, DeviceError> {
+    if let Some(made) = cell.get() {
+        return Ok(Rc::clone(made));
+    }
+    let made = Rc::new(make()?);
+    Ok(Rc::clone(cell.get_or_init(|| made)))
 }
 
 /// The cost of `inputs` rows that become `rows` rows of so many outputs, with so many matrices.
@@ -173,7 +180,7 @@ impl Pattern {
 /// Copies of a matrix, or of the matrices of all experts one after the other, to be visited in turn.
 pub struct Matrices {
     pattern: Pattern,
-    layout: Layout,
+    pub layout: Layout,
     memory: Memory,
     /// Bytes of a copy.
     set: usize,
@@ -210,6 +217,11 @@ impl Matrices {
             memory,
             set,
         })
+    }
+
+    /// Outputs, of which a gate makes one of two rows.
+    pub fn outputs(&self, gated: bool) -> usize {
+        self.layout.rows() / if gated { 2 } else { 1 }
     }
 
     pub fn copies(&self) -> usize {
@@ -300,7 +312,7 @@ impl Product {
         tokens: usize,
     ) -> Result<Self, DeviceError> {
         let layout = matrices.layout;
-        let outputs = layout.rows() / if gated { 2 } else { 1 };
+        let outputs = matrices.outputs(gated);
         Ok(Self {
             input: Input::new(device, layout.elements(), tokens, layout.cols())?,
             y: Memory::zeroed(device, tokens * outputs * size_of::<f32>())?,
@@ -331,7 +343,7 @@ impl Work for Product {
         let x: Vec<_> = rows.iter().map(|t| self.input.row(*t)).collect();
         let want = self.matrices.results(0, self.gated, &x.concat());
         let y = self.y.span::<f32>().to_vec()?;
-        let width = y.len() / self.tokens;
+        let width = self.matrices.outputs(self.gated);
         let got: Vec<_> = rows.iter().map(|t| &y[t * width..][..width]).collect();
         let tolerance = tolerance(self.matrices.layout.elements());
         let tolerance = tolerance * if self.gated { GATED } else { 1.0 };
