@@ -239,7 +239,8 @@ mod tests {
             let rows = rows_of(vocab);
             for (row, got) in rows.iter().zip(list(device, &rows.concat(), vocab, 256)?) {
                 let all = Candidates::of(row, vocab).list;
-                let weights = (all.iter()).map(|(_, x)| (f64::from(*x) - f64::from(all[0].1)).exp());
+                let weights =
+                    (all.iter()).map(|(_, x)| (f64::from(*x) - f64::from(all[0].1)).exp());
                 let weights: Vec<f64> = weights.collect();
                 let total: f64 = weights.iter().sum();
                 for top_p in [0.05, 0.5, 0.95, 1.0 - 1e-7] {
