@@ -442,7 +442,7 @@ impl Runner {
     ) -> Result<(Vec<f64>, Vec<LayerRouting>), BenchError> {
         self.fill(test.depth)?;
         self.warm_up(test)?;
-        self.session.take_routing();
+        self.session.take_routing()?;
         let mut samples = Vec::new();
         let mut first = None;
         for repetition in 1..=repetitions.max(1) {
@@ -454,7 +454,7 @@ impl Runner {
             }
             samples.push(test.tokens as f64 / seconds);
         }
-        Ok((samples, self.session.take_routing()))
+        Ok((samples, self.session.take_routing()?))
     }
 
     /// Brings the cache to `depth` tokens, with the frequencies that one token more asks for.
