@@ -69,7 +69,7 @@ pub trait Sequence {
     ) -> Result<(), Self::Error>;
 
     /// All logits `[vocab]` after the token at `position`, for which the last [`Sequence::extend`] gave
-    /// candidates, whatever was forgotten since.
+    /// candidates or which was its last, whatever was forgotten since.
     ///
     /// # Errors
     /// A failure inside.

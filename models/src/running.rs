@@ -55,7 +55,7 @@ pub(crate) trait Runner: Send {
         each: &mut dyn FnMut(usize, Next<'_>),
     ) -> Result<(), Error>;
 
-    /// All logits of a position of which the last pass gave candidates.
+    /// All logits of a position of which the last pass gave candidates, or of its last one.
     fn logits(&mut self, position: usize) -> Result<&[f32], Error>;
 
     /// The features of pictures, `[tokens, hidden]` each; `progress` hears of the crops that are done. What
