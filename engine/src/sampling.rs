@@ -40,7 +40,7 @@
 //! * for top-p without top-k: where it keeps fewer than there are candidates, and the error of their
 //!   mass, some millionths, does not decide how many;
 //! * for min-p: where the last candidate is too improbable for it;
-//! * for anything: where the rest of the vocabulary is masked, or too improbable to be drawn.
+//! * for anything: where the rest of the vocabulary is masked.
 //!
 //! Bias and penalties move tokens up that no candidate list has, a plain temperature can draw any token,
 //! and log-probabilities are relative to all of them: these take all logits, and so does a row with NaN or
@@ -532,7 +532,7 @@ impl Sampler {
         let floor = self.floor(max);
         let params = &self.params;
         // Whether what top-k leaves is in the list. Equal scores are in the order of ids, here and there.
-        let whole = from.complete || last < floor || (1..=list.len()).contains(&params.top_k);
+        let whole = from.complete || (1..=list.len()).contains(&params.top_k);
         let kept = if whole {
             match params.top_k {
                 0 => list.len(),
