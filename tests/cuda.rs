@@ -4,6 +4,8 @@
 //! ```text
 //! near    the CPU's results, in the formats whose products are sums of integers, and in bf16
 //! same    bit for bit: chunks, contexts, decoding and prompts, recorded passes, what was truncated
+//! chosen  from the likeliest tokens what all logits give, and nothing else is copied
+//! counted tokens by expert, as on the CPU
 //! ```
 #![cfg(feature = "cuda")]
 
@@ -14,11 +16,16 @@ use common::{
     small_config, text_fixtures, weights, write_model,
 };
 use phidias::engine::Cancel;
-use phidias::engine::kernels::cuda::{Device, Memory};
+use phidias::engine::generate::{Detokenize, Event, Next, Outcome, Sequence, generate};
+use phidias::engine::kernels::cuda::sample::candidate_values;
+use phidias::engine::kernels::cuda::{Device, HostDevice, Memory, Order, Traffic};
 use phidias::engine::kv_cache::KvType;
+use phidias::engine::sampling::{MOST, SamplingParams};
 use phidias::models::Crossing;
-use phidias::{Error, Model, Session, SessionOptions, WeightFormat};
+use phidias::{Error, GenerateOptions, Model, Session, SessionOptions, WeightFormat};
 use serde_json::{Value, json};
+use std::convert::Infallible;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tempfile::TempDir;
@@ -353,4 +360,267 @@ fn heads_that_the_kernels_lack_are_refused() {
         let message = put.unwrap_err().to_string();
         assert!(message.contains("heads of 12 elements"), "{message}");
     });
+}
+
+/// A session that says all logits, whatever would do.
+struct Whole(Session);
+
+impl Sequence for Whole {
+    type Error = Error;
+    fn ids(&self) -> &[u32] {
+        self.0.ids()
+    }
+    fn vocab(&self) -> usize {
+        self.0.vocab()
+    }
+    fn context(&self) -> usize {
+        self.0.context()
+    }
+    fn extend(
+        &mut self,
+        tokens: &[u32],
+        rows: usize,
+        _: Option<usize>,
+        each: &mut dyn FnMut(usize, Next<'_>),
+    ) -> Result<(), Error> {
+        Sequence::extend(&mut self.0, tokens, rows, None, each)
+    }
+    fn logits(&mut self, position: usize) -> Result<&[f32], Error> {
+        panic!("logits at {position} that were said already")
+    }
+    fn truncate(&mut self, len: usize) {
+        self.0.truncate(len);
+    }
+    fn lookahead(&self) -> usize {
+        self.0.lookahead()
+    }
+}
+
+/// Ids for text.
+struct Numbers;
+
+impl Detokenize for Numbers {
+    type Error = Infallible;
+    fn push(&mut self, id: u32) -> Result<String, Infallible> {
+        Ok(format!("{id} "))
+    }
+    fn finish(&mut self) -> Result<String, Infallible> {
+        Ok(String::new())
+    }
+}
+
+/// An answer of some tokens; `heard` is called for each event.
+fn answer<S: Sequence>(
+    sequence: &mut S,
+    prompt: &[u32],
+    options: &GenerateOptions,
+    mut heard: impl FnMut(Event),
+) -> Outcome {
+    let cancel = Cancel::default();
+    let outcome = generate(sequence, prompt, options, &mut Numbers, &cancel, |event| {
+        heard(event);
+        ControlFlow::Continue(())
+    });
+    outcome.unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// However tokens are chosen, and with guesses: the same tokens, texts and probabilities as from all logits.
+/// Each kind of parameters is gone through twice, so that passes of all kinds were recorded.
+#[test]
+fn candidates_give_the_answers_of_all_logits() {
+    let hot = || SamplingParams {
+        temperature: 1.1,
+        seed: 7,
+        ..SamplingParams::default()
+    };
+    let cases = [
+        SamplingParams::default(),
+        SamplingParams { top_k: 1, ..hot() },
+        SamplingParams {
+            top_k: 20,
+            top_p: 0.8,
+            min_p: 0.05,
+            ..hot()
+        },
+        SamplingParams {
+            top_p: 0.3,
+            ..hot()
+        },
+        SamplingParams {
+            top_p: 0.95,
+            ..hot()
+        },
+        SamplingParams {
+            min_p: 0.4,
+            ..hot()
+        },
+        hot(),
+        SamplingParams {
+            top_k: 9,
+            repeat_penalty: 1.2,
+            ..hot()
+        },
+        SamplingParams {
+            logprobs: Some(2),
+            ..SamplingParams::default()
+        },
+    ];
+    let folder = TempDir::new().unwrap();
+    // More tokens than candidates; some of them are none.
+    let config = changed(small_config(), "vocab_size", json!(700));
+    write_model(folder.path(), &config, &weights(&config, "F32", 8));
+    for device in devices() {
+        let model = open_on(&device, folder.path(), WeightFormat::Q8);
+        let context = 300;
+        let new = || session(&model, run(16, context));
+        let (mut whole, mut part) = (Whole(new()), new());
+        for round in 0..2 {
+            for (i, sampling) in cases.iter().enumerate() {
+                let options = GenerateOptions {
+                    max_new_tokens: 10,
+                    sampling: sampling.clone(),
+                    lookup: 3 * ((i + round) % 2),
+                    ..GenerateOptions::default()
+                };
+                // A word said over and over, so that there is something to guess.
+                let ids = prompt(&model, 4, i as u64).repeat(3);
+                let (mut want, mut got) = (Vec::new(), Vec::new());
+                whole.truncate(0);
+                part.truncate(0);
+                let outcome = answer(&mut whole, &ids, &options, |event| want.push(event));
+                let same = answer(&mut part, &ids, &options, |event| got.push(event));
+                let what = format!("{sampling:?} on {}", device.name());
+                assert_eq!(got, want, "{what}");
+                assert_eq!(
+                    (same.ids, same.lookup),
+                    (outcome.ids, outcome.lookup),
+                    "{what}"
+                );
+                assert_eq!(part.ids(), whole.ids(), "{what}");
+            }
+        }
+    }
+}
+
+/// One copy there: the token, its position, its rotation. One back: the candidates, or also the logits
+/// where those did not suffice, or the logits alone where they never would.
+#[test]
+fn a_token_costs_one_small_copy_each_way() {
+    let Ok(host) = HostDevice::new(Order::Forward) else {
+        assert!(
+            devices()
+                .iter()
+                .all(|device| !device.name().contains("host"))
+        );
+        return;
+    };
+    let folder = TempDir::new().unwrap();
+    let vocab = 2000;
+    let config = changed(config(), "vocab_size", json!(vocab));
+    write_model(folder.path(), &config, &weights(&config, "F32", 10));
+    let device: Arc<dyn Device> = Arc::new(host.clone());
+    let model = open_on(&device, folder.path(), WeightFormat::Q8);
+    let hot = || SamplingParams {
+        temperature: 0.8,
+        ..SamplingParams::default()
+    };
+    let (row, of) = (vocab * 4, |count| candidate_values(count) * 4);
+    let cases = [
+        (SamplingParams::default(), 1, of(1)),
+        (
+            SamplingParams {
+                top_k: 50,
+                top_p: 0.95,
+                ..hot()
+            },
+            1,
+            of(64),
+        ),
+        (
+            SamplingParams {
+                top_p: 0.01,
+                ..hot()
+            },
+            1,
+            of(MOST),
+        ),
+        (
+            SamplingParams {
+                min_p: 0.9,
+                ..hot()
+            },
+            1,
+            of(MOST),
+        ),
+        (
+            SamplingParams {
+                top_p: 0.999,
+                ..hot()
+            },
+            2,
+            of(MOST) + row,
+        ),
+        (hot(), 1, row),
+        (
+            SamplingParams {
+                repeat_penalty: 1.1,
+                ..SamplingParams::default()
+            },
+            1,
+            row,
+        ),
+    ];
+    let mut session = session(&model, run(16, 64));
+    for (sampling, downloads, downloaded) in cases {
+        let options = GenerateOptions {
+            max_new_tokens: 6,
+            sampling,
+            ..GenerateOptions::default()
+        };
+        session.truncate(0);
+        let mut copied = Vec::new();
+        answer(&mut session, &prompt(&model, 5, 1), &options, |_| {
+            copied.push(host.take_traffic());
+        });
+        // The prompt is in the first one.
+        assert_eq!(copied.len(), 6);
+        for traffic in &copied[1..] {
+            let want = Traffic {
+                uploads: 1,
+                uploaded: traffic.uploaded,
+                downloads,
+                downloaded,
+            };
+            assert_eq!(*traffic, want, "{:?}", options.sampling);
+            // Four parts of 64 words.
+            assert!(traffic.uploaded <= 1024, "{traffic:?}");
+        }
+    }
+}
+
+/// A prompt in chunks, then one by one: done, recorded and replayed.
+#[test]
+fn experts_count_their_tokens_as_on_the_cpu() {
+    let mut counted = 0;
+    each_model(&[WeightFormat::F32], |what, model, folder| {
+        let cpu = open(folder, WeightFormat::F32);
+        let ids = prompt(model, 26, 9);
+        let [got, want] = [model, &cpu].map(|model| {
+            let mut session = session(model, run(16, 32));
+            let mut take = |ids: &[u32], each: usize| {
+                for ids in ids.chunks(each) {
+                    session.extend(ids).unwrap();
+                }
+                session.take_routing().unwrap()
+            };
+            [take(&[], 1), take(&ids[..21], 21), take(&ids[21..], 1)]
+        });
+        assert_eq!(got[0], [], "{what}");
+        for (got, want) in got.iter().flatten().zip(want.iter().flatten()) {
+            assert_eq!(got, want, "{what}");
+            counted += got.tokens.iter().sum::<u64>();
+        }
+        assert_eq!(got.each_ref().map(Vec::len), want.each_ref().map(Vec::len));
+    });
+    assert!(counted > 0 || devices().is_empty(), "no model with experts");
 }

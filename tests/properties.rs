@@ -1038,15 +1038,15 @@ fn routing_is_counted_from_call_to_call() {
         let model = open(&folder, WeightFormat::F32);
         let layers = model.config().num_hidden_layers;
         let mut session = session(&model, run(16, 2, 64));
-        assert!(session.take_routing().is_empty());
+        assert!(session.take_routing().unwrap().is_empty());
         let ids = prompt(&model, 24, 41);
         session.extend(&ids[..20]).unwrap();
-        let prefill = session.take_routing();
+        let prefill = session.take_routing().unwrap();
         assert_eq!(prefill.len(), layers);
         ids[20..].chunks(1).for_each(|id| {
             session.extend(id).unwrap();
         });
-        let decode = session.take_routing();
+        let decode = session.take_routing().unwrap();
         for (prefill, decode) in prefill.iter().zip(&decode) {
             let experts = model.config().moe.map_or(0, |moe| moe.experts);
             assert_eq!(prefill.tokens.len(), experts);

@@ -2,7 +2,7 @@
 
 use crate::linear::{GATED, Input, Matrices, cost, once, tolerance};
 use crate::timing::{Bench, Case, Work, assert_near, checked};
-use phidias::engine::kernels::cuda::experts::{PICKS, Routes, route};
+use phidias::engine::kernels::cuda::experts::{PICKS, Routes, load_bytes, route};
 use phidias::engine::kernels::cuda::linear::{
     Elements, Gated, Layout, gated_experts, linear_experts,
 };
@@ -84,7 +84,8 @@ impl Product {
             let scores = Memory::from_slice(device, &scores)?;
             let words = Memory::zeroed(device, Routes::words(tokens, experts) * size_of::<u32>())?;
             let routes = Routes::new(words.span(), tokens, experts);
-            route(&**device, scores.span(), 0.01, &routes)?;
+            let loads = Memory::zeroed(device, load_bytes(experts))?;
+            route(&**device, scores.span(), 0.01, &routes, loads.span())?;
             Ok(words)
         });
         Ok(Self {

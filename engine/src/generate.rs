@@ -27,7 +27,16 @@ use std::time::{Duration, Instant};
 
 use crate::Cancel;
 use crate::lookup::{LookupStats, MAX_LOOKUP, NgramIndex};
-use crate::sampling::{ParamError, SampleError, Sampler, SamplingParams};
+use crate::sampling::{Candidates, ParamError, SampleError, Sampled, Sampler, SamplingParams};
+
+/// What a pass says of the token that follows one of its own.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Next<'a> {
+    /// All logits, `[vocab]`.
+    Logits(&'a [f32]),
+    /// The likeliest tokens. All logits are there yet, see [`Sequence::logits`].
+    Candidates(Candidates),
+}
 
 /// A sequence of tokens with its KV cache, in the hands of a model.
 pub trait Sequence {
@@ -43,23 +52,28 @@ pub trait Sequence {
     /// The most tokens the sequence may hold.
     fn context(&self) -> usize;
 
-    /// Appends `tokens` (at least one) and returns the logits `[vocab]` after the last of them.
+    /// Appends `tokens` and says what may follow each of the last `rows` of them (both at least one), in
+    /// order: `each(position, next)`. More than one row are computed in one pass. Where `candidates` of the
+    /// likeliest tokens might do (at most [`MOST`](crate::sampling::MOST)), the sequence may say them instead
+    /// of all logits; whether they suffice the sampler sees.
     ///
     /// # Errors
     /// A token that the model does not have, cancellation, or a failure inside; then the sequence is
     /// as before.
-    fn extend(&mut self, tokens: &[u32]) -> Result<&[f32], Self::Error>;
-
-    /// Appends `tokens` (at least one) in one pass and hands out the logits `[vocab]` after each of
-    /// them, in order: `each(position, logits)`.
-    ///
-    /// # Errors
-    /// As [`Sequence::extend`].
-    fn extend_all(
+    fn extend(
         &mut self,
         tokens: &[u32],
-        each: &mut dyn FnMut(usize, &[f32]),
+        rows: usize,
+        candidates: Option<usize>,
+        each: &mut dyn FnMut(usize, Next<'_>),
     ) -> Result<(), Self::Error>;
+
+    /// All logits `[vocab]` after the token at `position`, for which the last [`Sequence::extend`] gave
+    /// candidates or which was its last, whatever was forgotten since.
+    ///
+    /// # Errors
+    /// A failure inside.
+    fn logits(&mut self, position: usize) -> Result<&[f32], Self::Error>;
 
     /// Forgets the tokens from `len` on.
     fn truncate(&mut self, len: usize);
@@ -359,12 +373,20 @@ struct Run<'a, S, D, F> {
 /// The last forward pass: the logits after its last certain token, and after each guess behind it.
 #[derive(Default)]
 struct Pass {
-    logits: Vec<f32>, // [1 + guesses, vocab]
-    tokens: Vec<u32>, // [1 + guesses], after the prompt; empty before
-    row: usize,       // where the next token is sampled from
+    logits: Vec<f32>,            // [1 + guesses, vocab], or none
+    candidates: Vec<Candidates>, // [1 + guesses], or none: one of the two
+    tokens: Vec<u32>,            // [1 + guesses], after the prompt; empty before
+    row: usize,                  // where the next token is sampled from
 }
 
 impl Pass {
+    fn push(&mut self, next: Next<'_>) {
+        match next {
+            Next::Logits(row) => self.logits.extend_from_slice(row),
+            Next::Candidates(candidates) => self.candidates.push(candidates),
+        }
+    }
+
     /// The logits that the next token is sampled from.
     fn logits(&self) -> &[f32] {
         let vocab = self.logits.len() / self.tokens.len().max(1);
@@ -396,9 +418,11 @@ impl<S: Sequence, D: Detokenize, F: FnMut(Event) -> ControlFlow<()>> Run<'_, S, 
         if self.cancelled() {
             return Ok(false);
         }
-        let logits = &mut self.pass.logits;
-        let result = self.sequence.extend(prompt);
-        let result = result.map(|last| logits.extend_from_slice(last));
+        let pass = &mut self.pass;
+        let result =
+            (self.sequence).extend(prompt, 1, self.sampler.candidates(), &mut |_, next| {
+                pass.push(next);
+            });
         if !self.passed(result)? {
             return Ok(false);
         }
@@ -411,14 +435,12 @@ impl<S: Sequence, D: Detokenize, F: FnMut(Event) -> ControlFlow<()>> Run<'_, S, 
     /// cancelled.
     fn feed(&mut self, id: u32) -> Result<bool, ErrorOf<S, D>> {
         self.sequence.truncate(self.certain);
-        let Pass {
-            logits,
-            tokens,
-            row,
-        } = &mut self.pass;
-        logits.clear();
+        let pass = &mut self.pass;
+        pass.logits.clear();
+        pass.candidates.clear();
+        pass.row = 0;
+        let mut tokens = std::mem::take(&mut pass.tokens);
         tokens.clear();
-        *row = 0;
         tokens.push(id);
         // A pass gives one token more than it has guesses.
         let budget = self.options.max_new_tokens - self.outcome.ids.len() - 1;
@@ -426,16 +448,18 @@ impl<S: Sequence, D: Detokenize, F: FnMut(Event) -> ControlFlow<()>> Run<'_, S, 
         if room > 0 {
             self.index.update(&self.history);
             let room = room.min(self.sequence.lookahead());
-            self.index.propose(&self.history, room, tokens);
+            self.index.propose(&self.history, room, &mut tokens);
             // Nothing is sampled after a stop token; a placeholder for an image is never sampled.
             let stops = &self.options.stop_tokens;
             let wanted = |id: &u32| (*id as usize) < self.sequence.vocab() && !stops.contains(id);
             let guesses = tokens[1..].iter().take_while(|id| wanted(id)).count();
             tokens.truncate(1 + guesses);
         }
-        let mut each = |_, row: &[f32]| logits.extend_from_slice(row);
-        let result = self.sequence.extend_all(tokens, &mut each);
-        let guesses = tokens.len() - 1;
+        let (rows, candidates) = (tokens.len(), self.sampler.candidates());
+        let mut each = |_, next: Next<'_>| pass.push(next);
+        let result = (self.sequence).extend(&tokens, rows, candidates, &mut each);
+        let guesses = rows - 1;
+        pass.tokens = tokens;
         if !self.passed(result)? {
             return Ok(false);
         }
@@ -473,16 +497,30 @@ impl<S: Sequence, D: Detokenize, F: FnMut(Event) -> ControlFlow<()>> Run<'_, S, 
         }
     }
 
+    /// Samples from the candidates if they suffice, and from all logits if not.
+    fn sample(&mut self) -> Result<Sampled, ErrorOf<S, D>> {
+        let candidates = self.pass.candidates.get(self.pass.row);
+        let sampled = match candidates.and_then(|some| self.sampler.sample_candidates(some)) {
+            Some(sampled) => sampled,
+            None => {
+                let logits = match candidates {
+                    Some(_) => {
+                        (self.sequence.logits(self.certain - 1)).map_err(GenerateError::Sequence)?
+                    }
+                    None => self.pass.logits(),
+                };
+                self.sampler.sample(logits, &self.history)
+            }
+        };
+        sampled.map_err(|source| GenerateError::Sample {
+            position: self.history.len(),
+            source,
+        })
+    }
+
     /// Samples one token and shows it; a reason if it ends the answer.
     fn token(&mut self) -> Result<Option<FinishReason>, ErrorOf<S, D>> {
-        let logits = self.pass.logits();
-        let sampled = self
-            .sampler
-            .sample(logits, &self.history)
-            .map_err(|source| GenerateError::Sample {
-                position: self.history.len(),
-                source,
-            })?;
+        let sampled = self.sample()?;
         let id = sampled.id;
         self.history.push(id);
         self.outcome.ids.push(id);
@@ -607,11 +645,14 @@ mod tests {
         script: Vec<u32>,
         prompt: usize,
         context: usize,
-        logits: Vec<f32>,
         calls: Vec<usize>,
         fail_at: Option<usize>, // the length from which extending fails
         nan_at: Option<usize>,  // the length at which the logits are not numbers
         border: usize,          // a length that no pass may cross unless it begins there
+        rows: Vec<Vec<f32>>,    // the logits of the last pass
+        end: usize,             // its length
+        device: Option<usize>,  // says so many candidates at most, where some might do
+        fetched: usize,         // rows of logits that were asked for then
     }
 
     const VOCAB: usize = 64;
@@ -623,12 +664,29 @@ mod tests {
                 script: script.to_vec(),
                 prompt,
                 context: 1000,
-                logits: Vec::new(),
                 calls: Vec::new(),
                 fail_at: None,
                 nan_at: None,
                 border: 0,
+                rows: Vec::new(),
+                end: 0,
+                device: None,
+                fetched: 0,
             }
+        }
+
+        /// The logits after the last token.
+        fn row(&self) -> Vec<f32> {
+            let len = self.ids.len();
+            let mut logits = vec![0.0; VOCAB];
+            let next = len
+                .checked_sub(self.prompt)
+                .and_then(|i| self.script.get(i));
+            logits[next.copied().unwrap_or(0) as usize] = 5.0;
+            if self.nan_at == Some(len) {
+                logits[3] = f32::NAN;
+            }
+            logits
         }
     }
 
@@ -647,42 +705,43 @@ mod tests {
         fn context(&self) -> usize {
             self.context
         }
-        fn extend(&mut self, tokens: &[u32]) -> Result<&[f32], Broken> {
+        fn extend(
+            &mut self,
+            tokens: &[u32],
+            rows: usize,
+            candidates: Option<usize>,
+            each: &mut dyn FnMut(usize, Next<'_>),
+        ) -> Result<(), Broken> {
             let len = self.ids.len() + tokens.len();
-            assert!(!tokens.is_empty() && len <= self.context);
+            assert!((1..=tokens.len()).contains(&rows) && len <= self.context);
             if self.fail_at.is_some_and(|at| len >= at) {
                 return Err(Broken);
             }
             self.calls.push(tokens.len());
-            self.ids.extend_from_slice(tokens);
-            self.logits = vec![0.0; VOCAB];
-            let next = len
-                .checked_sub(self.prompt)
-                .and_then(|i| self.script.get(i));
-            self.logits[next.copied().unwrap_or(0) as usize] = 5.0;
-            if self.nan_at == Some(len) {
-                self.logits[3] = f32::NAN;
+            self.rows.clear();
+            self.end = len;
+            for id in tokens {
+                self.ids.push(*id);
+                self.rows.push(self.row());
             }
-            Ok(&self.logits)
-        }
-        fn extend_all(
-            &mut self,
-            tokens: &[u32],
-            each: &mut dyn FnMut(usize, &[f32]),
-        ) -> Result<(), Broken> {
-            let (before, calls) = (self.ids.len(), self.calls.len());
-            for at in before..before + tokens.len() {
-                match self.extend(&tokens[at - before..=at - before]) {
-                    Ok(logits) => each(at, logits),
-                    Err(error) => {
-                        self.truncate(before);
-                        return Err(error);
-                    }
-                }
+            self.rows.drain(..tokens.len() - rows);
+            for (i, row) in self.rows.iter().enumerate() {
+                each(
+                    len - rows + i,
+                    match candidates.zip(self.device) {
+                        Some((count, most)) => {
+                            Next::Candidates(Candidates::of(row, count.min(most)))
+                        }
+                        None => Next::Logits(row),
+                    },
+                );
             }
-            self.calls.truncate(calls);
-            self.calls.push(tokens.len());
             Ok(())
+        }
+        fn logits(&mut self, position: usize) -> Result<&[f32], Broken> {
+            assert!(self.device.is_some());
+            self.fetched += 1;
+            Ok(&self.rows[position + self.rows.len() - self.end])
         }
         fn truncate(&mut self, len: usize) {
             self.ids.truncate(len);
@@ -808,6 +867,36 @@ mod tests {
         let heard = hear(&mut sequence, &[2, 7], &limited(1), ABC);
         assert_eq!(heard.outcome.unwrap().ids, [4]);
         assert_eq!(sequence.ids, [9, 8, 3, 1, 2, 7]);
+    }
+
+    /// All logits are asked for once for each token that the candidates do not decide, and for no other.
+    #[test]
+    fn logits_are_fetched_only_where_candidates_do_not_suffice() {
+        let fetched = |most, sampling: SamplingParams| {
+            let mut sequence = Scripted::new(1, &[1, 2, 3, 1, 2]);
+            sequence.device = Some(most);
+            let options = GenerateOptions {
+                sampling,
+                ..limited(5)
+            };
+            let heard = hear(&mut sequence, &[0], &options, &[b"x" as &[u8]; VOCAB]);
+            assert_eq!(heard.outcome.unwrap().ids.len(), 5);
+            sequence.fetched
+        };
+        let hot = |top_k, top_p| SamplingParams {
+            temperature: 1.0,
+            top_k,
+            top_p,
+            ..SamplingParams::default()
+        };
+        assert_eq!(fetched(9, SamplingParams::default()), 0);
+        assert_eq!(fetched(9, hot(9, 0.99)), 0);
+        assert_eq!(fetched(9, hot(10, 1.0)), 5);
+        // The script's token has 0.70 of the probability, and each of the others 0.005.
+        assert_eq!(fetched(9, hot(0, 0.71)), 0);
+        assert_eq!(fetched(9, hot(0, 0.9)), 5);
+        // Nobody says candidates where they never do.
+        assert_eq!(fetched(9, hot(0, 1.0)), 0);
     }
 
     #[test]
@@ -1170,7 +1259,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn lookup_changes_nothing_but_the_passes(
+        fn lookup_and_candidates_change_nothing_but_the_passes(
             script in proptest::collection::vec(0u32..5, 0..60),
             prompt in proptest::collection::vec(0u32..5, 1..20),
             lookup in 1usize..8,
@@ -1183,11 +1272,16 @@ mod tests {
             stop in proptest::option::of("[a-c]{2,4}"),
             temperature in prop_oneof![Just(0.0f32), 0.1f32..0.9],
             frequency_penalty in prop_oneof![Just(0.0f32), 0.0f32..1.0],
+            top_k in prop_oneof![Just(0usize), 1usize..8],
+            top_p in prop_oneof![Just(1.0f32), 0.1f32..1.0],
+            logprobs in proptest::option::of(0usize..3),
+            most in 1usize..8,
             seed: u64,
         ) {
-            let run = |lookup| {
+            let run = |lookup, device| {
                 let mut sequence = Scripted::new(prompt.len(), &script);
                 (sequence.context, sequence.border, sequence.nan_at) = (context, border, nan_at);
+                sequence.device = device;
                 let mut options = looking_up(max_new_tokens, lookup);
                 options.stop_tokens.insert(stop_token);
                 options.stop_strings.extend(stop.clone());
@@ -1195,8 +1289,9 @@ mod tests {
                     temperature,
                     frequency_penalty,
                     seed,
-                    top_k: 5,
-                    logprobs: Some(2),
+                    top_k,
+                    top_p,
+                    logprobs,
                     ..SamplingParams::default()
                 };
                 let mut detokenizer = Pieces { pieces: ABC, bytes: Vec::new() };
@@ -1219,7 +1314,10 @@ mod tests {
                 let heard = Heard { outcome, events };
                 told(&sequence, &heard)
             };
-            prop_assert_eq!(run(lookup), run(0));
+            let want = run(0, None);
+            prop_assert_eq!(&run(lookup, None), &want);
+            prop_assert_eq!(&run(0, Some(most)), &want, "from candidates");
+            prop_assert_eq!(&run(lookup, Some(most)), &want, "from candidates of several rows");
         }
 
         #[test]

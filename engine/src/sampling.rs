@@ -26,9 +26,29 @@
 //! would have drawn. ChaCha is a published function with test vectors, so the stream cannot change
 //! under us. All arithmetic is in f64, with `exp` and `ln` from the `libm` crate: the standard
 //! library's call the platform's C library, whose last bit differs between systems.
+//!
+//! # From candidates
+//!
+//! Where the logits are in a device's memory, reading all of them takes longer than choosing. Most
+//! parameters look at the likeliest tokens only: [`Sampler::candidates`] says how many of them might do,
+//! and [`Sampler::sample_candidates`] chooses from those **the token that all logits would have given**,
+//! from the same draw, by the same sums in the same order, or says that they do not suffice. Then all
+//! logits have to be read. They suffice
+//!
+//! * for the greatest score: always;
+//! * for top-k, with or without the other filters: always, up to [`MOST`] tokens;
+//! * for top-p without top-k: where it keeps fewer than there are candidates, and the error of their
+//!   mass, some millionths, does not decide how many;
+//! * for min-p: where the last candidate is too improbable for it;
+//! * for anything: where the rest of the vocabulary is masked.
+//!
+//! Bias and penalties move tokens up that no candidate list has, a plain temperature can draw any token,
+//! and log-probabilities are relative to all of them: these take all logits, and so does a row with NaN or
+//! +inf in it, whose error names the value.
 
 use std::cmp::Ordering;
 
+pub use phidias_kernels::candidates::{Candidates, MOST};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
@@ -36,6 +56,9 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 /// vocabulary of a million such tokens together is less than the spacing of the draws (2^-53) times
 /// a hundred thousand; no top-p below 1 can tell them from nothing either (1 - p is at least 6e-8).
 const FLOOR_NATS: f64 = 40.0;
+
+/// By how much of it a weight may be off, generously: `exp` in f64 is right to some units of 2^-53.
+const WEIGHT_ERROR: f64 = 1e-12;
 
 /// How the next token is chosen. The default is greedy, with every other stage neutral.
 #[derive(Clone, Debug, PartialEq)]
@@ -357,7 +380,7 @@ impl Sampler {
             best
         } else {
             self.filter(best);
-            self.draw(best)
+            self.draw(best, self.scratch.scores[best as usize])
         };
         self.draws = self.draws.wrapping_add(1);
         let (logprob, top) = match self.params.logprobs {
@@ -373,6 +396,53 @@ impl Sampler {
             }
         };
         Ok(Sampled { id, logprob, top })
+    }
+
+    /// How many of the likeliest tokens might do in place of all logits; `None` where they never would.
+    #[must_use]
+    pub fn candidates(&self) -> Option<usize> {
+        let params = &self.params;
+        if params.penalizes() || !params.logit_bias.is_empty() || params.logprobs.is_some() {
+            return None;
+        }
+        let count = match params.top_k {
+            _ if params.temperature == 0.0 => 1,
+            k @ 1..=MOST => k,
+            // That many are read as fast as a few, and decide nearly always.
+            0 if params.top_p < 1.0 => MOST,
+            _ if params.top_p == 1.0 && params.min_p > 0.0 => MOST,
+            _ => return None,
+        };
+        Some(count.min(self.vocab))
+    }
+
+    /// Chooses the next token from the likeliest ones: the one that [`Sampler::sample`] would have chosen
+    /// from all logits. `None` where that takes all of them; it is then as if this had not been called.
+    ///
+    /// # Errors
+    /// All logits masked, as [`Sampler::sample`] reports it.
+    pub fn sample_candidates(
+        &mut self,
+        candidates: &Candidates,
+    ) -> Option<Result<Sampled, SampleError>> {
+        if self.candidates().is_none() || candidates.refused.is_some() {
+            return None;
+        }
+        let Some(&(best, max)) = candidates.list.first() else {
+            return Some(Err(SampleError::AllMasked { vocab: self.vocab }));
+        };
+        let id = if self.params.temperature == 0.0 {
+            best
+        } else {
+            self.filter_candidates(candidates)?;
+            self.draw(best, f64::from(max))
+        };
+        self.draws = self.draws.wrapping_add(1);
+        Some(Ok(Sampled {
+            id,
+            logprob: None,
+            top: Vec::new(),
+        }))
     }
 
     /// Bias and penalties: fills `scratch.scores`. f64 cannot overflow here, so a score is finite
@@ -421,17 +491,15 @@ impl Sampler {
     /// Top-k, top-p and min-p: leaves in `scratch.candidates` the tokens that may be drawn, in
     /// ascending order of ids. Partial selection throughout: never a sort of the whole vocabulary.
     fn filter(&mut self, best: u32) {
-        let params = &self.params;
+        let max = self.scratch.scores[best as usize];
+        let mut floor = self.floor(max);
         let Scratch {
             scores,
             candidates,
             maxima,
             ..
         } = &mut self.scratch;
-        let max = scores[best as usize];
-        // Temperatures above 1 raise what lies low, so the floor goes down with them.
-        let mut floor = max - FLOOR_NATS * f64::from(params.temperature).max(1.0);
-        let k = params.top_k;
+        let k = self.params.top_k;
         if k > 0 {
             floor = floor.max(reached_by(scores, k, maxima));
         }
@@ -452,31 +520,93 @@ impl Sampler {
             // What an unstable selection leaves behind is in no defined order, and sums must be.
             candidates.sort_unstable_by_key(|c| c.id);
         }
-        if params.top_p < 1.0 || params.min_p > 0.0 {
-            for c in candidates.iter_mut() {
+        self.weigh(max);
+        self.keep_top_p();
+        self.keep_min_p();
+    }
+
+    /// What [`Sampler::filter`] leaves, from the likeliest tokens; `None` where they do not tell.
+    fn filter_candidates(&mut self, from: &Candidates) -> Option<()> {
+        let list = &from.list;
+        let (max, last) = (f64::from(list[0].1), f64::from(list[list.len() - 1].1));
+        let floor = self.floor(max);
+        let params = &self.params;
+        // Whether what top-k leaves is in the list. Equal scores are in the order of ids, here and there.
+        let whole = from.complete || (1..=list.len()).contains(&params.top_k);
+        let kept = if whole {
+            match params.top_k {
+                0 => list.len(),
+                k => k.min(list.len()),
+            }
+        } else if params.top_k == 0 && params.top_p < 1.0 {
+            from.nucleus(params.top_p)?
+        } else if params.top_p == 1.0
+            && libm::exp(last - max) < f64::from(params.min_p) * (1.0 - WEIGHT_ERROR)
+        {
+            list.len()
+        } else {
+            return None;
+        };
+        let candidates = &mut self.scratch.candidates;
+        candidates.clear();
+        candidates.extend(list[..kept].iter().map(|&(id, score)| Candidate {
+            id,
+            score: f64::from(score),
+            weight: 0.0,
+        }));
+        candidates.retain(|c| c.score >= floor);
+        candidates.sort_unstable_by_key(|c| c.id);
+        self.weigh(max);
+        // Otherwise they are the nucleus, or there is none.
+        if whole {
+            self.keep_top_p();
+        }
+        self.keep_min_p();
+        Some(())
+    }
+
+    /// The score below which no token is drawn.
+    fn floor(&self, max: f64) -> f64 {
+        // Temperatures above 1 raise what lies low, so the floor goes down with them.
+        max - FLOOR_NATS * f64::from(self.params.temperature).max(1.0)
+    }
+
+    /// The weights that top-p and min-p compare.
+    fn weigh(&mut self, max: f64) {
+        if self.params.top_p < 1.0 || self.params.min_p > 0.0 {
+            for c in &mut self.scratch.candidates {
                 c.weight = libm::exp(c.score - max);
             }
         }
-        if params.top_p < 1.0 {
+    }
+
+    /// Top-p.
+    fn keep_top_p(&mut self) {
+        let top_p = f64::from(self.params.top_p);
+        if top_p < 1.0 {
+            let candidates = &mut self.scratch.candidates;
             let total: f64 = candidates.iter().map(|c| c.weight).sum();
             // All tokens below this weight together are half of what top-p leaves out at most, so
             // none of them is in the nucleus: most of the vocabulary goes without any sorting.
-            let tail = 0.5 * (1.0 - f64::from(params.top_p)) * total / candidates.len() as f64;
+            let tail = 0.5 * (1.0 - top_p) * total / candidates.len() as f64;
             candidates.retain(|c| c.weight >= tail);
-            let kept = nucleus(candidates, f64::from(params.top_p) * total);
+            let kept = nucleus(candidates, top_p * total);
             candidates.truncate(kept);
             candidates.sort_unstable_by_key(|c| c.id);
         }
-        if params.min_p > 0.0 {
-            let least = f64::from(params.min_p);
-            candidates.retain(|c| c.weight >= least);
+    }
+
+    /// Min-p.
+    fn keep_min_p(&mut self) {
+        let least = f64::from(self.params.min_p);
+        if least > 0.0 {
+            self.scratch.candidates.retain(|c| c.weight >= least);
         }
     }
 
-    /// Temperature and the draw over `scratch.candidates`.
-    fn draw(&mut self, best: u32) -> u32 {
+    /// Temperature and the draw over `scratch.candidates`; `max` is the score of `best`.
+    fn draw(&mut self, best: u32, max: f64) -> u32 {
         let temperature = f64::from(self.params.temperature);
-        let max = self.scratch.scores[best as usize];
         let mut total = 0.0;
         for c in &mut self.scratch.candidates {
             c.weight = libm::exp((c.score - max) / temperature);
@@ -1034,6 +1164,178 @@ mod tests {
         order.into_iter().map(|id| id as u32).collect()
     }
 
+    /// What a device would hand over of some logits: their mass is off by as much as it says it may be.
+    fn handed_over(logits: &[f32], count: usize, off: f64) -> Candidates {
+        let exact = Candidates::of(logits, count);
+        Candidates {
+            mass: match count {
+                1 => f32::INFINITY,
+                _ => (f64::from(exact.mass) * (1.0 + off)) as f32,
+            },
+            mass_error: exact.mass_error + off.abs(),
+            complete: exact.list.len() < count || count == logits.len(),
+            ..exact
+        }
+    }
+
+    /// Whether candidates suffice; then they must give what all logits give, and move the stream alike.
+    fn suffices(params: &SamplingParams, logits: &[f32], off: f64, seek: u64) -> bool {
+        let mut whole = sampler(params.clone(), logits.len());
+        whole.seek(seek);
+        let mut part = whole.clone();
+        let Some(count) = whole.candidates() else {
+            let some = handed_over(logits, 7.min(logits.len()), off);
+            assert_eq!(part.sample_candidates(&some), None);
+            return false;
+        };
+        let want = whole.sample(logits, &[]);
+        // More of them are as good.
+        let count = match seek % 2 {
+            0 => count,
+            _ => count.next_power_of_two().min(logits.len()),
+        };
+        let got = part.sample_candidates(&handed_over(logits, count, off));
+        if let Some(got) = &got {
+            assert_eq!(*got, want, "{params:?}");
+            assert_eq!(part.draws(), whole.draws());
+        } else {
+            assert_eq!(part.draws(), seek);
+        }
+        got.is_some()
+    }
+
+    /// A row as a model gives it: a few tokens far above a heap of others.
+    fn usual(vocab: usize, seed: u64) -> Vec<f32> {
+        let noise = |k| (1..=4).map(|j| uniform(seed * j, k)).sum::<f64>() - 2.0;
+        let heap = (0..vocab as u64).map(|k| (noise(k) * 4.0) as f32);
+        let rank = |id: usize| (id * 7919 + seed as usize * 31) % vocab;
+        (heap.enumerate())
+            .map(|(id, x)| x + 16.0 / (1.0 + rank(id) as f32))
+            .collect()
+    }
+
+    /// Nearly always: a nucleus of more tokens than there are candidates is rare, one that a millionth decides
+    /// rarer.
+    #[test]
+    fn candidates_suffice_for_usual_parameters() {
+        let base = || hot(0.8);
+        let cases: [(&str, SamplingParams, usize); 7] = [
+            ("greedy", hot(0.0), 200),
+            (
+                "top-k",
+                SamplingParams {
+                    top_k: 40,
+                    ..base()
+                },
+                200,
+            ),
+            (
+                "most",
+                SamplingParams {
+                    top_k: MOST,
+                    top_p: 0.999,
+                    ..base()
+                },
+                200,
+            ),
+            (
+                "top-p",
+                SamplingParams {
+                    top_p: 0.9,
+                    ..base()
+                },
+                190,
+            ),
+            (
+                "min-p",
+                SamplingParams {
+                    min_p: 0.05,
+                    ..base()
+                },
+                190,
+            ),
+            (
+                "all",
+                SamplingParams {
+                    top_k: 50,
+                    top_p: 0.95,
+                    min_p: 0.01,
+                    ..base()
+                },
+                200,
+            ),
+            (
+                "both",
+                SamplingParams {
+                    top_p: 0.9,
+                    min_p: 0.02,
+                    ..base()
+                },
+                190,
+            ),
+        ];
+        for (what, params, least) in cases {
+            let found = (1..=200)
+                .filter(|seed| suffices(&params, &usual(4000, *seed), 1e-6, *seed))
+                .count();
+            assert!(found >= least, "{what}: {found} of 200");
+        }
+    }
+
+    #[test]
+    fn what_needs_every_logit_asks_for_no_candidates() {
+        let asked = |change: &dyn Fn(&mut SamplingParams)| {
+            let mut params = hot(1.0);
+            change(&mut params);
+            sampler(params, 1000).candidates()
+        };
+        assert_eq!(asked(&|p| p.temperature = 0.0), Some(1));
+        assert_eq!(asked(&|p| p.top_k = 40), Some(40));
+        assert_eq!(asked(&|p| p.top_p = 0.9), Some(MOST));
+        assert_eq!(asked(&|p| p.min_p = 0.1), Some(MOST));
+        assert_eq!(asked(&|p| (p.top_k, p.min_p) = (MOST + 1, 0.1)), Some(MOST));
+        assert_eq!(asked(&|_| ()), None);
+        assert_eq!(asked(&|p| p.top_k = MOST + 1), None);
+        assert_eq!(asked(&|p| (p.top_k, p.top_p) = (MOST + 1, 0.9)), None);
+        let greedy: [&dyn Fn(&mut SamplingParams); 5] = [
+            &|p| p.repeat_penalty = 1.1,
+            &|p| p.frequency_penalty = 0.1,
+            &|p| p.presence_penalty = -0.1,
+            &|p| p.logit_bias = vec![(3, 1.0)],
+            &|p| p.logprobs = Some(0),
+        ];
+        for change in greedy {
+            assert_eq!(asked(&|p| (p.temperature = 0.0, change(p)).0), None);
+        }
+        assert_eq!(sampler(hot(0.0), 1).candidates(), Some(1));
+        let params = SamplingParams {
+            top_k: 9,
+            ..hot(1.0)
+        };
+        assert_eq!(sampler(params, 5).candidates(), Some(5));
+    }
+
+    /// Errors of all logits are theirs; of those that nothing is wrong with but that all are masked the
+    /// candidates know.
+    #[test]
+    fn candidates_of_refused_logits_leave_the_error_to_them() {
+        let masked = [f32::NEG_INFINITY; 4];
+        for params in [
+            hot(0.0),
+            SamplingParams {
+                top_k: 2,
+                ..hot(1.0)
+            },
+        ] {
+            assert!(suffices(&params, &masked, 0.0, 3));
+            for value in [f32::NAN, f32::INFINITY] {
+                let mut logits = [1.0, 2.0, 3.0, 0.5];
+                logits[1] = value;
+                assert!(!suffices(&params, &logits, 0.0, 3));
+            }
+        }
+    }
+
     proptest! {
         #[test]
         fn the_choice_is_always_an_allowed_one(
@@ -1057,6 +1359,48 @@ mod tests {
             sampler.filter(best);
             let kept = sampler.scratch.candidates.len();
             prop_assert!(kept == allowed.len() || kept + 1 == allowed.len());
+        }
+
+        #[test]
+        fn candidates_give_what_all_logits_give(
+            row in prop_oneof![
+                // Of a few levels, so that most are equal; some masked, some no numbers.
+                proptest::collection::vec((-6i8..6).prop_map(f32::from), 1..900),
+                proptest::collection::vec(
+                    prop_oneof![8 => -9.0f32..9.0, 1 => Just(f32::NEG_INFINITY), 1 => Just(-0.0f32)],
+                    1..600,
+                ),
+                proptest::collection::vec(
+                    prop_oneof![99 => -90.0f32..90.0, 1 => Just(f32::NAN), 1 => Just(f32::INFINITY)],
+                    1..40,
+                ),
+                (1usize..1500, any::<u16>()).prop_map(|(vocab, seed)| usual(vocab, u64::from(seed))),
+            ],
+            temperature in prop_oneof![Just(0.0f32), 0.01f32..3.0],
+            top_k in prop_oneof![Just(0usize), 1usize..300],
+            top_p in prop_oneof![Just(1.0f32), 0.001f32..1.0, Just(1.0 - f32::EPSILON)],
+            min_p in prop_oneof![Just(0.0f32), 0.0f32..=1.0, Just(1e-7f32)],
+            penalty in prop_oneof![9 => Just(1.0f32), 1 => 0.5f32..2.0],
+            off in -1e-3f64..1e-3,
+            seed: u64,
+        ) {
+            let params = SamplingParams {
+                temperature,
+                top_k,
+                top_p,
+                min_p,
+                repeat_penalty: penalty,
+                seed,
+                ..SamplingParams::default()
+            };
+            let vocab = row.len();
+            let sufficed: Vec<bool> = (0..4).map(|k| suffices(&params, &row, off, k)).collect();
+            // These always do.
+            let numbers = !row.iter().any(|x| x.is_nan() || *x == f32::INFINITY);
+            let few = temperature == 0.0 || (1..=MOST).contains(&top_k) || (vocab <= MOST && top_p < 1.0);
+            if numbers && penalty == 1.0 && few && (top_k <= MOST || temperature == 0.0) {
+                prop_assert!(sufficed.iter().all(|known| *known), "{:?} of {}", params, vocab);
+            }
         }
 
         #[test]

@@ -10,6 +10,7 @@
 // Tiles are indexed by the letters of the maths, several arrays by the same one.
 #![allow(clippy::needless_range_loop)]
 
+pub mod candidates;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;

@@ -3,7 +3,7 @@
 use crate::error::Error;
 use crate::format::WeightFormat;
 use crate::model::Model;
-use crate::running::{Runner, Running};
+use crate::running::{LOGIT_ROWS, Runner, Running};
 use crate::session::SessionOptions;
 use crate::transformer::{FeedForward, Transformer};
 use phidias_engine::Cancel;
@@ -157,7 +157,7 @@ impl Model {
         Ok(MemoryPlan {
             weights: resident.bytes(),
             kv_cache,
-            activations: plan.activations + Cuda::bytes(heads, plan.context),
+            activations: plan.activations + Cuda::bytes(heads, plan.context, LOGIT_ROWS),
             pictures: pictures.on_device(config, format, context, plan.activations),
             context: plan.context,
             ..MemoryPlan::default()

@@ -8,7 +8,8 @@ use crate::image::Processed;
 use crate::transformer::{Cancelled, Observer, Pass, Placed, Transformer, Workspace};
 use crate::vision::{self, Vision};
 use phidias_engine::Cancel;
-use phidias_engine::backend::{Backend, Cache, Rotations, Tokens};
+use phidias_engine::backend::{Backend, Cache, Ops, Rotations, Tokens};
+use phidias_engine::generate::Next;
 use phidias_engine::tensor::Buffer;
 use std::ops::Range;
 use std::sync::Arc;
@@ -29,6 +30,8 @@ pub(crate) struct Chunk<'a> {
     pub pictures: &'a [Placed],
     /// Positions whose logits are wanted.
     pub wanted: Range<usize>,
+    /// How many of the likeliest tokens might do in place of all logits.
+    pub candidates: Option<usize>,
     /// Stops the pass.
     pub cancel: &'a Cancel,
     /// Sees its values.
@@ -43,14 +46,17 @@ pub(crate) trait Runner: Send {
     /// The same, to be changed.
     fn cache_mut(&mut self) -> &mut dyn Cache;
 
-    /// Computes a chunk, for which the cache has room, and hands out the wanted logits:
-    /// `each(position, logits)`.
+    /// Computes a chunk, for which the cache has room, and says what may follow the wanted positions:
+    /// `each(position, next)`. Candidates are at least as many as were asked for.
     fn pass(
         &mut self,
         transformer: &Transformer,
         chunk: Chunk<'_>,
-        each: &mut dyn FnMut(usize, &[f32]),
+        each: &mut dyn FnMut(usize, Next<'_>),
     ) -> Result<(), Error>;
+
+    /// All logits of a position of which the last pass gave candidates, or of its last one.
+    fn logits(&mut self, position: usize) -> Result<&[f32], Error>;
 
     /// The features of pictures, `[tokens, hidden]` each; `progress` hears of the crops that are done. What
     /// the cache holds beyond its positions is given back first: the encoder works there.
@@ -63,7 +69,7 @@ pub(crate) trait Runner: Send {
     ) -> Result<Vec<Arc<Buffer>>, Error>;
 
     /// See [`Workspace::take_routing`].
-    fn take_routing(&mut self) -> Vec<LayerRouting>;
+    fn take_routing(&mut self) -> Result<Vec<LayerRouting>, Error>;
 }
 
 /// The one [`Runner`] there is, of any backend.
@@ -73,6 +79,8 @@ pub(crate) struct Running<B: Backend> {
     tokens: B::Tokens,
     workspace: Workspace<B>,
     head: head::Scratch<B>,
+    /// The positions whose logits are in `head`.
+    known: Range<usize>,
     /// Logits that were read.
     read: Buffer,
 }
@@ -85,6 +93,7 @@ impl<B: Backend> Running<B> {
             tokens: B::Tokens::default(),
             workspace: Workspace::default(),
             head: head::Scratch::default(),
+            known: 0..0,
             read: Buffer::default(),
         }
     }
@@ -103,7 +112,7 @@ impl<B: Backend> Runner for Running<B> {
         &mut self,
         transformer: &Transformer,
         chunk: Chunk<'_>,
-        each: &mut dyn FnMut(usize, &[f32]),
+        each: &mut dyn FnMut(usize, Next<'_>),
     ) -> Result<(), Error> {
         let Self {
             backend,
@@ -111,6 +120,7 @@ impl<B: Backend> Runner for Running<B> {
             tokens,
             workspace,
             head,
+            known,
             read,
         } = self;
         let count = chunk.ids.len();
@@ -132,6 +142,11 @@ impl<B: Backend> Runner for Running<B> {
         let within = |rows: &Range<usize>| rows.start - first..rows.end - first;
         let pictures = chunk.pictures.iter().any(|p| p.meets(&positions));
         let repeated = count <= REPEATED && chunk.observe.is_none() && !pictures;
+        // Of more rows the head keeps the last logits only. Few different numbers are few recordings.
+        let vocab = transformer.lm_head.linear.weight.rows();
+        let candidates = (chunk.candidates)
+            .filter(|_| (1..=LOGIT_ROWS).contains(&wanted.len()))
+            .map(|count| count.next_power_of_two().min(vocab));
         // One entry for the whole pass, the first logits included.
         let pass = |ops: &B::Ops<'_>| {
             let pass = Pass {
@@ -146,25 +161,40 @@ impl<B: Backend> Runner for Running<B> {
             if let Some(rows) = &group {
                 let hidden = workspace.hidden();
                 transformer.lm_head.forward(ops, hidden, within(rows), head);
+                if let Some(count) = candidates {
+                    ops.candidates(&head.logits, count, &mut head.found);
+                }
             }
             Ok(())
         };
         let done = match repeated {
             // The wanted rows are the last ones.
-            true => backend.repeat(count * (REPEATED + 1) + wanted.len(), pass),
+            true => {
+                let key = count * (REPEATED + 1) + wanted.len();
+                let kinds = (REPEATED + 1) * (REPEATED + 1);
+                backend.repeat(candidates.unwrap_or(0) * kinds + key, pass)
+            }
             false => backend.enter(pass),
         };
         done?.map_err(|Cancelled| Error::Cancelled)?;
         self.cache.set_len(positions.end);
 
+        *known = wanted.clone();
+        if candidates.is_some()
+            && let Some(found) = backend.read_candidates(&head.found)?
+        {
+            (wanted.zip(found)).for_each(|(t, found)| each(t, Next::Candidates(found)));
+            return Ok(());
+        }
         let mut hand_out = |rows: &Range<usize>, logits: &Buffer| {
             rows.clone()
-                .for_each(|t| each(t, logits.row(t - rows.start)));
+                .for_each(|t| each(t, Next::Logits(logits.row(t - rows.start))));
         };
         if let Some(rows) = group {
             hand_out(&rows, backend.read(&head.logits, read)?);
         }
         for rows in groups {
+            *known = rows.clone();
             let hidden = workspace.hidden();
             backend.enter(|ops| {
                 (transformer.lm_head).forward(ops, hidden, within(&rows), head);
@@ -172,6 +202,16 @@ impl<B: Backend> Runner for Running<B> {
             hand_out(&rows, backend.read(&head.logits, read)?);
         }
         Ok(())
+    }
+
+    fn logits(&mut self, position: usize) -> Result<&[f32], Error> {
+        let known = &self.known;
+        assert!(
+            known.contains(&position),
+            "logits of position {position}, those of {known:?} are known"
+        );
+        let row = position - known.start;
+        Ok((self.backend).read_row(&self.head.logits, row, &mut self.read)?)
     }
 
     fn encode(
@@ -195,7 +235,7 @@ impl<B: Backend> Runner for Running<B> {
         Ok(features)
     }
 
-    fn take_routing(&mut self) -> Vec<LayerRouting> {
-        self.workspace.take_routing()
+    fn take_routing(&mut self) -> Result<Vec<LayerRouting>, Error> {
+        Ok(self.workspace.take_routing(&self.backend)?)
     }
 }

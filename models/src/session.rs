@@ -12,7 +12,7 @@ use crate::text::{Detokenizer, PLACEHOLDER, TextError};
 use crate::transformer::{Observer, Placed};
 use crate::vision::TILE_TOKENS;
 use phidias_engine::backend::{Cache, Cpu, Input, PICKS};
-use phidias_engine::generate::{Detokenize, Sequence};
+use phidias_engine::generate::{Detokenize, Next, Sequence};
 use phidias_engine::kv_cache::{KvCache, KvType};
 use phidias_engine::memory::MemoryPlan;
 use phidias_engine::pool::Pool;
@@ -475,7 +475,9 @@ impl Session {
     /// How the tokens since the last call were spread over the experts of each layer; a layer without
     /// experts counts none, and before the first token there are no layers. Tokens that were computed twice
     /// count twice.
-    pub fn take_routing(&mut self) -> Vec<LayerRouting> {
+    /// # Errors
+    /// A device that fails.
+    pub fn take_routing(&mut self) -> Result<Vec<LayerRouting>, Error> {
         self.runner.take_routing()
     }
 
@@ -494,8 +496,19 @@ impl Session {
     /// No tokens, a token outside the vocabulary, a sequence beyond the context, no memory for the
     /// cache, cancellation. The sequence is then what it was before.
     pub fn extend(&mut self, tokens: &[u32]) -> Result<&[f32], Error> {
-        self.run(tokens, Want::Last, None)?;
-        Ok(&self.logits)
+        let mut logits = std::mem::take(&mut self.logits);
+        let mut keep = |_: usize, next: Next<'_>| {
+            logits.clear();
+            logits.extend_from_slice(whole(next));
+        };
+        let want = Want {
+            rows: 1,
+            candidates: None,
+            each: &mut keep,
+        };
+        let result = self.run(tokens, want, None);
+        self.logits = logits;
+        result.map(|()| &*self.logits)
     }
 
     /// The ids of some pieces that are to be appended next, with [`PLACEHOLDER`]s where pictures stand.
@@ -531,7 +544,11 @@ impl Session {
         tokens: &[u32],
         mut each: impl FnMut(usize, &[f32]),
     ) -> Result<(), Error> {
-        self.run(tokens, Want::Each(&mut each), None)
+        self.run(
+            tokens,
+            Want::each(tokens, &mut |t, next| each(t, whole(next))),
+            None,
+        )
     }
 
     /// [`Session::extend_all`] that also shows the values inside the forward pass.
@@ -543,7 +560,8 @@ impl Session {
         mut each: impl FnMut(usize, &[f32]),
         observe: Observer<'_>,
     ) -> Result<(), Error> {
-        self.run(tokens, Want::Each(&mut each), Some(observe))
+        let mut each = |t: usize, next: Next<'_>| each(t, whole(next));
+        self.run(tokens, Want::each(tokens, &mut each), Some(observe))
     }
 
     /// The features of pictures, for [`Piece::Picture`]; `progress` hears of the crops that are done. Pictures
@@ -595,11 +613,11 @@ impl Session {
         result
     }
 
-    /// Brings the cache up to `ids`; logits are wanted for the tokens from `before` on.
+    /// Brings the cache up to `ids`, of which `before` were there.
     fn advance(
         &mut self,
         before: usize,
-        mut want: Want<'_>,
+        want: Want<'_>,
         mut observe: Option<Observer<'_>>,
     ) -> Result<(), Error> {
         let total = self.ids.len();
@@ -625,24 +643,14 @@ impl Session {
                 ids: &self.ids[first..end],
                 regime: self.regime,
                 pictures: &self.pictures,
-                wanted: match want {
-                    Want::Last => end.max(total) - 1..end,
-                    Want::Each(_) => before.max(first)..end,
-                },
+                wanted: first.max(total - want.rows)..end,
+                candidates: want.candidates,
                 cancel: &self.cancel,
                 observe: observe
                     .as_mut()
                     .map(|observe| &mut **observe as Observer<'_>),
             };
-            let logits = &mut self.logits;
-            let mut keep = |_: usize, row: &[f32]| {
-                logits.clear();
-                logits.extend_from_slice(row);
-            };
-            match &mut want {
-                Want::Last => self.runner.pass(transformer, chunk, &mut keep)?,
-                Want::Each(each) => self.runner.pass(transformer, chunk, *each)?,
-            }
+            self.runner.pass(transformer, chunk, want.each)?;
             if let Some(progress) = &mut self.progress {
                 progress(Prefill {
                     done: end - start,
@@ -684,15 +692,22 @@ impl Sequence for Session {
     fn context(&self) -> usize {
         self.context
     }
-    fn extend(&mut self, tokens: &[u32]) -> Result<&[f32], Error> {
-        Self::extend(self, tokens)
-    }
-    fn extend_all(
+    fn extend(
         &mut self,
         tokens: &[u32],
-        each: &mut dyn FnMut(usize, &[f32]),
+        rows: usize,
+        candidates: Option<usize>,
+        each: &mut dyn FnMut(usize, Next<'_>),
     ) -> Result<(), Error> {
-        Self::extend_all(self, tokens, each)
+        let want = Want {
+            rows,
+            candidates,
+            each,
+        };
+        self.run(tokens, want, None)
+    }
+    fn logits(&mut self, position: usize) -> Result<&[f32], Error> {
+        self.runner.logits(position)
     }
     fn truncate(&mut self, len: usize) {
         Self::truncate(self, len);
@@ -716,12 +731,33 @@ impl Detokenize for Detokenizer {
     }
 }
 
-/// Which logits a call wants.
-enum Want<'a> {
-    /// Those after the last token.
-    Last,
-    /// Those after each new token, handed out one by one.
-    Each(&'a mut dyn FnMut(usize, &[f32])),
+/// What a call wants to know.
+struct Want<'a> {
+    /// What may follow so many of the last tokens.
+    rows: usize,
+    /// How many of the likeliest tokens might do in place of all logits.
+    candidates: Option<usize>,
+    /// Hears of each.
+    each: &'a mut dyn FnMut(usize, Next<'_>),
+}
+
+impl<'a> Want<'a> {
+    /// All logits after each of some new tokens.
+    fn each(tokens: &[u32], each: &'a mut dyn FnMut(usize, Next<'_>)) -> Self {
+        Self {
+            rows: tokens.len(),
+            candidates: None,
+            each,
+        }
+    }
+}
+
+/// All logits, where nothing else was asked for.
+fn whole(next: Next<'_>) -> &[f32] {
+    match next {
+        Next::Logits(row) => row,
+        Next::Candidates(_) => unreachable!("candidates that nobody asked for"),
+    }
 }
 
 #[cfg(test)]

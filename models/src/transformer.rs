@@ -6,7 +6,7 @@ use crate::blocks::mlp::{self, Mlp};
 use crate::blocks::moe::{self, LayerRouting, Moe};
 use crate::blocks::rope::Rope;
 use phidias_engine::Cancel;
-use phidias_engine::backend::{Backend, Expert, Norm, Ops, PICKS};
+use phidias_engine::backend::{Backend, DeviceFailed, Expert, Norm, Ops, PICKS};
 use phidias_engine::tensor::{Buffer, Matrix};
 use std::ops::Range;
 use std::sync::Arc;
@@ -88,8 +88,8 @@ pub struct Workspace<B: Backend> {
     attention: attention::Scratch<B>,
     mlp: mlp::Scratch<B>,
     moe: moe::Scratch<B>,
-    /// Of each layer, since it was last taken.
-    routing: Vec<LayerRouting>,
+    /// Of each layer, since they were last taken.
+    loads: Vec<B::Loads>,
 }
 
 impl<B: Backend> Default for Workspace<B> {
@@ -102,7 +102,7 @@ impl<B: Backend> Default for Workspace<B> {
             attention: attention::Scratch::default(),
             mlp: mlp::Scratch::default(),
             moe: moe::Scratch::default(),
-            routing: Vec::default(),
+            loads: Vec::default(),
         }
     }
 }
@@ -116,8 +116,12 @@ impl<B: Backend> Workspace<B> {
 
     /// How tokens were spread over the experts of each layer since the last call; layers without experts
     /// have none.
-    pub fn take_routing(&mut self) -> Vec<LayerRouting> {
-        std::mem::take(&mut self.routing)
+    /// # Errors
+    /// When the device fails.
+    pub fn take_routing(&mut self, backend: &B) -> Result<Vec<LayerRouting>, DeviceFailed> {
+        (self.loads.iter_mut())
+            .map(|loads| backend.take_loads(loads))
+            .collect()
     }
 }
 
@@ -243,10 +247,7 @@ impl Transformer {
         }
         watch.see(ops, Point::Embed, &w.x);
         ops.zeros(rows, self.embed_tokens.cols(), &mut w.branch);
-        if w.routing.is_empty() {
-            let experts = self.layers.iter().map(|layer| layer.experts().len());
-            w.routing = experts.map(LayerRouting::new).collect();
-        }
+        w.loads.resize_with(self.layers.len(), B::Loads::default);
         for (l, layer) in self.layers.iter().enumerate() {
             if cancel.is_cancelled() {
                 return Err(Cancelled);
@@ -271,7 +272,7 @@ impl Transformer {
                     // The router takes floats, and each expert some of the rows.
                     ops.add_norm(&mut w.x, &w.branch, norm, &mut w.normed);
                     let (x, y, s) = (&w.normed, &mut w.branch, &mut w.moe);
-                    moe.forward(ops, x, y, s, &mut w.routing[l]);
+                    moe.forward(ops, x, y, s, &mut w.loads[l]);
                     watch.see(ops, Point::RouterScores(l), &w.moe.scores);
                 }
             }

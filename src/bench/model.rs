@@ -13,6 +13,7 @@ use super::{
     BenchError, Conditions, PeakOptions, Peaks, Place, Progress, Spread, Step, finite_bits,
     token_ids,
 };
+use phidias_engine::generate::Sequence;
 use phidias_engine::kernels::cpu::peak::Number;
 use phidias_engine::kv_cache::KvType;
 use phidias_models::blocks::moe::LayerRouting;
@@ -442,7 +443,7 @@ impl Runner {
     ) -> Result<(Vec<f64>, Vec<LayerRouting>), BenchError> {
         self.fill(test.depth)?;
         self.warm_up(test)?;
-        self.session.take_routing();
+        self.session.take_routing()?;
         let mut samples = Vec::new();
         let mut first = None;
         for repetition in 1..=repetitions.max(1) {
@@ -454,7 +455,7 @@ impl Runner {
             }
             samples.push(test.tokens as f64 / seconds);
         }
-        Ok((samples, self.session.take_routing()))
+        Ok((samples, self.session.take_routing()?))
     }
 
     /// Brings the cache to `depth` tokens, with the frequencies that one token more asks for.
@@ -505,7 +506,6 @@ impl Runner {
             Kind::Decode => 1,
         };
         let mut seconds = 0.0;
-        let mut logits = Vec::new();
         for (i, part) in ids.chunks(step).enumerate() {
             (self.progress)(Step {
                 what: &what,
@@ -513,12 +513,12 @@ impl Runner {
                 total: total * tokens,
             });
             let session = &mut self.session;
-            let (time, row) = self.place.seconds(|| Ok(session.extend(part)?))?;
-            seconds += time;
-            if (i + 1) * step >= tokens {
-                logits = row.to_vec();
-            }
+            // What greedy decoding asks for; on a device all logits are not part of it.
+            let pass = || Ok(Sequence::extend(session, part, 1, Some(1), &mut |_, _| {})?);
+            seconds += self.place.seconds(pass)?.0;
         }
+        let last = test.depth + tokens - 1;
+        let logits = self.session.logits(last)?.to_vec();
         self.session.truncate(test.depth);
         Ok((seconds, logits))
     }

@@ -82,10 +82,10 @@ pub fn eval(args: &Eval, global: &Global) -> Result<()> {
         bar.set(done as u64, Some(total as u64))
     })?;
     drop(bar);
-    let routing = args
-        .statistics
-        .stats
-        .map(|_| routing(&session.take_routing()));
+    let routing = match args.statistics.stats {
+        Some(_) => Some(routing(&session.take_routing()?)),
+        None => None,
+    };
     print(&figures, routing, args.json)
 }
 

@@ -53,10 +53,10 @@ pub fn run(args: &Run, global: &Global) -> Result<()> {
     );
     out.end(outcome.is_ok())?;
     let outcome = outcome?;
-    let routing = args
-        .statistics
-        .stats
-        .map(|_| routing(&session.take_routing()));
+    let routing = match args.statistics.stats {
+        Some(_) => Some(routing(&session.take_routing()?)),
+        None => None,
+    };
     if args.json {
         let mut object = out.object(&outcome, &options.stop_strings);
         object["kv_bytes"] = json!(session.cache().bytes());

@@ -20,6 +20,7 @@ pub use rotations::Rotations;
 pub use weights::{Activation, Expert, GateUp, Norm, PICKS, Pick};
 
 use crate::kv_cache::{KvOutOfMemory, KvType};
+use crate::sampling::Candidates;
 use crate::tensor::{Buffer, Linear, Matrix};
 use std::error::Error;
 use std::fmt::Debug;
@@ -46,6 +47,15 @@ pub struct DeviceFailed {
     pub source: Box<dyn Error + Send + Sync>,
 }
 
+/// How the tokens of a layer were spread over its experts.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LayerRouting {
+    /// Tokens that each expert was given; `PICKS` times the tokens in all. None for a layer without a router.
+    pub tokens: Vec<u64>,
+    /// How often an expert was read: once for each pass in which it had a token.
+    pub reads: u64,
+}
+
 /// What computes: a device as one session sees it.
 pub trait Backend: Debug + Send + Sync + Sized + 'static {
     /// The operations, while the device is entered.
@@ -60,8 +70,12 @@ pub trait Backend: Debug + Send + Sync + Sized + 'static {
     type Cache: Cache;
     /// Where the tokens of a pass go in a mixture of experts.
     type Routes: Debug + Default + Send + Sync;
+    /// What the router of a layer counts.
+    type Loads: Debug + Default + Send + Sync;
     /// What [`Ops::experts`] works with, kept from layer to layer.
     type ExpertScratch: Debug + Default + Send + Sync;
+    /// The likeliest tokens of some rows of logits.
+    type Candidates: Debug + Default + Send + Sync;
 
     /// Makes the tokens of a pass known. Not inside [`Backend::repeat`].
     fn place(&self, tokens: Tokens, placed: &mut Self::Tokens);
@@ -74,6 +88,30 @@ pub trait Backend: Debug + Send + Sync + Sized + 'static {
         x: &'x Self::Buffer,
         copy: &'x mut Buffer,
     ) -> Result<&'x Buffer, DeviceFailed>;
+
+    /// One row of `x`, its own or in `copy`.
+    /// # Errors
+    /// When the device fails.
+    fn read_row<'x>(
+        &self,
+        x: &'x Self::Buffer,
+        row: usize,
+        copy: &'x mut Buffer,
+    ) -> Result<&'x [f32], DeviceFailed>;
+
+    /// What [`Ops::candidates`] found, row by row; `None` where the host has the logits anyway, and looks for
+    /// nothing.
+    /// # Errors
+    /// When the device fails.
+    fn read_candidates(
+        &self,
+        found: &Self::Candidates,
+    ) -> Result<Option<Vec<Candidates>>, DeviceFailed>;
+
+    /// What the router of a layer counted since the last call.
+    /// # Errors
+    /// When the device fails.
+    fn take_loads(&self, loads: &mut Self::Loads) -> Result<LayerRouting, DeviceFailed>;
 
     /// Enters the device for some operations.
     /// # Errors
@@ -181,11 +219,8 @@ pub trait Ops<B: Backend> {
         y: &mut B::Buffer,
     );
 
-    /// Picks the experts of each token by its scores, `[tokens, experts]`.
-    fn route(&self, scores: &B::Buffer, jitter: f32, routes: &mut B::Routes);
-
-    /// The experts that were given tokens and how many, where the host knows them.
-    fn loads(&self, routes: &B::Routes, each: impl FnMut(usize, usize));
+    /// Picks the experts of each token by its scores, `[tokens, experts]`, and counts them.
+    fn route(&self, scores: &B::Buffer, jitter: f32, routes: &mut B::Routes, loads: &mut B::Loads);
 
     /// The weighted sum of each token's experts: `[tokens, hidden]` to the same.
     fn experts(
@@ -199,6 +234,10 @@ pub trait Ops<B: Backend> {
 
     /// Divides logits by `divisor`, and makes those of the `unused` ids the lowest float.
     fn finish_logits(&self, divisor: f32, unused: &[Range<usize>], logits: &mut B::Buffer);
+
+    /// The `count` likeliest tokens of each row of logits, for [`Backend::read_candidates`]; `count` is in
+    /// `1 ..=` [`MOST`](crate::sampling::MOST), and there are as many logits.
+    fn candidates(&self, logits: &B::Buffer, count: usize, found: &mut B::Candidates);
 }
 
 /// What the queries of a layer look at, and how.

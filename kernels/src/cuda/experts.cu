@@ -7,7 +7,8 @@
 //         groups   pick i (token i / 2) gets place offset[e] + (picks of the same expert before it)
 //         sum      y[t] = weight_1 * output[place_1] + weight_2 * output[place_2]
 // Layout  scores [tokens][experts]; picks, weights and places [tokens][2]; sources [2 tokens], the token of
-//         each place; tiles [most][expert, first place, count, 0], the empty ones last
+//         each place; tiles [most][expert, first place, count, 0], the empty ones last; loads [experts + 1],
+//         to which the tokens of each expert are added and, to the last, how many experts have any
 // Work    one thread block, so that a layer's routing is one launch: a warp per token to pick, then a warp per
 //         expert, which runs over all picks twice
 // Limit   latency: some microseconds for a token. About 4000 instructions of a warp for 32 tokens; 4096 tokens
@@ -59,7 +60,7 @@ __device__ __forceinline__ Best pick(const float* scores, u32 experts, u32 taken
 
 // One block. Dynamic shared memory: two counts an expert, and two more.
 extern "C" __global__ void __launch_bounds__(512) route(const float* scores, u32 tokens, u32 experts, float jitter, u32 tile, u32 most_tiles, u32* picks,
-         float* weights, u32* places, u32* sources, u32* tiles) {
+         float* weights, u32* places, u32* sources, u32* tiles, u64* loads) {
   DYN_SHARED(u32, offsets);  // [experts + 1]: first the counts, then where each group begins
   u32* first_tiles = offsets + experts + 1;  // [experts + 1]
   u32 thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP, warps = blockDim.x / WARP;
@@ -87,9 +88,10 @@ extern "C" __global__ void __launch_bounds__(512) route(const float* scores, u32
   __syncthreads();
 
   if (thread == 0) {
-    u32 offset = 0, tile_count = 0;
+    u32 offset = 0, tile_count = 0, loaded = 0;
     for (u32 e = 0; e < experts; e++) {
       u32 count = offsets[e];
+      loaded += count > 0;
       offsets[e] = offset;
       first_tiles[e] = tile_count;
       offset += count;
@@ -97,6 +99,7 @@ extern "C" __global__ void __launch_bounds__(512) route(const float* scores, u32
     }
     offsets[experts] = offset;
     first_tiles[experts] = tile_count;
+    loads[experts] += loaded;
   }
   __syncthreads();
 
@@ -114,6 +117,8 @@ extern "C" __global__ void __launch_bounds__(512) route(const float* scores, u32
       place += __popc(owners);
     }
     u32 end = offsets[e + 1];
+    // The one block of a layer, and passes follow one another: nobody else adds.
+    if (lane == 0) loads[e] += end - offsets[e];
     for (u32 k = lane; k < first_tiles[e + 1] - first_tiles[e]; k += WARP) {
       u32* to = tiles + (first_tiles[e] + k) * 4;
       u32 begin = offsets[e] + k * tile;

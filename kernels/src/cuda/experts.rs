@@ -130,16 +130,24 @@ fn most_tiles(places: usize, experts: usize, size: usize) -> usize {
     places.min(places / size + experts)
 }
 
-/// Picks the experts of each token by its scores, `[tokens, experts]`, and groups the tokens by expert.
+/// Bytes of the counts of so many experts.
+#[must_use]
+pub fn load_bytes(experts: usize) -> usize {
+    (experts + 1) * size_of::<u64>()
+}
+
+/// Picks the experts of each token by its scores, `[tokens, experts]`, and groups the tokens by expert. To
+/// `loads`, `[experts + 1]`, it adds the tokens of each expert and, last, how many experts have any.
 /// # Errors
 /// When the device refuses the launch.
 /// # Panics
-/// When there are not `tokens * experts` scores.
+/// When a length does not fit.
 pub fn route(
     device: &dyn Device,
     scores: Span<'_, f32>,
     jitter: f32,
     routes: &Routes<'_>,
+    loads: Span<'_, u64>,
 ) -> Result<(), DeviceError> {
     let Routes {
         tokens, experts, ..
@@ -148,6 +156,11 @@ pub fn route(
         scores.len(),
         tokens * experts,
         "scores of {tokens} tokens for {experts} experts"
+    );
+    assert_eq!(
+        loads.len(),
+        experts + 1,
+        "counts of {experts} experts, and one more"
     );
     if tokens == 0 {
         return Ok(());
@@ -173,10 +186,11 @@ pub fn route(
         routes.places.on(device),
         routes.sources.on(device),
         routes.tile_list.on(device),
+        loads.on(device),
     ];
     // SAFETY: `args` are those of the kernel. It reads `tokens * experts` scores and writes two words a token
     // to each of the four lists and `tiles` tiles, which are as long by construction; it makes no more tiles
-    // than `most_tiles`.
+    // than `most_tiles`. It adds to `experts + 1` counts.
     unsafe { device.launch(kernel, launch, &args) }
 }
 

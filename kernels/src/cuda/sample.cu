@@ -1,7 +1,9 @@
 // Choosing tokens from logits.
 //
-// Maths   argmax      the greatest logit, of equal ones the lowest token
-//         candidates  the `count` greatest in that order, and sum over all of exp(logit - greatest)
+// Maths   candidates  the `count` greatest logits, of equal ones the lowest tokens first, and sum over all of
+//                     exp(logit - greatest)
+//         argmax      the first of them
+// Layout  a row of results: refused, sum, 0, 0, `count` tokens, `count` logits; of `argmax` the sum is +inf
 //
 //         Value and token make one number of 64 bits that is ordered as tokens are chosen: the bits of
 //         the float, complemented where it is negative and with the sign set where it is not, above the
@@ -66,16 +68,16 @@ __device__ __forceinline__ u32 lowest(u32 token, u64 parts[WARP]) {
 extern "C" __global__ void __launch_bounds__(THREADS, 1) argmax(
     const float* logits,    // [rows, vocab]
     u32 vocab,
-    u32* chosen,            // [rows]
-    u32* refused            // [rows]
+    u32* into               // [rows, 6]: a row of results
 ) {
   __shared__ u64 parts[WARP];
+  into += (u64)blockIdx.x * 6;
   u32 bad = NONE;
   u64 best = block_max(greatest(logits + (u64)blockIdx.x * vocab, vocab, bad), parts);
   bad = lowest(bad, parts);
   if (threadIdx.x) return;
-  chosen[blockIdx.x] = logit_of(best) == __uint_as_float(0xFF800000u) ? NONE : token_of(best);
-  refused[blockIdx.x] = bad;
+  into[0] = bad, into[1] = 0x7F800000u, into[2] = into[3] = 0;
+  into[4] = token_of(best), into[5] = __float_as_uint(logit_of(best));
 }
 
 // Greatest first (Batcher's bitonic sort).
@@ -97,7 +99,7 @@ __device__ __forceinline__ void sort(u64 ranks[THREADS]) {
 extern "C" __global__ void __launch_bounds__(THREADS, 1) candidates(
     const float* logits,    // [rows, vocab]
     u32 vocab, u32 count,
-    u32* into               // [rows, 4 + 2 count]: refused, sum, 0, 0, tokens, logits
+    u32* into               // [rows, 4 + 2 count]: rows of results
 ) {
   __shared__ u64 ranks[THREADS], parts[WARP];
   __shared__ float sums[WARP];

@@ -3,12 +3,11 @@
 //! The maths and the work are at the head of `sample.cu`.
 
 use super::device::{Arg, Device, DeviceError, Kernel, Launch, Source, Span};
+pub use crate::candidates::{Candidates, MOST};
 
 /// The kernels of `sample.cu`.
 pub(super) const KERNELS: &[&str] = &["argmax", "candidates"];
 
-/// Candidates that can be asked for at most.
-pub const CANDIDATES: usize = 256;
 /// Threads of a block: one block a row.
 const THREADS: usize = 1024;
 /// Values in front of the candidates of a row.
@@ -22,83 +21,13 @@ pub fn candidate_values(count: usize) -> usize {
     HEADER + 2 * count
 }
 
-/// The likeliest tokens of one row of logits: enough for the sampler to end as it would with all logits,
-/// where one of these holds.
-///
-/// * Top-k with `k` up to the number of candidates: the first `k` are what it keeps, and whatever follows
-///   looks at those only.
-/// * Top-p, where [`Candidates::nucleus`] knows how many it keeps.
-/// * Min-p, where the last candidate is too improbable.
-///
-/// Everything else takes the logits: a temperature with none of these, and bias, penalties and
-/// log-probabilities, which change or need every token.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Candidates {
-    /// The lowest token whose logit is NaN or +inf: nothing can be chosen then.
-    pub refused: Option<u32>,
-    /// Tokens and their logits, the greatest first, of equal ones the lowest id first; those at -inf
-    /// are left out. -0 is given as 0.
-    pub list: Vec<(u32, f32)>,
-    /// `sum over all tokens of exp(logit - greatest)`, within [`Candidates::mass_error`] of it; of no
-    /// meaning where the list is empty or the row refused.
-    pub mass: f32,
-    /// By how much of it the sum may be off.
-    pub mass_error: f64,
-}
-
-impl Candidates {
-    /// How many of the list top-p keeps: the shortest run whose probabilities sum to `top_p`. `None` where
-    /// the list ends before, or a sum is so close that the error of [`Candidates::mass`] decides: then it
-    /// takes all logits to tell.
-    #[must_use]
-    pub fn nucleus(&self, top_p: f32) -> Option<usize> {
-        let greatest = f64::from(self.list.first()?.1);
-        let target = f64::from(top_p) * f64::from(self.mass);
-        let mut mass = 0.0;
-        for (i, (_, logit)) in self.list.iter().enumerate() {
-            mass += (f64::from(*logit) - greatest).exp();
-            if mass >= target * (1.0 - self.mass_error) {
-                return (mass >= target * (1.0 + self.mass_error)).then_some(i + 1);
-            }
-        }
-        None
-    }
-}
-
-/// The token with the greatest logit of each row, of equal ones the lowest; -0 and 0 are equal.
-///
-/// `logits` is `[rows, vocab]`; `chosen` and `refused` are `[rows]`. Where all logits are -inf, `chosen`
-/// is `u32::MAX`. `refused` is the lowest token whose logit is NaN or +inf, `u32::MAX` if there is none:
-/// such rows choose nothing that means anything.
-/// # Errors
-/// When the launch fails.
-/// # Panics
-/// When the shapes do not fit.
-pub fn argmax(
-    device: &dyn Device,
-    logits: Span<'_, f32>,
-    vocab: usize,
-    chosen: Span<'_, u32>,
-    refused: Span<'_, u32>,
-) -> Result<(), DeviceError> {
-    let rows = rows(logits, vocab);
-    assert_eq!(chosen.len(), rows, "tokens of {rows} rows");
-    assert_eq!(refused.len(), rows, "refusals of {rows} rows");
-    let args = [
-        logits.on(device),
-        Arg::U32(vocab as u32),
-        chosen.on(device),
-        refused.on(device),
-    ];
-    launch(device, "argmax", rows, &args)
-}
-
 /// The `count` greatest logits of each row and their tokens, written to `into`, whose rows are of
-/// [`candidate_values`]`(count)`: for [`read_candidates`].
+/// [`candidate_values`]`(count)`: for [`read_candidates`]. The greatest alone takes no sorting, and its
+/// row's sum is not taken: it is infinite.
 /// # Errors
 /// When the launch fails.
 /// # Panics
-/// When the shapes do not fit, or `count` is not in `1..=`[`CANDIDATES`] or more than there are.
+/// When the shapes do not fit, or `count` is not in `1..=`[`MOST`] or more than there are.
 pub fn candidates(
     device: &dyn Device,
     logits: Span<'_, f32>,
@@ -108,21 +37,20 @@ pub fn candidates(
 ) -> Result<(), DeviceError> {
     let rows = rows(logits, vocab);
     assert!(
-        (1..=CANDIDATES.min(vocab)).contains(&count),
-        "{count} candidates of {vocab}, {CANDIDATES} at most"
+        (1..=MOST.min(vocab)).contains(&count),
+        "{count} candidates of {vocab}, {MOST} at most"
     );
     assert_eq!(
         into.len(),
         rows * candidate_values(count),
         "candidates of {rows} rows"
     );
-    let args = [
-        logits.on(device),
-        Arg::U32(vocab as u32),
-        Arg::U32(count as u32),
-        into.on(device),
-    ];
-    launch(device, "candidates", rows, &args)
+    let [logits, into] = [logits.on(device), into.on(device)];
+    let [vocab, number] = [vocab, count].map(|n| Arg::U32(n as u32));
+    match count {
+        1 => launch(device, "argmax", rows, &[logits, vocab, into]),
+        _ => launch(device, "candidates", rows, &[logits, vocab, number, into]),
+    }
 }
 
 /// What [`candidates`] wrote for logits of `vocab` tokens, row by row: one copy from the device.
@@ -145,11 +73,13 @@ pub fn read_candidates(
     let rows = values.chunks_exact(width).map(|row| {
         let (ids, logits) = row[HEADER..].split_at(count);
         let logits = logits.iter().map(|bits| f32::from_bits(*bits));
+        let list: Vec<_> = (ids.iter().copied().zip(logits))
+            .filter(|(_, logit)| *logit > f32::NEG_INFINITY)
+            .collect();
         Candidates {
             refused: Some(row[0]).filter(|id| *id != NONE),
-            list: (ids.iter().copied().zip(logits))
-                .filter(|(_, logit)| *logit > f32::NEG_INFINITY)
-                .collect(),
+            complete: list.len() < count || count == vocab,
+            list,
             mass: f32::from_bits(row[1]),
             mass_error: mass_error(vocab),
         }
@@ -210,22 +140,6 @@ mod tests {
 
     const LOWEST: f32 = f32::NEG_INFINITY;
 
-    fn choose(
-        device: &Arc<dyn Device>,
-        logits: &[f32],
-        vocab: usize,
-    ) -> Result<[Vec<u32>; 2], DeviceError> {
-        let rows = logits.len() / vocab;
-        let logits = Memory::from_slice(device, logits)?;
-        let out = [
-            Memory::zeroed(device, rows * 4)?,
-            Memory::zeroed(device, rows * 4)?,
-        ];
-        let [chosen, refused] = [out[0].span::<u32>(), out[1].span()];
-        argmax(&**device, logits.span(), vocab, chosen, refused)?;
-        Ok([chosen.to_vec()?, refused.to_vec()?])
-    }
-
     fn list(
         device: &Arc<dyn Device>,
         logits: &[f32],
@@ -237,14 +151,6 @@ mod tests {
         let into = Memory::zeroed(device, rows * candidate_values(count) * 4)?;
         candidates(&**device, logits.span(), vocab, count, into.span())?;
         read_candidates(into.span(), vocab, count)
-    }
-
-    /// Logits in the order of the sampler: the greatest first, then the lowest token.
-    fn ranked(logits: &[f32]) -> Vec<(u32, f32)> {
-        let mut all: Vec<_> = (0u32..).zip(logits.iter().map(|x| x + 0.0)).collect();
-        all.retain(|(_, x)| *x > LOWEST);
-        all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-        all
     }
 
     /// Rows of several kinds, `vocab` logits each.
@@ -269,25 +175,6 @@ mod tests {
     }
 
     #[test]
-    fn the_greatest_logit_and_of_equals_the_lowest_token() {
-        each_device(|device| {
-            for vocab in [1, 31, 1024, 3001] {
-                let rows = rows_of(vocab);
-                let [chosen, refused] = choose(device, &rows.concat(), vocab)?;
-                let want: Vec<_> = rows
-                    .iter()
-                    .map(|row| ranked(row).first().map_or(NONE, |(id, _)| *id))
-                    .collect();
-                assert_eq!(chosen, want, "{vocab}");
-                assert_eq!(refused, vec![NONE; rows.len()]);
-            }
-            let masked = choose(device, &[LOWEST; 5], 5)?;
-            assert_eq!(masked, [[NONE], [NONE]]);
-            Ok(())
-        });
-    }
-
-    #[test]
     fn what_is_no_number_is_refused_by_its_lowest_token() {
         each_device(|device| {
             let mut logits = vec![1.0; 2 * 1500];
@@ -295,38 +182,48 @@ mod tests {
             logits[1300] = f32::INFINITY;
             logits[1500 + 7] = -f32::NAN;
             logits[1500 + 1031] = f32::NAN;
-            let [_, refused] = choose(device, &logits, 1500)?;
-            assert_eq!(refused, [1300, 7]);
-            for (row, want) in list(device, &logits, 1500, 9)?.iter().zip(refused) {
-                assert_eq!(row.refused, Some(want));
+            for count in [1, 9] {
+                let got = list(device, &logits, 1500, count)?;
+                let refused: Vec<_> = got.iter().map(|row| row.refused).collect();
+                assert_eq!(refused, [Some(1300), Some(7)], "{count}");
             }
             Ok(())
         });
     }
 
     #[test]
-    fn candidates_are_in_the_order_of_the_sampler_and_the_mass_within_its_bound() {
+    fn candidates_are_those_of_the_definition_and_the_mass_within_its_bound() {
+        let bits = |list: &[(u32, f32)]| -> Vec<(u32, u32)> {
+            list.iter().map(|(id, x)| (*id, x.to_bits())).collect()
+        };
         each_device(|device| {
-            for (vocab, counts) in [(1, vec![1]), (300, vec![1, 256]), (5000, vec![40, 256])] {
-                let rows = rows_of(vocab);
+            let cases = [
+                (1, vec![1]),
+                (31, vec![1, 31]),
+                (300, vec![1, 2, 256]),
+                (1024, vec![1]),
+                (5000, vec![1, 40, 256]),
+            ];
+            for (vocab, counts) in cases {
+                let mut rows = rows_of(vocab);
+                rows.push(vec![LOWEST; vocab]);
                 for count in counts {
                     let got = list(device, &rows.concat(), vocab, count)?;
                     for (i, (got, row)) in got.iter().zip(&rows).enumerate() {
-                        let mut want = ranked(row);
-                        let greatest = want.first().map_or(0.0, |(_, x)| f64::from(*x));
-                        let mass: f64 = want
-                            .iter()
-                            .map(|(_, x)| (f64::from(*x) - greatest).exp())
-                            .sum();
-                        want.truncate(count);
-                        let bits = |list: &[(u32, f32)]| -> Vec<(u32, u32)> {
-                            list.iter().map(|(id, x)| (*id, x.to_bits())).collect()
-                        };
-                        assert_eq!(bits(&got.list), bits(&want), "row {i} of {vocab}, {count}");
-                        assert_eq!(got.refused, None);
-                        if !want.is_empty() {
-                            let off = (f64::from(got.mass) / mass - 1.0).abs();
-                            assert!(off <= got.mass_error, "row {i} of {vocab}: off by {off:e}");
+                        let what = format!("row {i} of {vocab}, {count}");
+                        let want = Candidates::of(row, count);
+                        assert_eq!(bits(&got.list), bits(&want.list), "{what}");
+                        assert_eq!(got.refused, None, "{what}");
+                        // Where as many as were asked for are there it need not know that there are no more.
+                        let short = want.list.len() < count || count == vocab;
+                        assert_eq!(got.complete, short, "{what}");
+                        assert!(want.complete || !got.complete, "{what}");
+                        if count == 1 {
+                            assert_eq!(got.mass, f32::INFINITY, "{what}");
+                        } else if !want.list.is_empty() {
+                            let off = (f64::from(got.mass) / f64::from(want.mass) - 1.0).abs();
+                            let bound = got.mass_error + want.mass_error;
+                            assert!(off <= bound, "{what}: off by {off:e}");
                         }
                     }
                 }
@@ -341,10 +238,9 @@ mod tests {
             let (vocab, mut known, mut unknown) = (2000, 0, 0);
             let rows = rows_of(vocab);
             for (row, got) in rows.iter().zip(list(device, &rows.concat(), vocab, 256)?) {
-                let all = ranked(row);
-                let weights = all
-                    .iter()
-                    .map(|(_, x)| (f64::from(*x) - f64::from(all[0].1)).exp());
+                let all = Candidates::of(row, vocab).list;
+                let weights =
+                    (all.iter()).map(|(_, x)| (f64::from(*x) - f64::from(all[0].1)).exp());
                 let weights: Vec<f64> = weights.collect();
                 let total: f64 = weights.iter().sum();
                 for top_p in [0.05, 0.5, 0.95, 1.0 - 1e-7] {

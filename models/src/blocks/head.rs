@@ -22,6 +22,8 @@ pub struct Scratch<B: Backend> {
     input: B::Input,
     /// `[rows, vocab]`, the last result.
     pub logits: B::Buffer,
+    /// The likeliest tokens of each of its rows, where they were asked for.
+    pub found: B::Candidates,
 }
 
 impl<B: Backend> Default for Scratch<B> {
@@ -30,6 +32,7 @@ impl<B: Backend> Default for Scratch<B> {
             rows: B::Buffer::default(),
             input: B::Input::default(),
             logits: B::Buffer::default(),
+            found: B::Candidates::default(),
         }
     }
 }

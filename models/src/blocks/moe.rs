@@ -1,5 +1,6 @@
 //! A mixture of experts in the place of the MLP.
 
+pub use phidias_engine::backend::LayerRouting;
 use phidias_engine::backend::{Backend, Expert, Ops};
 use phidias_engine::tensor::Linear;
 
@@ -43,37 +44,11 @@ impl Moe {
         x: &B::Buffer,
         y: &mut B::Buffer,
         s: &mut Scratch<B>,
-        routing: &mut LayerRouting,
+        loads: &mut B::Loads,
     ) {
         ops.input(x, &self.router.weight, &mut s.input);
         ops.linear(&self.router, &s.input, &mut s.scores);
-        ops.route(&s.scores, self.jitter, &mut s.routes);
-        ops.loads(&s.routes, |expert, tokens| routing.count(expert, tokens));
+        ops.route(&s.scores, self.jitter, &mut s.routes, loads);
         ops.experts(&self.experts, &s.routes, x, y, &mut s.experts);
-    }
-}
-
-/// How the tokens of a layer were spread over its experts.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct LayerRouting {
-    /// Tokens that each expert was given; `PICKS` times the tokens in all.
-    pub tokens: Vec<u64>,
-    /// How often an expert was read: once for each pass in which it had a token.
-    pub reads: u64,
-}
-
-impl LayerRouting {
-    /// Of a layer with so many experts: none for one without a router.
-    #[must_use]
-    pub fn new(experts: usize) -> Self {
-        Self {
-            tokens: vec![0; experts],
-            reads: 0,
-        }
-    }
-
-    fn count(&mut self, expert: usize, tokens: usize) {
-        self.tokens[expert] += tokens as u64;
-        self.reads += 1;
     }
 }

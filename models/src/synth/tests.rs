@@ -185,7 +185,7 @@ fn a_router_spreads_tokens_over_its_experts() {
     let tokens: Vec<u32> = (0..512).map(|i| i * 7919 % 32_000).collect();
     let mut session = Session::new(Arc::clone(&model), &SessionOptions::default()).unwrap();
     session.extend(&tokens).unwrap();
-    let layers = session.take_routing();
+    let layers = session.take_routing().unwrap();
     assert_eq!(layers.len(), 3);
     for layer in layers {
         assert_eq!(layer.tokens.iter().sum::<u64>(), 1024);

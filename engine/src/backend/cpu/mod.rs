@@ -8,10 +8,12 @@ mod linear;
 pub use experts::{ExpertScratch, Routes};
 
 use super::{
-    Activation, Backend, Cache, DeviceFailed, Expert, GateUp, Heads, Norm, Ops, Seen, Tokens,
+    Activation, Backend, Cache, DeviceFailed, Expert, GateUp, Heads, LayerRouting, Norm, Ops, Seen,
+    Tokens,
 };
 use crate::kv_cache::{KvCache, KvOutOfMemory, KvType};
 use crate::pool::{Pool, Team};
+use crate::sampling::Candidates;
 use crate::tensor::{Buffer, Linear, Matrix, MatrixView};
 use phidias_kernels::cpu::Kernels;
 use phidias_quant::Format;
@@ -227,7 +229,9 @@ impl Backend for Cpu {
     type Input = Input;
     type Cache = KvCache;
     type Routes = Routes;
+    type Loads = LayerRouting;
     type ExpertScratch = ExpertScratch;
+    type Candidates = ();
 
     fn place(&self, tokens: Tokens, placed: &mut Tokens) {
         *placed = tokens;
@@ -235,6 +239,27 @@ impl Backend for Cpu {
 
     fn read<'x>(&self, x: &'x Buffer, _: &'x mut Buffer) -> Result<&'x Buffer, DeviceFailed> {
         Ok(x)
+    }
+
+    fn read_row<'x>(
+        &self,
+        x: &'x Buffer,
+        row: usize,
+        _: &'x mut Buffer,
+    ) -> Result<&'x [f32], DeviceFailed> {
+        Ok(x.row(row))
+    }
+
+    fn read_candidates(&self, (): &()) -> Result<Option<Vec<Candidates>>, DeviceFailed> {
+        Ok(None)
+    }
+
+    fn take_loads(&self, loads: &mut LayerRouting) -> Result<LayerRouting, DeviceFailed> {
+        let none = LayerRouting {
+            tokens: vec![0; loads.tokens.len()],
+            reads: 0,
+        };
+        Ok(std::mem::replace(loads, none))
     }
 
     fn enter<R: Send>(
@@ -339,14 +364,13 @@ impl Ops<Cpu> for CpuOps<'_> {
         self.full_attention(qkv, heads, tokens, scale, y);
     }
 
-    fn route(&self, scores: &Buffer, jitter: f32, routes: &mut Routes) {
+    fn route(&self, scores: &Buffer, jitter: f32, routes: &mut Routes, loads: &mut LayerRouting) {
         self.route(scores, jitter, routes);
-    }
-
-    fn loads(&self, routes: &Routes, mut each: impl FnMut(usize, usize)) {
-        routes
-            .loads()
-            .for_each(|(expert, tokens)| each(expert, tokens));
+        loads.tokens.resize(scores.cols(), 0);
+        for (expert, tokens) in routes.loads() {
+            loads.tokens[expert] += tokens as u64;
+            loads.reads += 1;
+        }
     }
 
     fn experts(
@@ -371,6 +395,8 @@ impl Ops<Cpu> for CpuOps<'_> {
             }
         }
     }
+
+    fn candidates(&self, _: &Buffer, _: usize, (): &mut ()) {}
 }
 
 impl Cache for KvCache {

@@ -3,7 +3,9 @@
 use super::CudaOps;
 use crate::backend::Tokens;
 use phidias_kernels::cuda::attention::Rotations;
-use phidias_kernels::cuda::{Activations, Device, DeviceError, Form, Memory, Span, experts};
+use phidias_kernels::cuda::{
+    Activations, Device, DeviceError, Form, Memory, Span, experts, sample,
+};
 use std::sync::Arc;
 
 /// Memory that is taken when more is needed, and kept.
@@ -194,6 +196,67 @@ impl DeviceRoutes {
 
     pub(super) fn routes(&self) -> experts::Routes<'_> {
         experts::Routes::new(self.room.span().cast(), self.tokens, self.experts)
+    }
+}
+
+/// What the router of a layer counts.
+#[derive(Debug, Default)]
+pub struct DeviceLoads(Option<Memory>);
+
+impl DeviceLoads {
+    /// Makes counts of zero, if there are none.
+    pub(super) fn reserve(&mut self, ops: &CudaOps<'_>, experts: usize) {
+        if self.0.is_none() {
+            ops.take(|device| {
+                self.0 = Some(Memory::zeroed(device, experts::load_bytes(experts))?);
+                Ok(true)
+            });
+        }
+    }
+
+    /// They count while there is memory; where there is none, an operation has failed, and none follows.
+    pub(super) fn span(&self) -> Span<'_, u64> {
+        self.0.as_ref().expect("counts that were reserved").span()
+    }
+
+    /// The counts, which begin anew; `None` where nothing was routed.
+    pub(super) fn take(&mut self) -> Result<Option<Vec<u64>>, DeviceError> {
+        let Some(memory) = &self.0 else {
+            return Ok(None);
+        };
+        let counts = memory.span::<u64>().to_vec()?;
+        memory.span::<u64>().zero()?;
+        Ok(Some(counts))
+    }
+}
+
+/// The likeliest tokens of some rows of logits.
+#[derive(Debug, Default)]
+pub struct DeviceCandidates {
+    rows: usize,
+    vocab: usize,
+    count: usize,
+    room: Room,
+}
+
+impl DeviceCandidates {
+    pub(super) fn reshape(&mut self, ops: &CudaOps<'_>, logits: &Rows, count: usize) {
+        (self.rows, self.vocab, self.count) = (logits.rows(), logits.cols(), count);
+        ops.reserve(&mut self.room, Self::bytes(self.rows, count));
+    }
+
+    /// Bytes of so many rows.
+    pub(super) fn bytes(rows: usize, count: usize) -> usize {
+        rows * sample::candidate_values(count) * size_of::<u32>()
+    }
+
+    pub(super) fn span(&self) -> Span<'_, u32> {
+        let bytes = Self::bytes(self.rows, self.count);
+        self.room.span().slice(..bytes).cast()
+    }
+
+    pub(super) fn read(&self) -> Result<Vec<sample::Candidates>, DeviceError> {
+        sample::read_candidates(self.span(), self.vocab, self.count)
     }
 }
 

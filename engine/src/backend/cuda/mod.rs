@@ -3,10 +3,11 @@
 //! ```text
 //! Resident   weights, norms, the head's unused ids: copied once for a model, shared by its sessions
 //! Cuda       a session: its cache, its buffers, the passes it has recorded
-//! a pass     tokens, position and rotations go to the device in one copy; everything else is there
+//! a pass     tokens, position and rotations go to the device in one copy; everything else is there. What
+//!            comes back in another are the likeliest tokens, or logits where those do not suffice
 //! ```
 //!
-//! Operations return before they are done: they are in one queue, and reading logits waits for it. A
+//! Operations return before they are done: they are in one queue, and reading results waits for it. A
 //! failure is noted, and [`Backend::enter`] returns it.
 //!
 //! # Recorded passes
@@ -23,15 +24,20 @@ mod cache;
 mod peaks;
 mod weights;
 
-pub use buffers::{DeviceExperts, DeviceInput, DeviceRoutes, DeviceTokens, Rows};
+pub use buffers::{
+    DeviceCandidates, DeviceExperts, DeviceInput, DeviceLoads, DeviceRoutes, DeviceTokens, Rows,
+};
 pub use cache::{DeviceCache, KvTypeRefused};
 pub use weights::{Part, Resident, Width};
 
-use super::{Activation, Backend, DeviceFailed, Expert, GateUp, Heads, Norm, Ops, Seen, Tokens};
+use super::{
+    Activation, Backend, DeviceFailed, Expert, GateUp, Heads, LayerRouting, Norm, Ops, Seen, Tokens,
+};
+use crate::sampling::{Candidates, MOST};
 use crate::tensor::{Buffer, Linear, Matrix};
 use buffers::Room;
 use phidias_kernels::cuda::attention::{self, Arithmetic};
-use phidias_kernels::cuda::{Device, DeviceError, Recording, elementwise, experts, linear};
+use phidias_kernels::cuda::{Device, DeviceError, Recording, elementwise, experts, linear, sample};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::fmt;
@@ -100,10 +106,10 @@ impl Cuda {
         })
     }
 
-    /// Bytes that [`Cuda::new`] takes.
+    /// Bytes that [`Cuda::new`] takes, and the candidates of `rows` rows of logits.
     #[must_use]
-    pub fn bytes(heads: Heads, context: usize) -> usize {
-        attention::Scratch::bytes(heads, context, FEW_TOKENS)
+    pub fn bytes(heads: Heads, context: usize, rows: usize) -> usize {
+        attention::Scratch::bytes(heads, context, FEW_TOKENS) + DeviceCandidates::bytes(rows, MOST)
     }
 
     /// What of `heads` the kernels cannot take, and what they expect.
@@ -188,7 +194,9 @@ impl Backend for Cuda {
     type Input = DeviceInput;
     type Cache = DeviceCache;
     type Routes = DeviceRoutes;
+    type Loads = DeviceLoads;
     type ExpertScratch = DeviceExperts;
+    type Candidates = DeviceCandidates;
 
     fn place(&self, tokens: Tokens, placed: &mut DeviceTokens) {
         let mut state = self.state();
@@ -203,6 +211,31 @@ impl Backend for Cuda {
         copy.reshape(x.rows(), x.cols());
         (x.span().download(copy.data_mut())).map_err(|error| self.failed(error))?;
         Ok(copy)
+    }
+
+    fn read_row<'x>(
+        &self,
+        x: &'x Rows,
+        row: usize,
+        copy: &'x mut Buffer,
+    ) -> Result<&'x [f32], DeviceFailed> {
+        copy.reshape(1, x.cols());
+        (x.slice(row..row + 1).download(copy.data_mut())).map_err(|error| self.failed(error))?;
+        Ok(copy.data())
+    }
+
+    fn read_candidates(
+        &self,
+        found: &DeviceCandidates,
+    ) -> Result<Option<Vec<Candidates>>, DeviceFailed> {
+        found.read().map(Some).map_err(|error| self.failed(error))
+    }
+
+    fn take_loads(&self, loads: &mut DeviceLoads) -> Result<LayerRouting, DeviceFailed> {
+        let counts = loads.take().map_err(|error| self.failed(error))?;
+        let mut tokens = counts.unwrap_or_default();
+        let reads = tokens.pop().unwrap_or_default();
+        Ok(LayerRouting { tokens, reads })
     }
 
     fn enter<R: Send>(
@@ -291,9 +324,14 @@ impl CudaOps<'_> {
     }
 
     fn reserve(&self, room: &mut Room, bytes: usize) {
+        self.take(|device| room.reserve(device, bytes));
+    }
+
+    /// Takes memory, if nothing has failed before; `room` says whether any was moved.
+    fn take(&self, room: impl FnOnce(&Arc<dyn Device>) -> Result<bool, DeviceError>) {
         let mut error = self.error.borrow_mut();
         if error.is_none() {
-            match room.reserve(self.cuda.device(), bytes) {
+            match room(self.cuda.device()) {
                 Ok(moved) => self.moved.set(self.moved.get() || moved),
                 Err(failed) => *error = Some(failed),
             }
@@ -461,13 +499,20 @@ impl Ops<Cuda> for CudaOps<'_> {
         });
     }
 
-    fn route(&self, scores: &Rows, jitter: f32, routes: &mut DeviceRoutes) {
+    fn route(
+        &self,
+        scores: &Rows,
+        jitter: f32,
+        routes: &mut DeviceRoutes,
+        loads: &mut DeviceLoads,
+    ) {
         routes.reshape(self, scores.rows(), scores.cols());
-        self.run(|device, _| experts::route(device, scores.span(), jitter, &routes.routes()));
+        loads.reserve(self, scores.cols());
+        self.run(|device, _| {
+            let (scores, routes) = (scores.span(), routes.routes());
+            experts::route(device, scores, jitter, &routes, loads.span())
+        });
     }
-
-    /// They stay on the device.
-    fn loads(&self, _routes: &DeviceRoutes, _each: impl FnMut(usize, usize)) {}
 
     fn experts(
         &self,
@@ -509,6 +554,13 @@ impl Ops<Cuda> for CudaOps<'_> {
         self.run(|device, resident| {
             let (vocab, ids) = (logits.cols(), resident.ids(unused));
             elementwise::finish_logits(device, logits.span(), vocab, divisor, ids)
+        });
+    }
+
+    fn candidates(&self, logits: &Rows, count: usize, found: &mut DeviceCandidates) {
+        found.reshape(self, logits, count);
+        self.run(|device, _| {
+            sample::candidates(device, logits.span(), logits.cols(), count, found.span())
         });
     }
 }

@@ -34,9 +34,14 @@ fn picks(scores: &[f32], jitter: f32) -> [Pick; PICKS] {
     [first, pick(Some(first.0))]
 }
 
+/// What was counted before, more than 32 bits hold.
+const BEFORE: u64 = (1 << 32) - 1;
+
 /// Routes of some scores, in device memory that says where nothing was written.
 struct Routed {
     words: Memory,
+    /// Beside [`BEFORE`].
+    loads: Memory,
     tokens: usize,
     experts: usize,
 }
@@ -51,13 +56,16 @@ impl Routed {
         let tokens = scores.len() / experts;
         let words = vec![u32::MAX; Routes::words(tokens, experts)];
         let words = Memory::from_slice(device, &words)?;
+        let loads = Memory::from_slice(device, &vec![BEFORE; experts + 1])?;
         let routed = Self {
             words,
+            loads,
             tokens,
             experts,
         };
         let scores = Memory::from_slice(device, scores)?;
-        route(&**device, scores.span(), jitter, &routed.routes())?;
+        let (routes, loads) = (routed.routes(), routed.loads.span());
+        route(&**device, scores.span(), jitter, &routes, loads)?;
         Ok(routed)
     }
 
@@ -104,6 +112,12 @@ fn routes_are_those_of_the_definition() {
                 for (place, (_, at)) in order.iter().enumerate() {
                     assert_eq!(places[*at] as usize, place);
                 }
+                let mut loads = vec![BEFORE; experts + 1];
+                for (expert, _) in &order {
+                    loads[*expert] += 1;
+                }
+                loads[experts] += loads.iter().filter(|n| **n > BEFORE).count() as u64;
+                assert_eq!(routed.loads.span::<u64>().to_vec()?, loads);
                 // The tiles are all places, once, each of one expert; then empty ones.
                 let mut next = 0;
                 for tile in routes.tile_list.to_vec()?.chunks_exact(4) {

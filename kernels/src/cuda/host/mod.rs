@@ -53,6 +53,19 @@ const LIMITS: Limits = Limits {
     memory: 8 << 30,
 };
 
+/// What was copied between the host and a device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Copies to the device.
+    pub uploads: usize,
+    /// Their bytes.
+    pub uploaded: usize,
+    /// Copies from the device.
+    pub downloads: usize,
+    /// Their bytes.
+    pub downloaded: usize,
+}
+
 /// The CPU as a device. All work is done when a call returns.
 #[derive(Clone, Debug)]
 pub struct HostDevice(Arc<Inner>);
@@ -69,6 +82,7 @@ struct State {
     /// Bytes by address.
     allocations: BTreeMap<u64, usize>,
     used: usize,
+    traffic: Traffic,
     recorded: Option<Vec<Work>>,
 }
 
@@ -91,6 +105,12 @@ impl HostDevice {
             state: Mutex::default(),
             deferred: Deferred::default(),
         })))
+    }
+
+    /// What was copied since the last call.
+    #[must_use]
+    pub fn take_traffic(&self) -> Traffic {
+        std::mem::take(&mut self.0.state().traffic)
     }
 }
 
@@ -221,6 +241,9 @@ impl Device for HostDevice {
 
     unsafe fn upload(&self, to: u64, from: &[u8]) -> Result<(), DeviceError> {
         self.0.not_recorded("an upload")?;
+        let traffic = &mut self.0.state().traffic;
+        traffic.uploads += 1;
+        traffic.uploaded += from.len();
         // SAFETY: inside an allocation by contract, which `from` cannot be in.
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to as *mut u8, from.len()) };
         Ok(())
@@ -228,6 +251,9 @@ impl Device for HostDevice {
 
     unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<(), DeviceError> {
         self.0.not_recorded("a download")?;
+        let traffic = &mut self.0.state().traffic;
+        traffic.downloads += 1;
+        traffic.downloaded += to.len();
         // SAFETY: inside an allocation by contract, which `to` cannot be in.
         unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to.as_mut_ptr(), to.len()) };
         Ok(())
