@@ -251,6 +251,47 @@ fn a_cancelled_pass_leaves_no_trace() {
     });
 }
 
+/// A launch that fails ends the pass with an error, wherever it is: done for the first time, recorded, replayed.
+/// Nothing of the pass stays, and a device that works again gives the same bits.
+#[test]
+fn a_failed_launch_ends_the_pass_and_nothing_else() {
+    let Ok(host) = HostDevice::new(Order::Forward) else {
+        return; // `devices` says so
+    };
+    let device: Arc<dyn Device> = Arc::new(host.clone());
+    let folder = text_fixtures().remove(0);
+    let model = open_on(&device, &folder, WeightFormat::Q8);
+    let ids = prompt(&model, 12, 7);
+    let want = all_logits(&model, run(64, 16), &ids);
+    let mut session = session(&model, run(64, 16));
+    for (i, id) in ids.iter().enumerate() {
+        host.lose_after(Some(3 * i % 16));
+        let error = session.extend(&[*id]).unwrap_err();
+        assert!(matches!(error, Error::Device(_)), "{error}");
+        for words in ["host device", "the device is lost", "told to be"] {
+            assert!(error.to_string().contains(words), "{error}");
+        }
+        assert_eq!((session.ids().len(), session.cache().len()), (i, i));
+        // Once, so that recordings are made and replayed between failures.
+        if i % 4 == 3 {
+            continue_after(&host, &mut session, &ids[i..], &want[i..]);
+            session.truncate(i);
+        }
+        host.lose_after(None);
+        let got = session.extend(&[*id]).unwrap().to_vec();
+        assert_same(&[got], &want[i..=i], "after a launch that failed");
+    }
+}
+
+/// The rest of the tokens, one by one, on a device that works again.
+fn continue_after(host: &HostDevice, session: &mut Session, ids: &[u32], want: &[Vec<f32>]) {
+    host.lose_after(None);
+    for (id, want) in ids.iter().zip(want) {
+        let got = session.extend(&[*id]).unwrap().to_vec();
+        assert_same(&[got], std::slice::from_ref(want), "after a failure");
+    }
+}
+
 #[test]
 fn a_model_that_is_cancelled_on_its_way_to_the_device_is_not_there() {
     each_device(|device, folder| {

@@ -83,6 +83,8 @@ struct State {
     allocations: BTreeMap<u64, usize>,
     used: usize,
     traffic: Traffic,
+    /// Launches until the device is lost.
+    left: Option<usize>,
     recorded: Option<Vec<Work>>,
 }
 
@@ -107,6 +109,11 @@ impl HostDevice {
         })))
     }
 
+    /// After so many launches more the device is as good as lost: each of the next ones fails. `None`: none.
+    pub fn lose_after(&self, launches: Option<usize>) {
+        self.0.state().left = launches;
+    }
+
     /// What was copied since the last call.
     #[must_use]
     pub fn take_traffic(&self) -> Traffic {
@@ -129,12 +136,12 @@ impl Inner {
             return Ok(());
         }
         // SAFETY: handed on.
-        unsafe { self.run(&state, &work) }
+        unsafe { self.run(&mut state, &work) }
     }
 
     /// # Safety
     /// As the call of [`Device`] demands.
-    unsafe fn run(&self, state: &State, work: &Work) -> Result<(), DeviceError> {
+    unsafe fn run(&self, state: &mut State, work: &Work) -> Result<(), DeviceError> {
         match work {
             // SAFETY: ranges inside live allocations, which do not overlap, by contract.
             &Work::Copy { from, to, bytes } => unsafe {
@@ -145,6 +152,7 @@ impl Inner {
                 std::ptr::write_bytes(at as *mut u8, 0, bytes);
             },
             Work::Launch(kernel, launch, args) => {
+                state.count_down(kernel.name)?;
                 // SAFETY: handed on.
                 unsafe { run_kernel(*kernel, *launch, args, self.order)? };
                 if let Some(reason) = state.broken_guard() {
@@ -173,6 +181,21 @@ impl Inner {
 }
 
 impl State {
+    /// One launch more, unless the device is lost.
+    fn count_down(&mut self, kernel: &'static str) -> Result<(), DeviceError> {
+        match &mut self.left {
+            None => Ok(()),
+            Some(0) => Err(DeviceError::Lost {
+                kernel,
+                reason: "it was told to be".to_owned(),
+            }),
+            Some(left) => {
+                *left -= 1;
+                Ok(())
+            }
+        }
+    }
+
     /// What was written beside an allocation.
     fn broken_guard(&self) -> Option<String> {
         self.allocations.iter().find_map(|(&address, &bytes)| {
@@ -319,9 +342,9 @@ impl Recording for Recorded {
     fn replay(&self) -> Result<(), DeviceError> {
         self.device.not_recorded("a replay")?;
         for work in &self.work {
-            let state = self.device.state();
+            let mut state = self.device.state();
             // SAFETY: promised when it was recorded; memory given back since is kept while this lives.
-            unsafe { self.device.run(&state, work)? };
+            unsafe { self.device.run(&mut state, work)? };
         }
         Ok(())
     }
