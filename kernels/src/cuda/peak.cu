@@ -44,15 +44,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) read_all(
 }
 
 // `ones` are four bytes, two bf16 or one f32, each 1: an argument, so that nothing is known beforehand.
-extern "C" __global__ void __launch_bounds__(THREADS) loop_int8(
-    u32 rounds, u32 ones,
-    u32* sums             // [blocks, THREADS]
-) {
-  i32 d[STREAMS][4] = {};
+template <class T, void (*MULTIPLY)(T*, const u32*, const u32*)>
+__device__ __forceinline__ void matrices(u32 rounds, u32 ones, u32* sums) {
+  T d[STREAMS][4] = {};
   u32 a[4] = {ones, ones, ones, ones}, b[2] = {ones, ones};
   for (u32 round = 0; round < rounds; round++) {
 #pragma unroll
-    for (u32 s = 0; s < STREAMS; s++) mma_s8(d[s], a, b);
+    for (u32 s = 0; s < STREAMS; s++) MULTIPLY(d[s], a, b);
   }
   u32 sum = 0;
 #pragma unroll
@@ -60,26 +58,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) loop_int8(
   sums[blockIdx.x * THREADS + threadIdx.x] = sum;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) loop_bf16(
-    u32 rounds, u32 ones,
-    u32* sums             // [blocks, THREADS]
-) {
-  float d[STREAMS][4] = {};
-  u32 a[4] = {ones, ones, ones, ones}, b[2] = {ones, ones};
-  for (u32 round = 0; round < rounds; round++) {
-#pragma unroll
-    for (u32 s = 0; s < STREAMS; s++) mma_bf16(d[s], a, b);
-  }
-  u32 sum = 0;
-#pragma unroll
-  for (u32 s = 0; s < STREAMS; s++) sum += (u32)d[s][0] + (u32)d[s][1] + (u32)d[s][2] + (u32)d[s][3];
-  sums[blockIdx.x * THREADS + threadIdx.x] = sum;
+// `sums` of all three are [blocks, THREADS].
+extern "C" __global__ void __launch_bounds__(THREADS) loop_int8(u32 rounds, u32 ones, u32* sums) {
+  matrices<i32, mma_s8>(rounds, ones, sums);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) loop_f32(
-    u32 rounds, u32 ones,
-    u32* sums             // [blocks, THREADS]
-) {
+extern "C" __global__ void __launch_bounds__(THREADS) loop_bf16(u32 rounds, u32 ones, u32* sums) {
+  matrices<float, mma_bf16>(rounds, ones, sums);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) loop_f32(u32 rounds, u32 ones, u32* sums) {
   // From different numbers on, or the compiler would make one stream of all.
   float d[STREAMS];
 #pragma unroll
