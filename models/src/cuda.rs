@@ -9,7 +9,7 @@ use crate::transformer::{FeedForward, Transformer};
 use phidias_engine::Cancel;
 use phidias_engine::backend::cuda::{Cuda, DeviceCache, Part, Resident, Width};
 use phidias_engine::backend::{GateUp, HeadOrder, Norm};
-use phidias_engine::kernels::cuda::Device;
+use phidias_engine::kernels::cuda::{Device, experts};
 use phidias_engine::memory::MemoryPlan;
 use phidias_engine::tensor::Linear;
 use std::sync::Arc;
@@ -154,10 +154,13 @@ impl Model {
         let kv_cache = DeviceCache::bytes_of(&self.config().kv_shape(), kind, plan.context)?;
         let (config, format, context) = (self.config(), self.format(), plan.context);
         let pictures = &options.pictures;
+        let counted = config.moe.map_or(0, |moe| {
+            config.num_hidden_layers * experts::load_bytes(moe.experts)
+        });
         Ok(MemoryPlan {
             weights: resident.bytes(),
             kv_cache,
-            activations: plan.activations + Cuda::bytes(heads, plan.context, LOGIT_ROWS),
+            activations: plan.activations + counted + Cuda::bytes(heads, context, LOGIT_ROWS),
             pictures: pictures.on_device(config, format, context, plan.activations),
             context: plan.context,
             ..MemoryPlan::default()

@@ -116,7 +116,12 @@ fn print(figures: &Figures, routing: Option<Value>, as_json: bool) -> Result<()>
     writeln!(out, "tokens          {}", figures.tokens)?;
     writeln!(out, "bytes           {}", figures.bytes)?;
     writeln!(out, "nll             {:.5} nats a token", figures.nll)?;
-    writeln!(out, "perplexity      {:.4}", figures.perplexity())?;
+    let perplexity = figures.perplexity();
+    match perplexity < 1e6 {
+        true => writeln!(out, "perplexity      {perplexity:.4}")?,
+        // Random weights, or another language than the model's.
+        false => writeln!(out, "perplexity      {perplexity:.4e}")?,
+    }
     writeln!(out, "bits per byte   {:.5}", figures.bits_per_byte())?;
     if let Some(against) = figures.against {
         writeln!(
