@@ -1,5 +1,7 @@
 //! `phidias bench`: speed as a share of what the machine can do.
 
+#[cfg(feature = "cuda")]
+use super::args::Device;
 use super::args::{Bench, Global};
 use super::console::{Steps, Unit};
 use super::device;
@@ -40,11 +42,11 @@ pub fn bench(args: &Bench, global: &Global) -> Result<()> {
         return self::peaks(args, &setup, &machine, peaks);
     }
     if args.kernels {
+        // What `auto` finds changes nothing here.
         #[cfg(feature = "cuda")]
-        if let Some(device) = setup.devices.find(setup.console)? {
+        if matches!(global.device, Device::Cuda | Device::Host) {
             bail!(
-                "--kernels: measures the CPU's kernels, not {}'s (--device cpu; `cargo bench --features cuda --bench cuda` times those of a GPU)",
-                device.name()
+                "--kernels: measures the kernels of the CPU (--device cpu); `cargo bench --features cuda --bench cuda` times those of a GPU"
             );
         }
         return kernels(args, &setup, &machine, peaks);
