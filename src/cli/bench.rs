@@ -32,7 +32,8 @@ use std::sync::Arc;
 
 /// Measures a model, or the machine.
 pub fn bench(args: &Bench, global: &Global) -> Result<()> {
-    let setup = Setup::new(global)?;
+    let mut setup = Setup::new(global)?;
+    setup.devices.prefer_cpu_for(args.kv, false);
     let machine = Machine::detect();
     let mut peaks = PeakOptions::thorough(&machine);
     if args.rough_peaks {

@@ -29,7 +29,7 @@ Ctrl-C stops an answer. A line that ends with \\ goes on in the next one.";
 
 /// Talks until the user leaves.
 pub fn chat(args: &Chat, global: &Global) -> Result<()> {
-    let setup = Setup::new(global)?;
+    let setup = Setup::to_run(global, &args.running)?;
     let model = setup.open(&setup.locate(args.model.as_deref())?, args.running.format)?;
     let text = model.text()?;
     let mut conversation = Conversation::new(text.tokenizer.clone(), text.template.clone());

@@ -5,6 +5,7 @@ use super::console::Console;
 use anyhow::{Result, bail};
 use phidias::Model;
 use phidias::engine::Cancel;
+use phidias::engine::kv_cache::KvType;
 
 /// Where to compute, as far as the command line says.
 #[cfg(feature = "cuda")]
@@ -29,6 +30,14 @@ impl Devices {
             asked,
             found: std::sync::OnceLock::new(),
         })
+    }
+
+    /// Where it is left open, takes the CPU for what a device does not have: other types of cache, and dropping.
+    pub fn prefer_cpu_for(&mut self, kv: Option<KvType>, drop_hidden: bool) {
+        let lacks = drop_hidden || matches!(kv, Some(KvType::Int8 | KvType::Bf16));
+        if lacks && self.asked == Asked::Auto {
+            self.asked = Asked::Cpu;
+        }
     }
 
     /// The device that is asked for, or that is there; `None`: the CPU.
@@ -119,6 +128,8 @@ impl Devices {
         Ok(Self)
     }
 
+    pub fn prefer_cpu_for(&mut self, _: Option<KvType>, _: bool) {}
+
     pub fn place(&self, _: &mut Model, _: Console, _: &Cancel) -> Result<()> {
         Ok(())
     }
@@ -132,4 +143,27 @@ pub fn of(_: &Model) -> Option<String> {
 #[cfg(not(feature = "cuda"))]
 pub fn or_cpu(error: phidias::Error) -> anyhow::Error {
     error.into()
+}
+
+#[cfg(all(test, feature = "cuda"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_device_lacks_is_the_cpus_where_that_is_open() {
+        let after = |asked, kv, drop| {
+            let found = std::sync::OnceLock::new();
+            let mut devices = Devices { asked, found };
+            devices.prefer_cpu_for(kv, drop);
+            devices.asked
+        };
+        for kv in [None, Some(KvType::F16), Some(KvType::F32)] {
+            assert_eq!(after(Asked::Auto, kv, false), Asked::Auto);
+            assert_eq!(after(Asked::Auto, kv, true), Asked::Cpu);
+        }
+        for kv in [KvType::Int8, KvType::Bf16] {
+            assert_eq!(after(Asked::Auto, Some(kv), false), Asked::Cpu);
+            assert_eq!(after(Asked::Cuda, Some(kv), true), Asked::Cuda);
+        }
+    }
 }

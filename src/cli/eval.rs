@@ -20,7 +20,7 @@ const WINDOW: usize = 512;
 
 /// Measures a model on a text.
 pub fn eval(args: &Eval, global: &Global) -> Result<()> {
-    let setup = Setup::new(global)?;
+    let setup = Setup::to_run(global, &args.running)?;
     let name = args.text.display();
     let text = fs::read(&args.text).with_context(|| name.to_string())?;
     let text = String::from_utf8(text).map_err(|e| {

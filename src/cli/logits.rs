@@ -14,7 +14,7 @@ use std::io::{self, BufWriter, Write};
 
 /// Writes `input_ids [n] i64` and `logits [n, vocab] f32`.
 pub fn logits(args: &Logits, global: &Global) -> Result<()> {
-    let setup = Setup::new(global)?;
+    let setup = Setup::to_run(global, &args.running)?;
     // Exact unless something else is asked: this command exists for comparisons.
     let origin = setup.locate(args.model.as_deref())?;
     let stored = super::open::open_source(&origin)?.stored_format();

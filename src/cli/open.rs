@@ -73,6 +73,13 @@ impl Setup {
         })
     }
 
+    /// The same for a model that is run so.
+    pub fn to_run(global: &Global, running: &Running) -> Result<Self> {
+        let mut setup = Self::new(global)?;
+        (setup.devices).prefer_cpu_for(running.kv, running.drop_hidden_keys);
+        Ok(setup)
+    }
+
     /// Finds MODEL: the built-in one when there is none.
     pub fn locate(&self, model: Option<&str>) -> Result<Origin> {
         match model {

@@ -17,7 +17,7 @@ use std::ops::ControlFlow;
 
 /// Answers one prompt.
 pub fn run(args: &Run, global: &Global) -> Result<()> {
-    let setup = Setup::new(global)?;
+    let setup = Setup::to_run(global, &args.running)?;
     let (model, from_stdin) = positional(&args.model)?;
     let prompt = prompt(args, from_stdin)?;
     let model = setup.open(&setup.locate(model)?, args.running.format)?;
