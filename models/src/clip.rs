@@ -436,13 +436,13 @@ impl Clip {
         let (hidden, tokens) = (c.hidden_size, c.tokens());
         let pictures = pixels.len() / c.pixels();
         self.cut(pixels, &mut s.host);
-        ops.zeros(s.host.rows(), s.host.cols(), &mut s.patches);
+        ops.reshape(s.host.rows(), s.host.cols(), &mut s.patches);
         ops.write(s.host.data(), 0, &mut s.patches);
         ops.input(&s.patches, &self.patches.weight, &mut s.input);
         ops.linear(&self.patches, &s.input, &mut s.projected);
         // The class token and the positions, to which the patches are added.
-        ops.zeros(pictures * tokens, hidden, &mut s.normed);
-        ops.zeros(pictures * tokens, hidden, &mut s.branch);
+        ops.reshape(pictures * tokens, hidden, &mut s.normed);
+        ops.reshape(pictures * tokens, hidden, &mut s.branch);
         for picture in 0..pictures {
             let patches = picture * (tokens - 1)..(picture + 1) * (tokens - 1);
             let first = picture * tokens;

@@ -228,7 +228,7 @@ impl Vision {
         features.reshape(s.rows.rows(), hidden);
         let outs = features.data_mut().chunks_mut(PROJECTED * hidden);
         for (rows, out) in s.rows.data().chunks(PROJECTED * merged).zip(outs) {
-            ops.zeros(rows.len() / merged, merged, &mut s.some);
+            ops.reshape(rows.len() / merged, merged, &mut s.some);
             ops.write(rows, 0, &mut s.some);
             ops.input(&s.some, &first.weight, &mut s.input);
             ops.activated_linear(first, Activation::Gelu, &s.input, &mut s.wide);

@@ -34,7 +34,8 @@ impl Devices {
 
     /// Where it is left open, takes the CPU for what a device does not have: other types of cache, and dropping.
     pub fn prefer_cpu_for(&mut self, kv: Option<KvType>, drop_hidden: bool) {
-        let lacks = drop_hidden || matches!(kv, Some(KvType::Int8 | KvType::Bf16));
+        use phidias::engine::backend::cuda::DeviceCache;
+        let lacks = drop_hidden || kv.is_some_and(|kind| !DeviceCache::takes(kind));
         if lacks && self.asked == Asked::Auto {
             self.asked = Asked::Cpu;
         }
@@ -90,7 +91,7 @@ impl Devices {
                 console.note(format_args!("the GPU is not used: {error}"));
                 Ok(())
             }
-            placed => Ok(placed?),
+            placed => placed.map_err(or_cpu),
         }
     }
 }

@@ -142,6 +142,9 @@ pub trait Backend: Debug + Send + Sync + Sized + 'static {
 /// Where an operation is given a shape or rows that do not fit, it panics: models check their weights and
 /// their tokens at their border.
 pub trait Ops<B: Backend> {
+    /// Makes `x` `[rows, cols]`; all of it is to be overwritten.
+    fn reshape(&self, rows: usize, cols: usize, x: &mut B::Buffer);
+
     /// Zeros, `[rows, cols]`.
     fn zeros(&self, rows: usize, cols: usize, x: &mut B::Buffer);
 

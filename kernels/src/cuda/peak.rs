@@ -16,7 +16,7 @@ const STREAMS: usize = 8;
 /// Blocks for each multiprocessor: as many threads as one holds, at 64 registers each.
 const BLOCKS: usize = 4;
 /// Rounds of a loop at most: the sums of floats stay below 2^24.
-const MOST_ROUNDS: u32 = 1 << 20;
+pub const MOST_ROUNDS: u32 = 1 << 20;
 
 /// A device and the memory its loops write to.
 #[derive(Debug)]
@@ -54,7 +54,7 @@ impl Loops {
     /// # Errors
     /// When the launch fails.
     /// # Panics
-    /// When it computes something else; for more than 2^20 rounds.
+    /// When it computes something else; for more than [`MOST_ROUNDS`].
     pub fn multiply(&self, number: Number, rounds: u32) -> Result<f64, DeviceError> {
         assert!(rounds <= MOST_ROUNDS, "{rounds} rounds");
         // What a round adds to a stream, and the sum of what the streams begin with.

@@ -46,7 +46,7 @@ impl LmHead {
         rows: Range<usize>,
         s: &mut Scratch<B>,
     ) {
-        ops.zeros(rows.len(), self.linear.weight.cols(), &mut s.rows);
+        ops.reshape(rows.len(), self.linear.weight.cols(), &mut s.rows);
         ops.copy_rows(hidden, rows, &mut s.rows, 0);
         ops.input(&s.rows, &self.linear.weight, &mut s.input);
         ops.linear(&self.linear, &s.input, &mut s.logits);

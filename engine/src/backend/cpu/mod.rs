@@ -271,6 +271,10 @@ impl Backend for Cpu {
 }
 
 impl Ops<Cpu> for CpuOps<'_> {
+    fn reshape(&self, rows: usize, cols: usize, x: &mut Buffer) {
+        x.reshape(rows, cols);
+    }
+
     fn zeros(&self, rows: usize, cols: usize, x: &mut Buffer) {
         x.reshape(rows, cols);
         x.data_mut().fill(0.0);

@@ -28,9 +28,18 @@ impl DeviceCache {
     /// # Errors
     /// [`KvTypeRefused`].
     pub fn bytes_of(shape: &KvShape, kind: KvType, context: usize) -> Result<usize, KvTypeRefused> {
+        match Self::takes(kind) {
+            true => Ok(shape.bytes_per_position(kind).saturating_mul(context)),
+            false => Err(KvTypeRefused(kind)),
+        }
+    }
+
+    /// Whether the kernels have this type.
+    #[must_use]
+    pub fn takes(kind: KvType) -> bool {
         match kind {
-            KvType::F16 | KvType::F32 => Ok(shape.bytes_per_position(kind).saturating_mul(context)),
-            KvType::Bf16 | KvType::Int8 => Err(KvTypeRefused(kind)),
+            KvType::F16 | KvType::F32 => true,
+            KvType::Bf16 | KvType::Int8 => false,
         }
     }
 

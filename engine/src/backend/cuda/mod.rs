@@ -346,6 +346,10 @@ impl CudaOps<'_> {
 }
 
 impl Ops<Cuda> for CudaOps<'_> {
+    fn reshape(&self, rows: usize, cols: usize, x: &mut Rows) {
+        x.reshape(self, rows, cols);
+    }
+
     fn zeros(&self, rows: usize, cols: usize, x: &mut Rows) {
         x.reshape(self, rows, cols);
         self.run(|_, _| x.span().zero());

@@ -4,14 +4,12 @@ use super::weights::failed;
 use crate::cancel::Cancel;
 use crate::peaks::{Peak, PeakError, PeakOptions, Peaks};
 use phidias_kernels::cpu::peak::Number;
-use phidias_kernels::cuda::peak::Loops;
+use phidias_kernels::cuda::peak::{Loops, MOST_ROUNDS};
 use phidias_kernels::cuda::{Device, DeviceError, Memory};
 use std::sync::Arc;
 
 /// What is measured beside the loops.
 const READS: [&str; 2] = ["read", "copied, both ways"];
-/// Rounds of a loop at most: see [`Loops::multiply`].
-const MOST_ROUNDS: u32 = 1 << 20;
 
 impl Peaks {
     /// The limits of a device, by its own clock: as [`Peaks::measure`], with at most half of its free memory.
