@@ -20,6 +20,7 @@ use phidias::engine::machine::{Machine, cpu_name};
 use phidias::engine::memory::Size;
 use phidias::engine::peaks::best;
 use phidias::engine::pool::Pool;
+use phidias::models::image::Picture;
 use phidias::models::synth::{Preset, SynthOptions, synthesize};
 use phidias::models::text::Tokenizer;
 use phidias::models::{Config, Error};
@@ -159,6 +160,8 @@ fn picture(
     peaks: PeakOptions,
     file: &Path,
 ) -> Result<()> {
+    // Before weights are drawn for it.
+    Picture::open(file).map_err(Error::from)?;
     let (name, model) = open(args, setup, |_, _, _| Ok(()))?;
     let (_, own) = model.vision()?;
     let processor = match args.num_crops {
