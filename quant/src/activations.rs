@@ -29,7 +29,7 @@ use crate::aligned::{ALIGN, Line, bytes_of, bytes_of_mut};
 use crate::{BLOCK, round};
 
 /// Rows in a tile; the last one may have fewer.
-pub const TILE: usize = 32;
+pub const TILE: usize = 8;
 
 /// 1.5 * 2^23: one unit in the last place is 1, with room for 2^22 of them in both directions.
 pub const MAGIC: f32 = 12_582_912.0;

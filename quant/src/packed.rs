@@ -1,14 +1,15 @@
 //! The packed order: how an int4 or int8 matrix lies in memory and in a file.
 //!
 //! A matrix `[rows, cols]` is cut into *panels* of 16 rows (the last one padded with rows of
-//! zeros) and each row into *blocks* of 32 columns (the last one padded with zeros). A panel is
+//! zeros) and each row into *blocks* of 32 columns (the last one padded with zeros). A panel is made
+//! of 64-byte *lines*, and two blocks share a line of scales, which stands before them:
 //!
 //! ```text
-//! | scales [blocks][16] f16, padded to 64 bytes | quants of block 0 | quants of block 1 | ...
+//! | f16 scales of blocks 0, 1 [2][16] | quants of block 0 | quants of block 1 | scales of 2, 3 | ...
 //! ```
 //!
-//! and the quants of one block are 64-byte *lines*, each of which holds four consecutive columns
-//! of all 16 rows, so byte `4 r + j` of a line belongs to row `r`:
+//! Of an odd number the last block stands alone, and half of its line of scales is zero. Each line of quants
+//! holds four consecutive columns of all 16 rows, so byte `4 r + j` of a line belongs to row `r`:
 //!
 //! ```text
 //! q8, 8 lines:  line g, byte 4 r + j             = u of row r, column 4 g + j
@@ -27,9 +28,11 @@
 //!
 //! The lanes of a register are rows, so no sum across lanes is needed, and the four columns that
 //! one inner product takes are a 4-byte broadcast of the activations. Everything starts on a
-//! 64-byte boundary and is read front to back, once.
+//! 64-byte boundary and is read front to back, once and line by line: what the hardware prefetches
+//! best. (With the scales of a panel before all of its quants, one core of a Zen 4 read at 0.70 of the
+//! speed of memory instead of 0.95: each panel was two streams, and both began anew with each.)
 
-use crate::{ALIGN, BLOCK, q4, q8};
+use crate::{ALIGN, BLOCK, Line, q4, q8};
 use half::f16;
 
 /// Rows in a panel.
@@ -37,7 +40,7 @@ pub const PANEL_ROWS: usize = 16;
 /// Bytes in a line: four columns of every row of a panel.
 pub const LINE: usize = PANEL_ROWS * 4;
 /// The version of the order, named in every prepacked file.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// A block format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -71,6 +74,21 @@ impl Format {
             Self::Q4 => PANEL_ROWS * BLOCK / 2,
             Self::Q8 => PANEL_ROWS * BLOCK,
         }
+    }
+
+    /// Where in a panel block `b` has its quants, in bytes.
+    fn quants_at(self, b: usize) -> usize {
+        LINE + b / 2 * self.pair_bytes() + b % 2 * self.block_bytes()
+    }
+
+    /// Where in a panel row `r` of block `b` has its scale, in bytes.
+    fn scale_at(self, b: usize, r: usize) -> usize {
+        b / 2 * self.pair_bytes() + (b % 2 * PANEL_ROWS + r) * size_of::<f16>()
+    }
+
+    /// Bytes of two blocks and their line of scales.
+    fn pair_bytes(self) -> usize {
+        LINE + 2 * self.block_bytes()
     }
 
     /// The quant that stands for zero.
@@ -137,9 +155,7 @@ impl PackedLayout {
     pub fn new(format: Format, rows: usize, cols: usize) -> Result<Self, PackError> {
         let bytes = (|| {
             let blocks = cols.div_ceil(BLOCK);
-            let scales = blocks
-                .checked_mul(PANEL_ROWS * 2)?
-                .checked_next_multiple_of(ALIGN)?;
+            let scales = blocks.div_ceil(2).checked_mul(LINE)?;
             let panel = blocks
                 .checked_mul(format.block_bytes())?
                 .checked_add(scales)?;
@@ -188,10 +204,7 @@ impl PackedLayout {
     /// Bytes of one panel, a multiple of 64.
     #[must_use]
     pub fn panel_bytes(&self) -> usize {
-        self.scale_bytes() + self.blocks() * self.format.block_bytes()
-    }
-    fn scale_bytes(&self) -> usize {
-        (self.blocks() * PANEL_ROWS * 2).next_multiple_of(ALIGN)
+        self.blocks().div_ceil(2) * LINE + self.blocks() * self.format.block_bytes()
     }
 }
 
@@ -205,20 +218,41 @@ pub struct Packed<'a> {
 /// One panel of a packed matrix: 16 rows.
 #[derive(Clone, Copy, Debug)]
 pub struct Panel<'a> {
-    /// `[blocks][16]`
-    pub scales: &'a [f16],
-    /// `[blocks][lines][64]`
-    pub quants: &'a [u8],
+    lines: &'a [Line],
+    blocks: usize,
+}
+
+/// One block of a panel: 32 columns of 16 rows. `LINES` is 4 for q4, 8 for q8.
+#[derive(Clone, Copy, Debug)]
+pub struct Block<'a, const LINES: usize> {
+    /// One for each row.
+    pub scales: &'a [f16; PANEL_ROWS],
+    /// Four columns of every row a line.
+    pub quants: &'a [[u8; LINE]; LINES],
 }
 
 impl<'a> Panel<'a> {
-    /// Its blocks: quants and scales. `LINES` is 4 for q4, 8 for q8.
+    /// Blocks of 32 columns.
+    #[inline(always)]
     #[must_use]
-    pub fn blocks<const LINES: usize>(
-        &self,
-    ) -> (&'a [[[u8; LINE]; LINES]], &'a [[f16; PANEL_ROWS]]) {
-        let (lines, _) = self.quants.as_chunks();
-        (lines.as_chunks().0, self.scales.as_chunks().0)
+    pub fn blocks(&self) -> usize {
+        self.blocks
+    }
+
+    /// Block `b` of a panel in the format of `LINES`.
+    /// # Panics
+    /// When it has fewer.
+    #[inline(always)]
+    #[must_use]
+    pub fn block<const LINES: usize>(&self, b: usize) -> Block<'a, LINES> {
+        let pair = &self.lines[b / 2 * (1 + 2 * LINES)..];
+        let scales: &[[f16; PANEL_ROWS]; 2] = bytemuck::must_cast_ref(&pair[0]);
+        let quants: &[Line] = &pair[1 + b % 2 * LINES..][..LINES];
+        let (quants, _) = bytemuck::must_cast_slice(quants).as_chunks();
+        Block {
+            scales: &scales[b % 2],
+            quants: &quants[0],
+        }
     }
 }
 
@@ -253,9 +287,10 @@ impl<'a> Packed<'a> {
     pub fn panel(&self, p: usize) -> Panel<'a> {
         let size = self.layout.panel_bytes();
         let bytes = &self.bytes[p * size..][..size];
-        let (scales, quants) = bytes.split_at(self.layout.scale_bytes());
-        let scales = &bytemuck::cast_slice(scales)[..self.layout.blocks() * PANEL_ROWS];
-        Panel { scales, quants }
+        Panel {
+            lines: bytemuck::cast_slice(bytes),
+            blocks: self.layout.blocks(),
+        }
     }
 
     /// Row `row` as the weights it stands for.
@@ -264,20 +299,23 @@ impl<'a> Packed<'a> {
     pub fn dequantize_row(&self, row: usize, out: &mut [f32]) {
         assert!(row < self.layout.rows, "row {row} of {}", self.layout.rows);
         assert_eq!(out.len(), self.layout.cols, "columns");
-        let panel = self.panel(row / PANEL_ROWS);
-        let r = row % PANEL_ROWS;
-        let zero = self.layout.format.zero();
-        for (c, v) in out.iter_mut().enumerate() {
-            let (b, i) = (c / BLOCK, c % BLOCK);
-            let q = quant(self.layout.format, panel.quants, b, r, i);
-            *v = (i32::from(q) - zero) as f32 * panel.scales[b * PANEL_ROWS + r].to_f32();
+        let size = self.layout.panel_bytes();
+        let panel = &self.bytes[row / PANEL_ROWS * size..][..size];
+        let (format, r) = (self.layout.format, row % PANEL_ROWS);
+        for (b, out) in out.chunks_mut(BLOCK).enumerate() {
+            let at = format.scale_at(b, r);
+            let scale = f16::from_le_bytes([panel[at], panel[at + 1]]).to_f32();
+            let quants = &panel[format.quants_at(b)..][..format.block_bytes()];
+            for (i, v) in out.iter_mut().enumerate() {
+                let q = quant(format, quants, r, i);
+                *v = (i32::from(q) - format.zero()) as f32 * scale;
+            }
         }
     }
 }
 
-/// The quant of block `b`, row `r` of the panel, column `i` of the block.
-fn quant(format: Format, quants: &[u8], b: usize, r: usize, i: usize) -> u8 {
-    let block = &quants[b * format.block_bytes()..];
+/// The quant of row `r` and column `i` of a block.
+fn quant(format: Format, block: &[u8], r: usize, i: usize) -> u8 {
     let at = |g: usize| block[g * LINE + r * 4 + i % 4];
     match format {
         Format::Q8 => at(i / 4),
@@ -302,20 +340,22 @@ pub fn pack_panel(layout: &PackedLayout, rows: &[f32], out: &mut [u8]) -> Result
     );
     assert_eq!(out.len(), layout.panel_bytes(), "bytes of a panel");
     // Padding rows and columns: zero at the zero point, scale zero.
-    let (scales, quants) = out.split_at_mut(layout.scale_bytes());
-    scales.fill(0);
-    quants.fill(match layout.format {
+    let format = layout.format;
+    let nothing = match format {
         Format::Q4 => 0x88,
         Format::Q8 => 128,
-    });
+    };
+    out.fill(0);
+    for b in 0..layout.blocks() {
+        out[format.quants_at(b)..][..format.block_bytes()].fill(nothing);
+    }
     for (r, row) in rows.chunks_exact(cols).enumerate() {
         for (b, values) in row.chunks(BLOCK).enumerate() {
             let mut x = [0.0; BLOCK];
             x[..values.len()].copy_from_slice(values);
-            let lines =
-                &mut quants[b * layout.format.block_bytes()..][..layout.format.block_bytes()];
+            let lines = &mut out[format.quants_at(b)..][..format.block_bytes()];
             let bad = PackError::Weight { row: r, block: b };
-            let scale = match layout.format {
+            let scale = match format {
                 Format::Q4 => {
                     let block = q4::quantize(&x).ok_or(bad)?;
                     for (j, &byte) in block.nibbles.iter().enumerate() {
@@ -331,8 +371,8 @@ pub fn pack_panel(layout: &PackedLayout, rows: &[f32], out: &mut [u8]) -> Result
                     block.scale
                 }
             };
-            let at = (b * PANEL_ROWS + r) * 2;
-            scales[at..at + 2].copy_from_slice(&scale.to_le_bytes());
+            let at = format.scale_at(b, r);
+            out[at..at + 2].copy_from_slice(&scale.to_le_bytes());
         }
     }
     Ok(())

@@ -272,20 +272,31 @@ impl Weights {
     fn quant_at(&self, r: usize, c: usize) -> (usize, u32) {
         let (panel, r) = (r / PANEL_ROWS, r % PANEL_ROWS);
         let (b, i) = (c / BLOCK, c % BLOCK);
-        let scales =
-            self.layout.panel_bytes() - self.layout.blocks() * self.layout.format().block_bytes();
-        let block =
-            panel * self.layout.panel_bytes() + scales + b * self.layout.format().block_bytes();
+        let of_block = self.layout.format().block_bytes();
+        // A line of scales before every second block.
+        let block = panel * self.layout.panel_bytes() + (b / 2 + 1) * 64 + b * of_block;
         match self.layout.format() {
             Format::Q8 => (block + i / 4 * 64 + r * 4 + i % 4, 0),
             Format::Q4 => (block + i % 16 / 4 * 64 + r * 4 + i % 4, i as u32 / 16 * 4),
         }
     }
 
+    /// Where the scale of a block is stored.
+    fn place_of_scale(&self, row: usize, block: usize) -> usize {
+        row / PANEL_ROWS * self.layout.panel_bytes()
+            + block / 2 * (64 + 2 * self.layout.format().block_bytes())
+            + (block % 2 * PANEL_ROWS + row % PANEL_ROWS) * 2
+    }
+
+    /// The scale of a block.
+    fn scale_at(&self, row: usize, block: usize) -> f16 {
+        let at = self.place_of_scale(row, block);
+        f16::from_le_bytes([self.bytes.as_ref()[at], self.bytes.as_ref()[at + 1]])
+    }
+
     /// Makes the scale of a block NaN.
     fn spoil(&mut self, row: usize, block: usize) {
-        let at = row / PANEL_ROWS * self.layout.panel_bytes()
-            + (block * PANEL_ROWS + row % PANEL_ROWS) * 2;
+        let at = self.place_of_scale(row, block);
         self.bytes.as_mut()[at..at + 2].copy_from_slice(&f16::NAN.to_le_bytes());
     }
 }
@@ -471,7 +482,7 @@ fn gemm_packed_bound_notices_one_quant_and_the_zero_point() {
                 // What the sum is when zero * (sum of activations) stays in it.
                 let forgotten: f64 = (0..x.blocks())
                     .map(|b| {
-                        let scale = w.view().panel(1).scales[b * PANEL_ROWS].to_f64();
+                        let scale = w.scale_at(16, b).to_f64();
                         let a = x.block(1, b);
                         f64::from(format.zero() * a.sum) * scale * f64::from(a.scale)
                     })

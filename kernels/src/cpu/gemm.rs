@@ -34,13 +34,6 @@ pub(super) type GemmPacked =
 /// The CPU has the features of the table; `w.len() == y.cols() * cols`, `x.len() == y.rows() * cols`.
 pub(super) type GemmDense<T> = unsafe fn(w: &[T], cols: usize, x: &[f32], y: ColsMut<'_>);
 
-/// Panels of a packed matrix that the kernels take at a time for so many tokens: pieces of work that are
-/// multiples of it are the fastest. Results never depend on it.
-#[must_use]
-pub fn panels_at_once(tokens: usize) -> usize {
-    if tokens <= 2 { 4 } else { 2 }
-}
-
 /// Columns of the result that `panels` of a matrix of `rows` rows make.
 #[must_use]
 pub(super) fn panel_cols(panels: &Range<usize>, rows: usize) -> usize {

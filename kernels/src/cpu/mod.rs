@@ -29,7 +29,6 @@ mod scalar;
 mod vector;
 
 pub use attention::{AttentionState, AttentionTask, Cached, KEY_PANEL, THEN};
-pub use gemm::panels_at_once;
 
 /// An instruction set that a table exists for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -5,6 +5,7 @@ use super::{Activation, CpuOps, Heads, Input, assert_columns};
 use crate::tensor::{Buffer, Linear};
 use phidias_kernels::cpu::{AttentionState, AttentionTask, Cached, KEY_PANEL, Kernels};
 use phidias_kernels::view::{ColsMut, Elements};
+use phidias_quant::packed::PANEL_ROWS;
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -31,7 +32,7 @@ impl CpuOps<'_> {
         let kernels = self.kernels;
         assert_columns(x.cols, &w.weight);
         y.reshape(x.rows(), w.weight.rows());
-        let parts = self.split(y.columns_mut(), super::linear::unit(&w.weight, x.rows()));
+        let parts = self.split(y.columns_mut(), PANEL_ROWS);
         self.team.each_part(parts, |(rows, mut y)| {
             multiply(kernels, w, rows, x, y.reborrow());
             (0..y.rows()).for_each(|t| activation.apply(kernels, y.row(t)));

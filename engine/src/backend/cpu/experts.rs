@@ -17,13 +17,14 @@
 //! ```
 
 use super::super::{Expert, GateUp, PICKS, Pick};
-use super::linear::{multiply, split, unit};
+use super::linear::{multiply, split};
 use super::{CpuOps, Input, InputKind, assert_columns};
 use crate::bytes::Bytes;
 use crate::tensor::{Buffer, Matrix};
 use phidias_kernels::cpu::Kernels;
 use phidias_kernels::view::ColsMut;
 use phidias_quant::activations::{TILE, TileMut};
+use phidias_quant::packed::PANEL_ROWS;
 use std::ops::Range;
 
 /// Rows of the weighted sum that one thread takes at a time.
@@ -173,11 +174,10 @@ impl CpuOps<'_> {
         let token = |row: usize| x.row(routes.tokens[row]);
         self.inputs(&groups, |e| e.gate_up.matrix(), token, inputs);
         s.gated.reshape(rows, inner);
-        let gate_rows = |_: &Expert, tokens| GateUp::rows_at_once(tokens);
         self.grouped(
             &groups,
             inputs,
-            gate_rows,
+            GateUp::rows_at_once,
             &mut s.gated,
             |k, e, rows, x, y| {
                 e.gate_up.compute(k, rows, x, y);
@@ -188,11 +188,10 @@ impl CpuOps<'_> {
         let row = |row: usize| gated.row(row);
         self.inputs(&groups, |e| &e.down_proj.weight, row, inputs);
         s.outputs.reshape(rows, hidden);
-        let panels = |e: &Expert, tokens| unit(&e.down_proj.weight, tokens);
         self.grouped(
             &groups,
             inputs,
-            panels,
+            |_| PANEL_ROWS,
             &mut s.outputs,
             |k, e, rows, x, y| {
                 multiply(k, &e.down_proj, rows, x, y);
@@ -268,13 +267,13 @@ impl CpuOps<'_> {
         });
     }
 
-    /// Calls `compute` for outputs of every expert, in pieces of whole `unit`s: as many for an expert as
-    /// its share of the rows.
+    /// Calls `compute` for outputs of every expert, in pieces of whole `unit`s, which depend on its rows:
+    /// as many for an expert as its share of them.
     fn grouped(
         &self,
         groups: &[Group<'_>],
         inputs: &[Input],
-        unit: impl Fn(&Expert, usize) -> usize,
+        unit: impl Fn(usize) -> usize,
         y: &mut Buffer,
         compute: impl Fn(&Kernels, &Expert, Range<usize>, &Input, ColsMut<'_>) + Sync,
     ) {
@@ -285,7 +284,7 @@ impl CpuOps<'_> {
         for ((expert, rows), input) in groups.iter().zip(inputs) {
             let (own, right) = rest.split_at_mut(rows.len() * width);
             rest = right;
-            let unit = unit(expert, rows.len());
+            let unit = unit(rows.len());
             let pieces = self.team.pieces(usize::MAX) * rows.len();
             let pieces = pieces.div_ceil(all).min(width.div_ceil(unit));
             let own = ColsMut::new(own, rows.len(), width);

@@ -1,16 +1,22 @@
 //! Matrices times activations, alone, side by side, and gated.
 
 use super::{CpuOps, GateUp, Input, InputKind, add, assert_columns};
-use crate::tensor::{Buffer, Linear, Matrix, MatrixView};
-use phidias_kernels::cpu::{Kernels, panels_at_once};
+use crate::tensor::{Buffer, Linear, MatrixView};
+use phidias_kernels::cpu::Kernels;
 use phidias_kernels::view::ColsMut;
+use phidias_quant::activations::TILE;
 use phidias_quant::packed::PANEL_ROWS;
 use std::ops::Range;
 
 impl GateUp {
     /// Outputs that are computed before the gate is applied.
     pub(super) fn rows_at_once(tokens: usize) -> usize {
-        PANEL_ROWS * panels_at_once(tokens)
+        // A few tokens wait for memory, and each change to the other projection begins a run anew.
+        if tokens <= TILE {
+            8 * PANEL_ROWS
+        } else {
+            2 * PANEL_ROWS
+        }
     }
 
     /// Outputs `out` for all rows of `x`, [`GateUp::rows_at_once`] at a time, so that the projections stay in the
@@ -82,7 +88,7 @@ impl CpuOps<'_> {
             assert_columns(x.cols, &w.weight);
             let (own, right) = rest.split_at(rows(w));
             rest = right;
-            let pieces = self.split(own, unit(&w.weight, x.rows()));
+            let pieces = self.split(own, PANEL_ROWS);
             parts.extend(pieces.into_iter().map(|(rows, y)| (w, rows, y)));
         }
         self.team
@@ -169,13 +175,5 @@ pub(super) fn multiply(
         for t in 0..y.rows() {
             add(y.row(t), &bias[rows.clone()]);
         }
-    }
-}
-
-/// Weight rows that stay together: the panels that the kernels take at a time for so many tokens.
-pub(super) fn unit(w: &Matrix, tokens: usize) -> usize {
-    match w.view() {
-        MatrixView::Packed(_) => PANEL_ROWS * panels_at_once(tokens),
-        MatrixView::Dense(_) => PANEL_ROWS,
     }
 }

@@ -11,8 +11,9 @@
 //! 2. q8: u - 128 is a signed byte; vpmaddubsw takes its magnitude and the activations with its sign
 //!    (at most 2 * 128 * 127 = 32512). The zero point is then out already.
 //! 3. AVX-VNNI does either in one instruction, `vpdpbusd`, as the AVX-512 table does.
-//! 4. Weights stay, tokens pass: half a panel's block is unpacked once into 8 registers, then up to
-//!    `TOKENS` tokens are multiplied with it, four at a time, their f32 sums in L1.
+//! 4. A panel meets up to four tokens at once, line by line: a broadcast serves both halves of a line, and
+//!    the eight integer sums stay in registers. More tokens take the same panel again, from the
+//!    second-level cache.
 //! 5. Zero point and scale of the activations are in the number that the sums start from.
 //! Work   q4: 8 vpmaddubsw and 8 vpaddw for 8 rows x 32 columns; q8 four instructions a product
 //! Limit  one token: memory bandwidth; many: the ports of vpmaddubsw and of the broadcast loads
@@ -20,7 +21,13 @@
 //! ```
 
 use phidias_quant::BLOCK;
+use phidias_quant::packed::LINE;
 use std::arch::x86_64::*;
+
+/// Halves of a panel: a register has eight rows.
+pub(in crate::cpu) const PARTS: usize = 2;
+/// Rows of half a panel.
+pub(in crate::cpu) const HALF: usize = PANEL_ROWS / PARTS;
 
 /// Four bytes for a broadcast: four activations, or a number. Read through a pointer one by one, they
 /// become loads that broadcast by themselves; from an array the compiler would load several and shuffle.
@@ -44,29 +51,54 @@ fn broadcast(block: &[i8; BLOCK], g: usize) -> __m256i {
     _mm256_set1_epi32(four(&fours[g]))
 }
 
+/// Half `half` of a line: four columns of eight rows.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(in crate::cpu) fn half_line(line: &[u8; LINE], half: usize) -> __m256i {
+    let (halves, _) = line.as_chunks::<{ LINE / PARTS }>();
+    // SAFETY: half a line is 32 bytes; the load needs no alignment.
+    unsafe { _mm256_loadu_si256(halves[half].as_ptr().cast()) }
+}
+
+/// Half `half` of a line of nibbles: the columns of group `g`, and of `g + 4`.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(in crate::cpu) fn nibbles(line: &[u8; LINE], half: usize) -> [__m256i; 2] {
+    let (bytes, mask) = (half_line(line, half), _mm256_set1_epi8(15));
+    let high = _mm256_srli_epi16::<4>(bytes);
+    [_mm256_and_si256(bytes, mask), _mm256_and_si256(high, mask)]
+}
+
 /// The products of a block of nibbles with `T` tokens, scaled by the activations.
 #[target_feature(enable = "avx2")]
 #[inline]
 fn products_q4<const T: usize>(
-    w: &[__m256i; 8],
+    lines: &[[u8; LINE]; 4],
     a: &[[i8; BLOCK]; T],
     starts: &[i32; T],
     magics: &[f32; T],
-) -> [__m256; T] {
-    let mut sums = [_mm256_setzero_si256(); T];
-    for g in 0..8 {
+) -> [[__m256; PARTS]; T] {
+    let mut sums = [[_mm256_setzero_si256(); PARTS]; T];
+    for g in 0..4 {
+        let w = [nibbles(&lines[g], 0), nibbles(&lines[g], 1)];
         for t in 0..T {
-            sums[t] = _mm256_add_epi16(sums[t], _mm256_maddubs_epi16(w[g], broadcast(&a[t], g)));
+            for high in 0..2 {
+                let x = broadcast(&a[t], g + 4 * high);
+                for half in 0..PARTS {
+                    let pairs = _mm256_maddubs_epi16(w[half][high], x);
+                    sums[t][half] = _mm256_add_epi16(sums[t][half], pairs);
+                }
+            }
         }
     }
     let one = _mm256_set1_epi16(1);
-    let mut out = [_mm256_setzero_ps(); T];
+    let mut out = [[_mm256_setzero_ps(); PARTS]; T];
     for t in 0..T {
-        let sum = _mm256_add_epi32(
-            _mm256_madd_epi16(sums[t], one),
-            _mm256_set1_epi32(four(&starts[t])),
-        );
-        out[t] = _mm256_sub_ps(_mm256_castsi256_ps(sum), _mm256_set1_ps(magics[t]));
+        for half in 0..PARTS {
+            let sum = _mm256_madd_epi16(sums[t][half], one);
+            let sum = _mm256_add_epi32(sum, _mm256_set1_epi32(four(&starts[t])));
+            out[t][half] = _mm256_sub_ps(_mm256_castsi256_ps(sum), _mm256_set1_ps(magics[t]));
+        }
     }
     out
 }
@@ -75,231 +107,96 @@ fn products_q4<const T: usize>(
 #[target_feature(enable = "avx2")]
 #[inline]
 fn products_q8<const T: usize>(
-    w: &[__m256i; 8],
+    lines: &[[u8; LINE]; 8],
     a: &[[i8; BLOCK]; T],
     _: &[i32; T],
     magics: &[f32; T],
-) -> [__m256; T] {
+) -> [[__m256; PARTS]; T] {
     let flip = _mm256_set1_epi8(i8::MIN);
     let one = _mm256_set1_epi16(1);
-    let mut sums = [_mm256_setzero_si256(); T];
+    let mut sums = [[_mm256_setzero_si256(); PARTS]; T];
     for t in 0..T {
-        sums[t] = _mm256_castps_si256(_mm256_set1_ps(magics[t]));
+        sums[t] = [_mm256_castps_si256(_mm256_set1_ps(magics[t])); PARTS];
     }
     for g in 0..8 {
-        let signed = _mm256_xor_si256(w[g], flip);
-        let magnitude = _mm256_abs_epi8(signed);
-        for t in 0..T {
-            let x = _mm256_sign_epi8(broadcast(&a[t], g), signed);
-            let pairs = _mm256_maddubs_epi16(magnitude, x);
-            sums[t] = _mm256_add_epi32(sums[t], _mm256_madd_epi16(pairs, one));
+        for half in 0..PARTS {
+            let signed = _mm256_xor_si256(half_line(&lines[g], half), flip);
+            let magnitude = _mm256_abs_epi8(signed);
+            for t in 0..T {
+                let x = _mm256_sign_epi8(broadcast(&a[t], g), signed);
+                let pairs = _mm256_maddubs_epi16(magnitude, x);
+                sums[t][half] = _mm256_add_epi32(sums[t][half], _mm256_madd_epi16(pairs, one));
+            }
         }
     }
-    let mut out = [_mm256_setzero_ps(); T];
+    let mut out = [[_mm256_setzero_ps(); PARTS]; T];
     for t in 0..T {
-        out[t] = _mm256_sub_ps(_mm256_castsi256_ps(sums[t]), _mm256_set1_ps(magics[t]));
+        for half in 0..PARTS {
+            let magic = _mm256_set1_ps(magics[t]);
+            out[t][half] = _mm256_sub_ps(_mm256_castsi256_ps(sums[t][half]), magic);
+        }
     }
     out
 }
 
 /// Everything around the products of one block, for the instructions in `$features`:
-/// `$q4` and `$q8` multiply a block of half a panel with some tokens.
+/// `$q4` and `$q8` multiply a block with some tokens.
 macro_rules! packed_256 {
     ($features:literal, $q4:ident, $q8:ident) => {
-        use crate::cpu::packed::{GROUP, STREAMS};
         use crate::cpu::prefetch;
-        use phidias_quant::activations::{TILE, Tile};
+        use phidias_quant::activations::Tile;
         use phidias_quant::f16;
-        use phidias_quant::packed::{LINE, PANEL_ROWS, Panel};
-
-        /// Halves of a panel: a register has eight rows.
-        const PARTS: usize = 2;
-        /// Rows of half a panel.
-        const HALF: usize = PANEL_ROWS / PARTS;
-        /// Sums of 16 rows, by halves.
-        type Sums = [[f32; HALF]; PARTS];
-
-        /// One block of half a panel, unpacked.
-        struct Weights {
-            quants: [__m256i; 8],
-            scales: __m256,
-        }
-
-        #[target_feature(enable = $features)]
-        #[inline]
-        fn weights<const LINES: usize>(
-            lines: &[[u8; LINE]; LINES],
-            of_rows: &[f16; PANEL_ROWS],
-            half: usize,
-        ) -> Weights {
-            Weights {
-                quants: unpack(lines, half),
-                scales: scales(of_rows, half),
-            }
-        }
-
-        /// The quants of one block of half a panel, four columns of 8 rows a register. `LINES` is 4
-        /// for nibbles, 8 for bytes.
-        #[target_feature(enable = $features)]
-        #[inline]
-        fn unpack<const LINES: usize>(lines: &[[u8; LINE]; LINES], half: usize) -> [__m256i; 8] {
-            let load = |g: usize| {
-                let bytes: &[u8; LINE / 2] = lines[g].as_chunks().0.get(half).expect("two halves");
-                // SAFETY: half a line is 32 bytes; the load needs no alignment.
-                unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
-            };
-            if LINES == 8 {
-                return std::array::from_fn(load);
-            }
-            let mask = _mm256_set1_epi8(15);
-            let mut w = [_mm256_setzero_si256(); 8];
-            for g in 0..4 {
-                let bytes = load(g);
-                w[g] = _mm256_and_si256(bytes, mask);
-                w[g + 4] = _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), mask);
-            }
-            w
-        }
+        use phidias_quant::packed::{PANEL_ROWS, Panel};
 
         /// 8 scales as f32.
         #[target_feature(enable = $features)]
         #[inline]
         fn scales(scales: &[f16; PANEL_ROWS], half: usize) -> __m256 {
-            let eight: &[f16; HALF] = scales.as_chunks().0.get(half).expect("two halves");
+            let eight: &[f16; HALF] = &scales.as_chunks().0[half];
             // SAFETY: 8 scales are 16 bytes; the load needs no alignment.
             _mm256_cvtph_ps(unsafe { _mm_loadu_si128(eight.as_ptr().cast()) })
         }
 
+        /// A panel times the tokens `first .. first + T` of a tile.
         #[target_feature(enable = $features)]
         #[inline]
-        fn load(sums: &[f32; HALF]) -> __m256 {
-            // SAFETY: 8 floats; the load needs no alignment.
-            unsafe { _mm256_loadu_ps(sums.as_ptr()) }
-        }
-
-        #[target_feature(enable = $features)]
-        #[inline]
-        fn store(sums: &mut [f32; HALF], v: __m256) {
-            // SAFETY: 8 floats; the store needs no alignment.
-            unsafe { _mm256_storeu_ps(sums.as_mut_ptr(), v) }
-        }
-
-        /// The products of one block in the format of `LINES`.
-        #[target_feature(enable = $features)]
-        #[inline]
-        fn products<const T: usize, const LINES: usize>(
-            w: &[__m256i; 8],
-            a: &[[i8; BLOCK]; T],
-            starts: &[i32; T],
-            magics: &[f32; T],
-        ) -> [__m256; T] {
-            if LINES == 8 {
-                $q8(w, a, starts, magics)
-            } else {
-                $q4(w, a, starts, magics)
-            }
-        }
-
-        /// One block of half `PART` of a panel with `T` tokens: the products are added to the sums in memory.
-        #[target_feature(enable = $features)]
-        #[inline]
-        fn group<const T: usize, const PART: usize, const LINES: usize>(
-            w: &Weights,
-            a: &[[i8; BLOCK]; T],
-            starts: &[i32; T],
-            magics: &[f32; T],
-            acc: &mut [Sums; T],
-        ) {
-            let products = products::<T, LINES>(&w.quants, a, starts, magics);
-            for t in 0..T {
-                let sums = &mut acc[t][PART];
-                store(sums, _mm256_fmadd_ps(products[t], w.scales, load(sums)));
-            }
-        }
-
-        /// Block `b` of half `PART` of a panel with all tokens of some tiles.
-        ///
-        /// A function of its own, so that the compiler has all registers for this loop.
-        #[target_feature(enable = $features)]
-        #[inline(never)]
-        fn pass<const PART: usize, const LINES: usize>(
-            w: &Weights,
-            b: usize,
-            x: &[Tile<'_>],
-            acc: &mut [Sums],
-        ) {
-            for (x, acc) in x.iter().zip(acc.chunks_mut(TILE)) {
-                let at = b * x.rows..(b + 1) * x.rows;
-                let (a, a_rest) = x.quants.as_chunks().0[at.clone()].as_chunks::<GROUP>();
-                let (starts, starts_rest) = x.starts[at.clone()].as_chunks::<GROUP>();
-                let (magics, magics_rest) = x.magics[at].as_chunks::<GROUP>();
-                let (acc, acc_rest) = acc.as_chunks_mut::<GROUP>();
-                for (((a, starts), magics), acc) in a.iter().zip(starts).zip(magics).zip(acc) {
-                    group::<GROUP, PART, LINES>(w, a, starts, magics, acc);
-                }
-                let rest = (a_rest.iter().zip(starts_rest)).zip(magics_rest.iter().zip(acc_rest));
-                for ((a, start), (magic, acc)) in rest {
-                    let acc = std::array::from_mut(acc);
-                    group::<1, PART, LINES>(w, &[*a], &[*start], &[*magic], acc);
-                }
-            }
-        }
-
-        /// A panel times up to `TOKENS` tokens, which are added up in `acc`.
-        #[target_feature(enable = $features)]
-        #[inline]
-        fn many<const LINES: usize>(panel: Panel<'_>, x: &[Tile<'_>], acc: &mut [Sums]) {
-            acc.fill(ZERO);
-            let (blocks, scales) = panel.blocks::<LINES>();
-            for (b, lines) in blocks.iter().enumerate() {
-                prefetch::ahead(lines);
-                pass::<0, LINES>(&weights(lines, &scales[b], 0), b, x, acc);
-                pass::<1, LINES>(&weights(lines, &scales[b], 1), b, x, acc);
-            }
-        }
-
-        /// `P` panels at once times `T` tokens with the sums in registers.
-        #[target_feature(enable = $features)]
-        #[inline]
-        fn few<const T: usize, const P: usize, const LINES: usize>(
-            panels: [Panel<'_>; P],
+        fn tokens<const T: usize, const LINES: usize>(
+            panel: Panel<'_>,
             x: Tile<'_>,
-            acc: &mut [[Sums; T]; P],
-        ) {
-            let quants = panels.map(|panel| panel.blocks::<LINES>().0);
-            let scales_of = panels.map(|panel| panel.blocks::<LINES>().1);
-            let ahead = prefetch::Streams::<P, LINES>::new(&panels[0]);
-            // The tile has `T` rows, so its blocks are whole arrays.
-            let (a, _) = x.quants.as_chunks::<BLOCK>().0.as_chunks::<T>();
-            let (starts, _) = x.starts.as_chunks::<T>();
-            let (magics, _) = x.magics.as_chunks::<T>();
-            let mut sums = [[[_mm256_setzero_ps(); PARTS]; T]; P];
-            for b in 0..quants[0].len() {
-                let ahead = ahead.at(b);
-                for p in 0..P {
-                    let (lines, of_rows) = (&quants[p][b], &scales_of[p][b]);
-                    ahead.of_quants(lines);
-                    ahead.of_scales(of_rows);
-                    for half in 0..PARTS {
-                        let w = weights(lines, of_rows, half);
-                        let products =
-                            products::<T, LINES>(&w.quants, &a[b], &starts[b], &magics[b]);
-                        for t in 0..T {
-                            let sum = &mut sums[p][t][half];
-                            *sum = _mm256_fmadd_ps(products[t], w.scales, *sum);
-                        }
-                    }
-                }
-            }
-            for p in 0..P {
+            first: usize,
+        ) -> [[f32; PANEL_ROWS]; T] {
+            let (quants, _) = x.quants.as_chunks::<BLOCK>();
+            let mut sums = [[_mm256_setzero_ps(); PARTS]; T];
+            for b in 0..panel.blocks() {
+                let block = panel.block::<LINES>(b);
+                prefetch::ahead::<T, LINES>(block.quants);
+                let (at, inside) = (b * x.rows + first, "tokens of the tile");
+                let a = quants[at..].first_chunk().expect(inside);
+                let starts = x.starts[at..].first_chunk().expect(inside);
+                let magics = x.magics[at..].first_chunk().expect(inside);
+                let products: [[__m256; PARTS]; T] = match LINES {
+                    4 => $q4(block.quants.first_chunk().expect("nibbles"), a, starts, magics),
+                    _ => $q8(block.quants.first_chunk().expect("bytes"), a, starts, magics),
+                };
                 for t in 0..T {
                     for half in 0..PARTS {
-                        store(&mut acc[p][t][half], sums[p][t][half]);
+                        let scales = scales(block.scales, half);
+                        sums[t][half] = _mm256_fmadd_ps(products[t][half], scales, sums[t][half]);
                     }
                 }
             }
+            let mut out = [[0.0; PANEL_ROWS]; T];
+            for t in 0..T {
+                let (halves, _) = out[t].as_chunks_mut::<HALF>();
+                for half in 0..PARTS {
+                    // SAFETY: 8 floats; the store needs no alignment.
+                    unsafe { _mm256_storeu_ps(halves[half].as_mut_ptr(), sums[t][half]) }
+                }
+            }
+            out
         }
 
+        crate::cpu::packed::by_tokens!($features, 1 2 3 4);
         crate::cpu::packed::packed_gemm!($features);
     };
 }

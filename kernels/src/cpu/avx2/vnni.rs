@@ -2,50 +2,92 @@
 //! (2021), and Zen 5.
 //!
 //! The same source is compiled for the 256-bit form of AVX-512 VNNI, which differs in the encoding
-//! only: the AVX-512 table takes it for a few tokens, and the tests run it as a table of its own where a
-//! CPU has it and not the other.
+//! only: the tests run it as a table of its own where a CPU has that and not the other.
 
 macro_rules! vnni {
     ($name:ident, $features:literal, $dot:ident) => {
         pub(in crate::cpu) mod $name {
-            use crate::cpu::avx2::packed::four;
+            use crate::cpu::avx2::packed::{HALF, PARTS, four, half_line, nibbles};
             use phidias_quant::BLOCK;
+            use phidias_quant::packed::LINE;
             use std::arch::x86_64::*;
 
-            /// The products of a block with `T` tokens, scaled by the activations.
+            /// The products of a block with `T` tokens, scaled by the activations: `weights` has the
+            /// registers of group `g`, one for each half of the panel.
             #[target_feature(enable = $features)]
             #[inline]
-            fn dots<const T: usize>(
-                w: &[__m256i; 8],
+            fn products<const T: usize>(
+                weights: [[__m256i; PARTS]; 8],
                 a: &[[i8; BLOCK]; T],
                 starts: &[i32; T],
                 magics: &[f32; T],
-            ) -> [__m256; T] {
-                let mut sums = [_mm256_setzero_si256(); T];
+            ) -> [[__m256; PARTS]; T] {
+                let mut sums = [[_mm256_setzero_si256(); PARTS]; T];
                 for t in 0..T {
-                    sums[t] = _mm256_set1_epi32(four(&starts[t]));
+                    sums[t] = [_mm256_set1_epi32(four(&starts[t])); PARTS];
                 }
                 for g in 0..8 {
                     for t in 0..T {
                         let (fours, _) = a[t].as_chunks::<4>();
-                        let four = four(&fours[g]);
-                        sums[t] = $dot(sums[t], w[g], _mm256_set1_epi32(four));
+                        let x = _mm256_set1_epi32(four(&fours[g]));
+                        for half in 0..PARTS {
+                            sums[t][half] = $dot(sums[t][half], weights[g][half], x);
+                        }
                     }
                 }
-                let mut out = [_mm256_setzero_ps(); T];
+                let mut out = [[_mm256_setzero_ps(); PARTS]; T];
                 for t in 0..T {
                     let magic = _mm256_set1_ps(magics[t]);
-                    out[t] = _mm256_sub_ps(_mm256_castsi256_ps(sums[t]), magic);
+                    for half in 0..PARTS {
+                        out[t][half] = _mm256_sub_ps(_mm256_castsi256_ps(sums[t][half]), magic);
+                    }
                 }
                 out
             }
 
-            crate::cpu::avx2::packed::packed_256!($features, dots, dots);
+            #[target_feature(enable = $features)]
+            #[inline]
+            fn products_q4<const T: usize>(
+                lines: &[[u8; LINE]; 4],
+                a: &[[i8; BLOCK]; T],
+                starts: &[i32; T],
+                magics: &[f32; T],
+            ) -> [[__m256; PARTS]; T] {
+                let mut w = [[_mm256_setzero_si256(); PARTS]; 8];
+                for g in 0..4 {
+                    for half in 0..PARTS {
+                        let [low, high] = nibbles(&lines[g], half);
+                        w[g][half] = low;
+                        w[g + 4][half] = high;
+                    }
+                }
+                products(w, a, starts, magics)
+            }
+
+            #[target_feature(enable = $features)]
+            #[inline]
+            fn products_q8<const T: usize>(
+                lines: &[[u8; LINE]; 8],
+                a: &[[i8; BLOCK]; T],
+                starts: &[i32; T],
+                magics: &[f32; T],
+            ) -> [[__m256; PARTS]; T] {
+                let mut w = [[_mm256_setzero_si256(); PARTS]; 8];
+                for g in 0..8 {
+                    for half in 0..PARTS {
+                        w[g][half] = half_line(&lines[g], half);
+                    }
+                }
+                products(w, a, starts, magics)
+            }
+
+            crate::cpu::avx2::packed::packed_256!($features, products_q4, products_q8);
         }
     };
 }
 
 vnni!(avx_vnni, "avx2,fma,f16c,avxvnni", _mm256_dpbusd_avx_epi32);
+#[cfg(test)]
 vnni!(
     avx512_vnni,
     "avx2,fma,f16c,avx512vnni,avx512vl",

@@ -9,34 +9,21 @@
 //! 2. The scale of the activations is in that start too: after the sum one subtraction leaves the
 //!    scaled product as a float. What is left a block is one multiply-add by the weights' scales:
 //!    one for eight vpdpbusd on the same two ports, so at most 8/9 of their rate can be reached.
-//! 3. Weights stay, tokens pass: a block of two panels is unpacked once into 16 registers, then up
-//!    to `TOKENS` tokens are multiplied with it, four at a time. Each broadcast is used twice.
-//! 4. The f32 sums of those tokens lie in L1 meanwhile (16 KiB); the store port has nothing else
-//!    to do.
-//! 5. Up to four tokens (decode) go through 256-bit registers, as AVX-VNNI does it: the same sums in
-//!    the same order. Memory is the limit then, and 64-byte loads that run ahead of their data take the
-//!    places of the requests that `prefetch.rs` makes: one core read weights at 0.98 of plain reading
-//!    with 32-byte loads, at 0.89 with 64-byte ones.
+//! 3. A panel meets up to eight tokens at once, a tile of the activations. A block of it is unpacked into 8
+//!    registers, 8 have the integer sums, 8 the sums of all blocks: nothing goes to memory until the
+//!    panel ends, and the tile is read front to back.
+//! 4. More tokens take the same panel again, from the second-level cache.
 //! Work   64 multiply-adds a vpdpbusd
-//! Limit  many tokens: 8/9 of the vpdpbusd rate, 0.81 was measured; one: memory bandwidth
+//! Limit  many tokens: 8/9 of the vpdpbusd rate, 0.87 was measured; one: memory bandwidth
 //! Exact  integers exactly; f32 with one fused multiply-add a block, where scalar rounds twice
 //! ```
 
 use crate::cpu::avx2::packed::four;
-use crate::cpu::avx2::vnni::avx512_vnni as halves;
-use crate::cpu::packed::{GROUP, TOKENS};
 use crate::cpu::prefetch;
-use crate::view::ColsMut;
-use phidias_quant::activations::{Activations, TILE, Tile};
+use phidias_quant::activations::Tile;
 use phidias_quant::packed::{LINE, PANEL_ROWS, Panel};
-use phidias_quant::{BLOCK, Packed, f16};
+use phidias_quant::{BLOCK, f16};
 use std::arch::x86_64::*;
-use std::ops::Range;
-
-/// Sums of 16 rows, on a line of the cache: a register that crosses two costs a tenth of the speed.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Sums([f32; PANEL_ROWS]);
 
 /// The quants of one block of a panel, four columns of 16 rows a register. `LINES` is 4 for
 /// nibbles, 8 for bytes.
@@ -66,228 +53,64 @@ fn scales(scales: &[f16; PANEL_ROWS]) -> __m512 {
     _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(scales.as_ptr().cast()) })
 }
 
-#[target_feature(enable = "avx512f")]
-#[inline]
-fn load(sums: &Sums) -> __m512 {
-    // SAFETY: 16 floats, aligned by their type.
-    unsafe { _mm512_load_ps(sums.0.as_ptr()) }
-}
-
-#[target_feature(enable = "avx512f")]
-#[inline]
-fn store(sums: &mut Sums, v: __m512) {
-    // SAFETY: 16 floats, aligned by their type.
-    unsafe { _mm512_store_ps(sums.0.as_mut_ptr(), v) }
-}
-
-/// One block of `P` panels, unpacked.
-struct Weights<const P: usize> {
-    quants: [[__m512i; 8]; P],
-    scales: [__m512; P],
-}
-
-/// The scaled products of one block with `T` tokens, `[token][panel]`: the integer sums start at
+/// The products of one block with `T` tokens, scaled by the activations: the integer sums start at
 /// `starts` and are floats over `magics` at the end.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 #[inline]
-fn products<const T: usize, const P: usize>(
-    w: &[[__m512i; 8]; P],
+fn products<const T: usize>(
+    w: &[__m512i; 8],
     a: &[[i8; BLOCK]; T],
     starts: &[i32; T],
     magics: &[f32; T],
-) -> [[__m512; P]; T] {
-    let mut sums = [[_mm512_setzero_si512(); P]; T];
+) -> [__m512; T] {
+    let mut sums = [_mm512_setzero_si512(); T];
     for t in 0..T {
-        sums[t] = [_mm512_set1_epi32(four(&starts[t])); P];
+        sums[t] = _mm512_set1_epi32(four(&starts[t]));
     }
     for g in 0..8 {
         for t in 0..T {
             let (fours, _) = a[t].as_chunks::<4>();
             let a = _mm512_set1_epi32(four(&fours[g]));
-            for p in 0..P {
-                sums[t][p] = _mm512_dpbusd_epi32(sums[t][p], w[p][g], a);
-            }
+            sums[t] = _mm512_dpbusd_epi32(sums[t], w[g], a);
         }
     }
-    let mut out = [[_mm512_setzero_ps(); P]; T];
+    let mut out = [_mm512_setzero_ps(); T];
     for t in 0..T {
         let magic = _mm512_castsi512_ps(_mm512_set1_epi32(four(&magics[t])));
-        for p in 0..P {
-            out[t][p] = _mm512_sub_ps(_mm512_castsi512_ps(sums[t][p]), magic);
-        }
+        out[t] = _mm512_sub_ps(_mm512_castsi512_ps(sums[t]), magic);
     }
     out
 }
 
-/// One block with `T` tokens: their products are added to the sums in memory.
+/// A panel times the `T` tokens of a tile.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 #[inline]
-fn group<const T: usize, const P: usize>(
-    w: &Weights<P>,
-    a: &[[i8; BLOCK]; T],
-    starts: &[i32; T],
-    magics: &[f32; T],
-    acc: &mut [[Sums; P]; T],
-) {
-    let products = products(&w.quants, a, starts, magics);
+fn tokens<const T: usize, const LINES: usize>(
+    panel: Panel<'_>,
+    x: Tile<'_>,
+    _: usize,
+) -> [[f32; PANEL_ROWS]; T] {
+    // The tile has `T` rows, so its blocks are whole arrays.
+    let (a, _) = x.quants.as_chunks::<BLOCK>().0.as_chunks::<T>();
+    let (starts, _) = x.starts.as_chunks::<T>();
+    let (magics, _) = x.magics.as_chunks::<T>();
+    let mut sums = [_mm512_setzero_ps(); T];
+    for b in 0..panel.blocks() {
+        let block = panel.block::<LINES>(b);
+        prefetch::ahead::<T, LINES>(block.quants);
+        let products = products(&unpack(block.quants), &a[b], &starts[b], &magics[b]);
+        let scales = scales(block.scales);
+        for t in 0..T {
+            sums[t] = _mm512_fmadd_ps(products[t], scales, sums[t]);
+        }
+    }
+    let mut out = [[0.0; PANEL_ROWS]; T];
     for t in 0..T {
-        for p in 0..P {
-            let sum = _mm512_fmadd_ps(products[t][p], w.scales[p], load(&acc[t][p]));
-            store(&mut acc[t][p], sum);
-        }
+        // SAFETY: 16 floats; the store needs no alignment.
+        unsafe { _mm512_storeu_ps(out[t].as_mut_ptr(), sums[t]) }
     }
+    out
 }
 
-/// Block `b` with all tokens of some tiles.
-///
-/// A function of its own, so that the compiler has all registers for this loop.
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-#[inline(never)]
-fn pass<const P: usize>(w: &Weights<P>, b: usize, x: &[Tile<'_>], acc: &mut [[Sums; P]]) {
-    let (whole, rest) = acc.as_chunks_mut::<TILE>();
-    let (whole_tiles, rest_tiles) = x.split_at(whole.len());
-    for (x, acc) in whole_tiles.iter().zip(whole) {
-        let a: &[[i8; BLOCK]; TILE] = &x.quants.as_chunks().0.as_chunks().0[b];
-        let starts: &[i32; TILE] = &x.starts.as_chunks().0[b];
-        let magics: &[f32; TILE] = &x.magics.as_chunks().0[b];
-        rows(w, a, starts, magics, acc);
-    }
-    for x in rest_tiles {
-        let at = b * x.rows..(b + 1) * x.rows;
-        let a = &x.quants.as_chunks().0[at.clone()];
-        rows(w, a, &x.starts[at.clone()], &x.magics[at], rest);
-    }
-}
-
-/// One block with some tokens, in groups.
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-#[inline]
-fn rows<const P: usize>(
-    w: &Weights<P>,
-    a: &[[i8; BLOCK]],
-    starts: &[i32],
-    magics: &[f32],
-    acc: &mut [[Sums; P]],
-) {
-    let (a, a_rest) = a.as_chunks::<GROUP>();
-    let (starts, starts_rest) = starts.as_chunks::<GROUP>();
-    let (magics, magics_rest) = magics.as_chunks::<GROUP>();
-    let (acc, acc_rest) = acc.as_chunks_mut::<GROUP>();
-    for (((a, starts), magics), acc) in a.iter().zip(starts).zip(magics).zip(acc) {
-        group(w, a, starts, magics, acc);
-    }
-    let rest = (a_rest.iter().zip(starts_rest)).zip(magics_rest.iter().zip(acc_rest));
-    for ((a, start), (magic, acc)) in rest {
-        group(w, &[*a], &[*start], &[*magic], std::array::from_mut(acc));
-    }
-}
-
-/// `P` neighbouring panels as blocks.
-struct Panels<'a, const P: usize, const LINES: usize> {
-    scales: [&'a [[f16; PANEL_ROWS]]; P],
-    quants: [&'a [[[u8; LINE]; LINES]]; P],
-}
-
-impl<'a, const P: usize, const LINES: usize> Panels<'a, P, LINES> {
-    fn new(w: Packed<'a>, first: usize) -> Self {
-        let panels: [Panel<'a>; P] = std::array::from_fn(|p| w.panel(first + p));
-        Self {
-            quants: panels.map(|p| p.blocks().0),
-            scales: panels.map(|p| p.blocks::<LINES>().1),
-        }
-    }
-
-    #[target_feature(enable = "avx512f,avx512bw")]
-    #[inline]
-    fn block(&self, b: usize) -> Weights<P> {
-        let mut w = Weights {
-            quants: [[_mm512_setzero_si512(); 8]; P],
-            scales: [_mm512_setzero_ps(); P],
-        };
-        for p in 0..P {
-            prefetch::ahead(&self.quants[p][b]);
-            prefetch::ahead(&self.scales[p][b]);
-            w.quants[p] = unpack(&self.quants[p][b]);
-            w.scales[p] = scales(&self.scales[p][b]);
-        }
-        w
-    }
-}
-
-/// Some panels times up to [`TOKENS`] tokens, which are added up in `acc`.
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-#[inline]
-fn many<const P: usize, const LINES: usize>(
-    panels: &Panels<'_, P, LINES>,
-    blocks: usize,
-    x: &[Tile<'_>],
-    acc: &mut [[Sums; P]],
-) {
-    acc.fill([Sums([0.0; PANEL_ROWS]); P]);
-    for b in 0..blocks {
-        let w = panels.block(b);
-        pass(&w, b, x, acc);
-    }
-}
-
-/// `P` panels from panel `first` on, times all tokens; `column` is where their results begin, `acc`
-/// room for the sums.
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-#[inline]
-fn panels<const P: usize, const LINES: usize>(
-    w: Packed<'_>,
-    first: usize,
-    x: &Activations,
-    y: &mut ColsMut<'_>,
-    column: usize,
-    acc: &mut [Sums],
-) {
-    let panels = Panels::<P, LINES>::new(w, first);
-    let (all, _) = acc.as_chunks_mut::<P>();
-    for (first, tiles, count, tokens) in x.tile_groups::<{ TOKENS / TILE }>() {
-        let acc = &mut all[..tokens];
-        many(&panels, x.blocks(), &tiles[..count], acc);
-        for (t, sums) in acc.iter().enumerate() {
-            let y = &mut y.row(first + t)[column..];
-            for (y, sums) in y.chunks_mut(PANEL_ROWS).zip(sums) {
-                y.copy_from_slice(&sums.0[..y.len()]);
-            }
-        }
-    }
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-#[inline]
-fn gemm<const LINES: usize>(
-    w: Packed<'_>,
-    range: Range<usize>,
-    x: &Activations,
-    mut y: ColsMut<'_>,
-) {
-    let column = |p: usize| (p - range.start) * PANEL_ROWS;
-    let mut acc = [Sums([0.0; PANEL_ROWS]); 2 * TOKENS];
-    let mut p = range.start;
-    while p + 2 <= range.end {
-        panels::<2, LINES>(w, p, x, &mut y, column(p), &mut acc);
-        p += 2;
-    }
-    if p < range.end {
-        panels::<1, LINES>(w, p, x, &mut y, column(p), &mut acc);
-    }
-}
-
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
-pub(super) fn gemm_q4(w: Packed<'_>, panels: Range<usize>, x: &Activations, y: ColsMut<'_>) {
-    match x.rows() {
-        ..=GROUP => halves::gemm_q4(w, panels, x, y),
-        _ => gemm::<4>(w, panels, x, y),
-    }
-}
-
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
-pub(super) fn gemm_q8(w: Packed<'_>, panels: Range<usize>, x: &Activations, y: ColsMut<'_>) {
-    match x.rows() {
-        ..=GROUP => halves::gemm_q8(w, panels, x, y),
-        _ => gemm::<8>(w, panels, x, y),
-    }
-}
+crate::cpu::packed::by_tokens!("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni", 1 2 3 4 5 6 7 8);
+crate::cpu::packed::packed_gemm!("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni");

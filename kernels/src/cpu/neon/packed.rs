@@ -39,8 +39,16 @@ pub(super) const QUARTERS: usize = PANEL_ROWS / 4;
 
 /// The quants of one block of a quarter as signed bytes, four columns of four rows a register.
 pub(super) type Quarter = [int8x16_t; 8];
-/// Sums of 16 rows, by quarters.
-pub(super) type Sums = [[f32; 4]; QUARTERS];
+/// Sums of 16 rows.
+pub(super) type Sums = [f32; PANEL_ROWS];
+/// None yet.
+pub(super) const ZERO: Sums = [0.0; PANEL_ROWS];
+
+/// Those of quarter `q`.
+#[inline(always)]
+pub(super) fn quarter_mut(sums: &mut Sums, q: usize) -> &mut [f32; 4] {
+    &mut sums.as_chunks_mut().0[q]
+}
 
 #[target_feature(enable = "neon")]
 #[inline]
@@ -145,9 +153,11 @@ pub(super) use unrolled;
 macro_rules! packed_neon {
     ($features:literal, $few:ident, $arrange:ident, $many:ident, $q:literal) => {
         use crate::cpu::neon::packed::{
-            QUARTERS, QUARTERS as PARTS, Quarter, Sums, load, scaled, scales, store, tokens, unpack,
+            QUARTERS, Quarter, Sums, ZERO, load, quarter_mut, scaled, scales, store, tokens, unpack,
         };
-        use phidias_quant::activations::{TILE, Tile};
+        use crate::cpu::packed::{TOKENS, put};
+        use crate::view::ColsMut;
+        use phidias_quant::activations::{Activations, TILE, Tile};
         use phidias_quant::packed::{PANEL_ROWS, Panel};
         use std::arch::aarch64::*;
 
@@ -173,8 +183,8 @@ macro_rules! packed_neon {
                     for i in 0..$q {
                         let q = part * $q + i;
                         let product = scaled(sums[t][i], magics[t]);
-                        let sum = vfmaq_f32(load(&acc[t][q]), product, scales[q]);
-                        store(&mut acc[t][q], sum);
+                        let at = quarter_mut(&mut acc[t], q);
+                        store(at, vfmaq_f32(load(at), product, scales[q]));
                     }
                 }
             }
@@ -183,64 +193,75 @@ macro_rules! packed_neon {
         /// A panel times up to `TOKENS` tokens, which are added up in `acc`.
         #[target_feature(enable = $features)]
         #[inline]
-        fn many<const LINES: usize>(panel: Panel<'_>, x: &[Tile<'_>], acc: &mut [Sums]) {
-            acc.fill(ZERO);
-            let (blocks, all_scales) = panel.blocks::<LINES>();
-            for (b, lines) in blocks.iter().enumerate() {
+        fn many<const LINES: usize>(
+            panel: Panel<'_>,
+            x: &Activations,
+            tiles: std::ops::Range<usize>,
+            acc: &mut [Sums],
+        ) {
+            for b in 0..panel.blocks() {
+                let block = panel.block::<LINES>(b);
                 let mut w = [[vdupq_n_s8(0); 8]; QUARTERS];
                 for q in 0..QUARTERS {
-                    w[q] = $arrange(unpack(lines, q));
+                    w[q] = $arrange(unpack(block.quants, q));
                 }
-                let s = scales(&all_scales[b]);
-                for (x, acc) in x.iter().zip(acc.chunks_mut(TILE)) {
+                let s = scales(block.scales);
+                for (i, acc) in tiles.clone().zip(acc.chunks_mut(TILE)) {
+                    let x = x.tile(i);
                     let mut t = 0;
                     while t + 4 <= x.rows {
-                        group::<4, LINES>(&w, &s, *x, (b, t), acc);
+                        group::<4, LINES>(&w, &s, x, (b, t), acc);
                         t += 4;
                     }
                     match x.rows - t {
-                        1 => group::<1, LINES>(&w, &s, *x, (b, t), acc),
-                        2 => group::<2, LINES>(&w, &s, *x, (b, t), acc),
-                        3 => group::<3, LINES>(&w, &s, *x, (b, t), acc),
+                        1 => group::<1, LINES>(&w, &s, x, (b, t), acc),
+                        2 => group::<2, LINES>(&w, &s, x, (b, t), acc),
+                        3 => group::<3, LINES>(&w, &s, x, (b, t), acc),
                         _ => {}
                     }
                 }
             }
         }
 
-        /// Panels at once for one token. Several were not tried on a machine of this architecture.
-        const STREAMS: usize = 1;
-
-        /// `P` panels, one after the other, times `T` tokens with the sums in registers.
+        /// The products of a panel with some tiles.
         #[target_feature(enable = $features)]
         #[inline]
-        fn few<const T: usize, const P: usize, const LINES: usize>(
-            panels: [Panel<'_>; P],
-            x: Tile<'_>,
-            acc: &mut [[Sums; T]; P],
+        fn panel<const LINES: usize>(
+            panel: Panel<'_>,
+            x: &Activations,
+            tiles: std::ops::Range<usize>,
+            column: usize,
+            y: &mut ColsMut<'_>,
         ) {
-            for (panel, acc) in panels.into_iter().zip(acc) {
-                one::<T, LINES>(panel, x, acc);
+            let row = tiles.start * TILE;
+            let tile = x.tile(tiles.start);
+            match x.rows() {
+                1 => put(&few::<1, LINES>(panel, tile), row, column, y),
+                2 => put(&few::<2, LINES>(panel, tile), row, column, y),
+                3 => put(&few::<3, LINES>(panel, tile), row, column, y),
+                4 => put(&few::<4, LINES>(panel, tile), row, column, y),
+                _ => {
+                    let mut sums = [ZERO; TOKENS];
+                    let sums = &mut sums[..(x.rows() - row).min(tiles.len() * TILE)];
+                    many::<LINES>(panel, x, tiles, sums);
+                    put(sums, row, column, y);
+                }
             }
         }
 
-        /// A panel times `T` tokens.
+        /// A panel times the `T` tokens of a tile with the sums in registers.
         #[target_feature(enable = $features)]
         #[inline]
-        fn one<const T: usize, const LINES: usize>(
-            panel: Panel<'_>,
-            x: Tile<'_>,
-            acc: &mut [Sums; T],
-        ) {
-            let (blocks, all_scales) = panel.blocks::<LINES>();
+        fn few<const T: usize, const LINES: usize>(panel: Panel<'_>, x: Tile<'_>) -> [Sums; T] {
             let mut out = [[vdupq_n_f32(0.0); QUARTERS]; T];
-            for (b, lines) in blocks.iter().enumerate() {
+            for b in 0..panel.blocks() {
+                let block = panel.block::<LINES>(b);
                 let (a, starts, magics) = tokens::<T, LINES>(x, b, 0);
-                let s = scales(&all_scales[b]);
+                let s = scales(block.scales);
                 unrolled!(PART in 0 1 => {
                     let mut w = [[vdupq_n_s8(0); 8]; FEW];
                     for i in 0..FEW {
-                        w[i] = unpack(lines, PART * FEW + i);
+                        w[i] = unpack(block.quants, PART * FEW + i);
                     }
                     let sums = $few::<T, FEW, LINES>(&w, a, &starts);
                     for t in 0..T {
@@ -252,11 +273,13 @@ macro_rules! packed_neon {
                     }
                 });
             }
+            let mut sums = [ZERO; T];
             for t in 0..T {
                 for q in 0..QUARTERS {
-                    store(&mut acc[t][q], out[t][q]);
+                    store(quarter_mut(&mut sums[t], q), out[t][q]);
                 }
             }
+            sums
         }
 
         crate::cpu::packed::packed_gemm!($features);

@@ -18,9 +18,9 @@ fn line(sums: &mut [i32; PANEL_ROWS], line: [u8; LINE], a: [i8; 4]) {
 }
 
 /// One block of a panel: 16 integer inner products of 32 columns.
-type Block = fn(lines: &[[u8; LINE]], a: &[[i8; 4]]) -> [i32; PANEL_ROWS];
+type Sums<const LINES: usize> = fn(lines: &[[u8; LINE]; LINES], a: &[[i8; 4]]) -> [i32; PANEL_ROWS];
 
-fn block_q4(lines: &[[u8; LINE]], a: &[[i8; 4]]) -> [i32; PANEL_ROWS] {
+fn block_q4(lines: &[[u8; LINE]; 4], a: &[[i8; 4]]) -> [i32; PANEL_ROWS] {
     let mut sums = [0; PANEL_ROWS];
     for (g, &bytes) in lines.iter().enumerate() {
         line(&mut sums, bytes.map(|b| b & 15), a[g]);
@@ -29,7 +29,7 @@ fn block_q4(lines: &[[u8; LINE]], a: &[[i8; 4]]) -> [i32; PANEL_ROWS] {
     sums
 }
 
-fn block_q8(lines: &[[u8; LINE]], a: &[[i8; 4]]) -> [i32; PANEL_ROWS] {
+fn block_q8(lines: &[[u8; LINE]; 8], a: &[[i8; 4]]) -> [i32; PANEL_ROWS] {
     let mut sums = [0; PANEL_ROWS];
     for (&bytes, &a) in lines.iter().zip(a) {
         line(&mut sums, bytes, a);
@@ -38,28 +38,24 @@ fn block_q8(lines: &[[u8; LINE]], a: &[[i8; 4]]) -> [i32; PANEL_ROWS] {
 }
 
 #[inline(always)]
-fn gemm(
-    block: Block,
+fn gemm<const LINES: usize>(
+    sums: Sums<LINES>,
     format: Format,
     w: Packed<'_>,
     panels: Range<usize>,
     x: &Activations,
     mut y: ColsMut<'_>,
 ) {
-    let lines_per_block = format.block_bytes() / LINE;
     for (p, panel) in panels.map(|p| w.panel(p)).enumerate() {
-        let (lines, _) = panel.quants.as_chunks::<LINE>();
         for t in 0..x.rows() {
             let mut acc = [0.0f32; PANEL_ROWS];
             for b in 0..x.blocks() {
                 let a = x.block(t, b);
-                let sums = block(
-                    &lines[b * lines_per_block..][..lines_per_block],
-                    a.quants.as_chunks().0,
-                );
+                let block = panel.block(b);
+                let sums = sums(block.quants, a.quants.as_chunks().0);
                 let zero = format.zero() * a.sum;
                 for r in 0..PANEL_ROWS {
-                    let weights = panel.scales[b * PANEL_ROWS + r].widen();
+                    let weights = block.scales[r].widen();
                     acc[r] += (sums[r] - zero) as f32 * a.scale * weights;
                 }
             }
