@@ -17,6 +17,8 @@ fn phidias(home: &Path, arguments: &[&str]) -> Command {
         .env("PHIDIAS_CACHE", home.join("cache"))
         .env("HF_HOME", home.join("hf"))
         .env("HF_HUB_OFFLINE", "1")
+        // On the CPU, even where there is a GPU.
+        .env("CUDA_VISIBLE_DEVICES", "")
         .env_remove("PHIDIAS_ISA")
         .stdin(Stdio::null())
         .arg("bench")

@@ -87,9 +87,11 @@ __device__ __forceinline__ void sort(u64 ranks[THREADS]) {
   for (u32 size = 2; size <= THREADS; size *= 2) {
     for (u32 apart = size / 2; apart > 0; apart /= 2) {
       u32 other = own ^ apart;
-      u64 a = ranks[own], b = ranks[other];
-      bool falls = (own & size) == 0;
-      if (own < other && (a < b) == falls) ranks[own] = b, ranks[other] = a;
+      if (own < other) {    // one of the two reads, and changes, both
+        u64 a = ranks[own], b = ranks[other];
+        bool falls = (own & size) == 0;
+        if ((a < b) == falls) ranks[own] = b, ranks[other] = a;
+      }
       __syncthreads();
     }
   }
