@@ -74,6 +74,20 @@ impl Source {
         }
     }
 
+    /// Whether its kernels may begin while the one before ends: they wait for it themselves, by
+    /// `after_previous` of `common.cuh`.
+    #[must_use]
+    pub fn overlaps(self) -> bool {
+        match self {
+            Self::Elementwise | Self::Linear | Self::Experts | Self::Attention | Self::Sample => {
+                true
+            }
+            Self::Peak => false,
+            #[cfg(test)]
+            Self::Probe => false,
+        }
+    }
+
     /// The names of all its kernels.
     #[must_use]
     pub fn kernels(self) -> &'static [&'static str] {

@@ -20,6 +20,8 @@ use std::thread;
 const OLDEST_DRIVER: i32 = 12080;
 /// The least compute capability times 10: asynchronous copies and the matrix instructions came with 8.0.
 const LEAST_CAPABILITY: u32 = 80;
+/// From 9.0 on a kernel may begin while the one before ends.
+const OVERLAP_CAPABILITY: u32 = 90;
 /// Arguments that a kernel has at most.
 const MOST_ARGUMENTS: usize = 64;
 
@@ -30,6 +32,8 @@ pub struct Gpu(Arc<Inner>);
 struct Inner {
     name: String,
     limits: Limits,
+    /// Whether kernels may begin while the one before ends.
+    overlaps: bool,
     functions: HashMap<Kernel, sys::CUfunction>,
     modules: Vec<sys::CUmodule>,
     stream: Arc<CudaStream>,
@@ -99,6 +103,7 @@ impl Gpu {
         let mut inner = Inner {
             name,
             limits,
+            overlaps: capability >= OVERLAP_CAPABILITY,
             functions: HashMap::new(),
             modules: Vec::new(),
             stream,
@@ -394,18 +399,30 @@ impl Device for Gpu {
         let (_turn, stream) = self.0.enter()?;
         *self.0.last.lock().unwrap_or_else(PoisonError::into_inner) = kernel.name;
         let ([gx, gy, gz], [bx, by, bz]) = (launch.grid, launch.block);
-        // SAFETY: the function is loaded, and its arguments, which the driver copies, are what the caller
-        // promises that it takes.
+        let mut overlap = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue {
+                programmaticStreamSerializationAllowed: 1,
+            },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: gx,
+            gridDimY: gy,
+            gridDimZ: gz,
+            blockDimX: bx,
+            blockDimY: by,
+            blockDimZ: bz,
+            sharedMemBytes: shared,
+            hStream: stream,
+            attrs: &raw mut overlap,
+            numAttrs: u32::from(self.0.overlaps && kernel.source.overlaps()),
+        };
+        // SAFETY: the function is loaded, and its arguments, which the driver copies as it does the attribute,
+        // are what the caller promises that it takes. A kernel that overlaps waits by itself.
         let result = unsafe {
-            let (grid, block) = ((gx, gy, gz), (bx, by, bz));
-            result::launch_kernel(
-                function,
-                grid,
-                block,
-                shared,
-                stream,
-                &mut pointers[..args.len()],
-            )
+            let pointers = pointers.as_mut_ptr();
+            sys::cuLaunchKernelEx(&raw const config, function, pointers, ptr::null_mut()).result()
         };
         result.map_err(|error| match is_fatal(error) {
             true => self.0.lost(error),

@@ -230,6 +230,13 @@ template <u32 LINES> struct Packed {
     return {at, at + scales};
   }
 
+  // Has a warp bring blocks of a panel to the second cache.
+  static __device__ __forceinline__ void fetch(const Panel& panel, u32 blocks, u32 first, u32 last) {
+    const u8* from = rows_of(panel, blocks).quants + u64(first) * BLOCK_BYTES;
+    u32 bytes = (last - first) * BLOCK_BYTES;
+    for (u32 at = threadIdx.x % WARP * 128; at < bytes; at += WARP * 128) prefetch(from + at);
+  }
+
   // The fragment of a block from a lane's words: rows 2 g and 2 g + 1 of line t, and of line t + 4.
   static __device__ __forceinline__ void unpack(const u32 (&w)[LINES / 2], u32 (&a)[4]) {
     if constexpr (LINES == 4) {
@@ -452,6 +459,13 @@ template <class W, class X, u32 T> struct RowMajor {
     u32 at = panel.index * PANEL_ROWS + row;
     u32 last = panel.rows > 0 ? panel.rows - 1 : 0;
     return panel.weights + u64(at < last ? at : last) * blocks * BLOCK * sizeof(W);
+  }
+
+  // Has a warp bring blocks of a panel to the second cache: two lanes a row.
+  static __device__ __forceinline__ void fetch(const Panel& panel, u32 blocks, u32 first, u32 last) {
+    u32 lane = threadIdx.x % WARP, bytes = (last - first) * BLOCK * sizeof(W);
+    const u8* from = row_of(panel, lane / 2, blocks) + u64(first) * BLOCK * sizeof(W);
+    for (u32 at = lane % 2 * 128; at < bytes; at += 256) prefetch(from + at);
   }
 
   // The row of a token; past the last one it stands in: sums of tokens do not mix, and theirs are not written.
@@ -681,6 +695,14 @@ template <class W> struct Floats : RowMajor<W, float, 64> {
   }
 };
 
+// Brings what a decoding block will read of the weights nearer while the kernel before ends. Of which expert
+// it will be only that kernel says.
+template <class Format, u32 N> __device__ __forceinline__ void decode_ahead(const Product& p) {
+  u32 first = threadIdx.x / WARP * p.range, last = min(first + p.range, p.blocks);
+  if (p.tiles || first >= last) return;
+  for (u32 n = 0; n < N; n++) Format::fetch(panel_at(p, 0, blockIdx.y * N + n), p.blocks, first, last);
+}
+
 // Up to 8 tokens (`blockIdx.x` counts them) times one panel, or a gate's and up's (`blockIdx.y`): blocks that
 // read the same weights follow one another.
 template <class Format, u32 N> __device__ __forceinline__ void decode(const Product& p) {
@@ -797,10 +819,19 @@ template <class Format> __device__ __forceinline__ void prompt(const Product& p)
   }
 }
 
-#define KERNELS_OF(name, Format, BLOCKS)                                                                       \
-  extern "C" __global__ void __launch_bounds__(THREADS, 2) name##_decode(PARAMETERS) { decode<Format, 1>(PRODUCT); }        \
-  extern "C" __global__ void __launch_bounds__(THREADS, 2) name##_decode_gated(PARAMETERS) { decode<Format, 2>(PRODUCT); }  \
-  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) name##_prompt(PARAMETERS) { prompt<Format>(PRODUCT); }
+#define DECODE(NAME, Format, N)                                                          \
+  extern "C" __global__ void __launch_bounds__(THREADS, 2) NAME(PARAMETERS) {            \
+    decode_ahead<Format, N>(PRODUCT);                                                    \
+    after_previous();                                                                    \
+    decode<Format, N>(PRODUCT);                                                          \
+  }
+#define KERNELS_OF(name, Format, BLOCKS)                                                 \
+  DECODE(name##_decode, Format, 1)                                                       \
+  DECODE(name##_decode_gated, Format, 2)                                                 \
+  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) name##_prompt(PARAMETERS) { \
+    after_previous();                                                                    \
+    prompt<Format>(PRODUCT);                                                             \
+  }
 
 KERNELS_OF(q4, Packed<4>, 2)
 KERNELS_OF(q8, Packed<8>, 2)

@@ -70,6 +70,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) argmax(
     u32 vocab,
     u32* into               // [rows, 6]: a row of results
 ) {
+  after_previous();
   __shared__ u64 parts[WARP];
   into += (u64)blockIdx.x * 6;
   u32 bad = NONE;
@@ -103,6 +104,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) candidates(
     u32 vocab, u32 count,
     u32* into               // [rows, 4 + 2 count]: rows of results
 ) {
+  after_previous();
   __shared__ u64 ranks[THREADS], parts[WARP];
   __shared__ float sums[WARP];
   __shared__ u32 reached;
