@@ -1,5 +1,7 @@
 //! The command line of Phidias.
 #![forbid(unsafe_code)]
+// `println!` and `eprintln!` panic where nothing can be written: `console::say`, `writeln!` with its error.
+#![warn(clippy::print_stderr, clippy::print_stdout)]
 
 mod cli;
 
@@ -12,7 +14,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if cli::console::is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {}", cli::console::describe(&error));
+            cli::console::say(format_args!("error: {}", cli::console::describe(&error)));
             ExitCode::FAILURE
         }
     }

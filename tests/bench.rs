@@ -12,15 +12,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 fn phidias(home: &Path, arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_phidias"));
-    command
-        .env("PHIDIAS_CACHE", home.join("cache"))
-        .env("HF_HOME", home.join("hf"))
-        .env("HF_HUB_OFFLINE", "1")
-        .env_remove("PHIDIAS_ISA")
-        .stdin(Stdio::null())
-        .arg("bench")
-        .args(arguments);
+    let mut command = common::program::phidias(home);
+    command.arg("bench").args(arguments);
     command
 }
 

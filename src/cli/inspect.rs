@@ -1,6 +1,7 @@
 //! `phidias inspect`: what a model is made of and what it will take.
 
 use super::args::{Global, Inspect};
+use super::console::Stdout;
 use super::open::{Setup, beyond_memory, open_source, refusal};
 use anyhow::Result;
 use phidias::engine::backend::PICKS;
@@ -8,7 +9,7 @@ use phidias::engine::machine::Machine;
 use phidias::engine::memory::{Fit, Size};
 use phidias::models::session::memory_plan;
 use serde_json::json;
-use std::io::{self, Write};
+use std::io::Write;
 
 /// Shows a model.
 pub fn inspect(args: &Inspect, global: &Global) -> Result<()> {
@@ -31,7 +32,7 @@ pub fn inspect(args: &Inspect, global: &Global) -> Result<()> {
         .tensors()
         .map(|(_, t)| t.shape().iter().product::<usize>())
         .sum();
-    let mut out = io::stdout().lock();
+    let mut out = Stdout;
     if args.json {
         let tensors: Vec<_> = (source.checkpoint.tensors())
             .map(|(name, t)| json!({ "name": name, "format": t.dtype().name(), "shape": t.shape(), "bytes": t.bytes().len() }))
