@@ -9,6 +9,12 @@ use clap::Parser;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        if !phidias::models::foreign::panics_are_caught() {
+            report(panic);
+        }
+    }));
     let arguments = cli::args::Arguments::parse();
     match cli::run(arguments) {
         Ok(()) => ExitCode::SUCCESS,

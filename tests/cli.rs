@@ -11,9 +11,9 @@ use phidias::engine::Isa;
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 use std::fs;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 
 /// The logits of three tokens in q4, and what was said meanwhile.
 fn q4_logits(home: &Path, model: &str, more: &[&str]) -> (Vec<u8>, String) {
@@ -442,6 +442,29 @@ fn a_pipe_is_not_replaced_by_a_file() {
             .shape()[0],
         2
     );
+}
+
+/// The tokenizers' library panics where the JSON of a decoder is broken: one line says so, and where.
+#[test]
+fn a_broken_tokenizer_is_one_line() {
+    let home = home();
+    let model = home.path().join("model");
+    fs::create_dir(&model).unwrap();
+    let fable = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/fable");
+    for file in ["config.json", "model.safetensors", "tokenizer.json"] {
+        fs::copy(fable.join(file), model.join(file)).unwrap();
+    }
+    let tokenizer = model.join("tokenizer.json");
+    let text = fs::read_to_string(&tokenizer).unwrap();
+    let decoder = text.find("\"decoder\"").unwrap();
+    let comma = decoder + text[decoder..].find(',').unwrap();
+    fs::write(&tokenizer, [&text[..comma], &text[comma + 1..]].concat()).unwrap();
+    let ran = run(home.path(), &["run", model.to_str().unwrap(), "-p", "x"]);
+    assert_eq!((ran.code, ran.out.as_str()), (Some(1), ""));
+    assert_eq!(ran.err.lines().count(), 1, "{}", ran.err);
+    for words in ["error: ", "tokenizer.json", "expected", "column"] {
+        assert!(ran.err.contains(words), "{words}: {}", ran.err);
+    }
 }
 
 #[test]

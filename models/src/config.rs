@@ -8,10 +8,10 @@ use crate::image::layout::MAX_CROPS;
 use crate::vision::VisionConfig;
 use crate::weights::Spec;
 use phidias_engine::backend::{HeadOrder, Heads, Mask};
+use phidias_engine::files::{MAX_JSON_BYTES, read_at_most};
 use phidias_engine::kv_cache::KvShape;
 use phidias_engine::mask::BlockSparse;
 use serde_json::{Map, Value};
-use std::fs;
 use std::ops::{Range, RangeInclusive};
 use std::path::{Path, PathBuf};
 
@@ -368,7 +368,7 @@ impl<'a> Fields<'a> {
 
 /// The contents of a file that need not be there.
 fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>> {
-    match fs::read(path) {
+    match read_at_most(path, MAX_JSON_BYTES) {
         Ok(text) => Ok(Some(text)),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(source) => Err(ConfigError::Io {
@@ -396,7 +396,7 @@ impl Config {
     /// [`ConfigError`].
     pub fn open(folder: &Path) -> Result<Self> {
         let path = folder.join("config.json");
-        let text = fs::read(&path).map_err(|source| match source.kind() {
+        let text = read_at_most(&path, MAX_JSON_BYTES).map_err(|source| match source.kind() {
             std::io::ErrorKind::NotFound => ConfigError::NoConfig { path: path.clone() },
             _ => ConfigError::Io {
                 path: path.clone(),
@@ -702,6 +702,7 @@ impl PreprocessorConfig {
 mod tests {
     use super::*;
     use serde_json::json;
+    use std::fs;
 
     fn mini() -> Value {
         json!({
