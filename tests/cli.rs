@@ -590,7 +590,11 @@ fn a_full_disk_leaves_nothing_behind() {
     );
     let ran = ran(Command::new("bash").args(["-c", &script]).output().unwrap());
     assert_eq!(ran.code, Some(1), "{}", ran.err);
-    assert!(ran.err.contains("model.safetensors"), "{}", ran.err);
+    assert!(
+        ran.err.contains("out/q8/model.safetensors: "),
+        "{}",
+        ran.err
+    );
     assert_eq!(
         fs::read_dir(&folder).unwrap().count(),
         0,
@@ -1125,6 +1129,36 @@ fn wrong_pictures_and_tags_are_named() {
         &["run", "-p", "<|image_1|>", "--image", &picture],
         &["phi3", "text only"],
     );
+}
+
+/// Before anything is computed: the other words of these commands are wrong too.
+#[test]
+fn nothing_is_written_over_what_is_read() {
+    let home = home();
+    let model = vision_model(home.path());
+    let picture = home.path().join("picture.png");
+    fs::copy(self::picture(0), &picture).unwrap();
+    let weights = model.join("model.safetensors");
+    let before = [&picture, &weights].map(|file| fs::read(file).unwrap());
+    let [model, picture, weights] = [&model, &picture, &weights].map(|p| p.to_str().unwrap());
+    let beside = format!("{model}/../picture.png");
+    let embed = ["embed", model, "--image", picture, "--num-crops", "999"];
+    let logits = ["logits", model, "--tokens", "999999999"];
+    for (command, out, words) in [
+        (
+            &embed[..],
+            picture,
+            "another file than the one that is read",
+        ),
+        (&embed, &beside, "another file than the one that is read"),
+        (&embed, weights, "not the model's own"),
+        (&logits, weights, "not the model's own"),
+    ] {
+        let arguments = [command, &["--out", out]].concat();
+        fail(home.path(), 1, &arguments, &[out, words]);
+    }
+    let after = [picture, weights].map(|file| fs::read(file).unwrap());
+    assert!(before == after);
 }
 
 #[test]

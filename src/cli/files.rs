@@ -5,7 +5,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use phidias::models::text::MAX_TEXT_BYTES;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use tempfile::NamedTempFile;
 
 /// The text of a file, or of a pipe by its name: somebody may be writing it, or nobody ever.
@@ -62,6 +62,33 @@ pub fn write(file: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut temporary = temporary_beside(file)?;
     temporary.write_all(bytes)?;
     temporary.persist(file)?;
+    Ok(())
+}
+
+/// Refuses to write over what is read: one of `inputs`, or a file in the model's `folder`.
+pub fn check_not_read(out: &Path, folder: Option<&Path>, inputs: &[PathBuf]) -> Result<()> {
+    // A file that is not there yet is no input.
+    let Ok(place) = out.canonicalize() else {
+        return Ok(());
+    };
+    let same = |other: &Path| other.canonicalize().is_ok_and(|other| other == place);
+    if inputs.iter().any(|input| same(input)) {
+        bail!(
+            "{}: expected another file than the one that is read",
+            out.display()
+        );
+    }
+    let within = |folder: &Path| {
+        folder
+            .canonicalize()
+            .is_ok_and(|f| place.parent() == Some(&f))
+    };
+    if folder.is_some_and(within) {
+        bail!(
+            "{}: expected a file that is not the model's own",
+            out.display()
+        );
+    }
     Ok(())
 }
 

@@ -22,6 +22,7 @@ pub fn run(args: &Run, global: &Global) -> Result<()> {
     let setup = Setup::to_run(global, &args.running)?;
     let (model, from_stdin) = positional(&args.model)?;
     let prompt = prompt(args, from_stdin)?;
+    args.pictures.files()?;
     let model = setup.open(&setup.locate(model)?, args.running.format)?;
     stats::check(
         args.statistics.stats,

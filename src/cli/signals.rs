@@ -75,13 +75,9 @@ fn obey(code: ExitCode, asks: Asks, cancel: &Cancel) {
 #[cfg(unix)]
 fn listen(cancel: Cancel) {
     use nix::sys::signal::{SigSet, Signal};
-    let ignored = ignored();
-    let mut signals = SigSet::empty();
-    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-        // What `nohup` or a shell's `&` turned off stays off.
-        if ignored & 1 << (signal as u32 - 1) == 0 {
-            signals.add(signal);
-        }
+    let mut signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]);
+    if ignores(Signal::SIGHUP) {
+        signals.remove(Signal::SIGHUP);
     }
     // Signals that are not blocked end the program at once, which is no reason not to run.
     if signals.thread_block().is_err() {
@@ -104,16 +100,16 @@ fn listen(cancel: Cancel) {
     }
 }
 
-/// The signals that were ignored when the program started, signal `n` at bit `n - 1`; none where the system
-/// does not tell.
+/// Whether a signal was ignored when the program started, as `nohup` has it. No, where the system does not tell.
 #[cfg(unix)]
-fn ignored() -> u64 {
+fn ignores(signal: nix::sys::signal::Signal) -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mut fields = status.lines().filter_map(|line| line.split_once(':'));
+    // Signal n is bit n - 1.
     fields
         .find(|(name, _)| *name == "SigIgn")
         .and_then(|(_, bits)| u64::from_str_radix(bits.trim(), 16).ok())
-        .unwrap_or(0)
+        .is_some_and(|bits| bits >> (signal as u32 - 1) & 1 == 1)
 }
 
 #[cfg(not(unix))]
