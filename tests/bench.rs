@@ -440,6 +440,19 @@ fn bad_usage_is_one_error_each() {
     }
 }
 
+/// Before a minute of measuring, not after it.
+#[test]
+fn a_plot_that_cannot_be_written_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    for place in [folder.path(), &folder.path().join("no/such/folder.svg")] {
+        let place = place.to_str().unwrap();
+        let (code, out, err) = run(&["--kernels", "--plot", place]);
+        assert_eq!((code, out.as_str()), (Some(1), ""), "{err}");
+        assert!(err.starts_with("error: ") && err.contains(place), "{err}");
+        assert_eq!(err.lines().count(), 1, "{err}");
+    }
+}
+
 #[test]
 #[cfg(unix)]
 fn ctrl_c_ends_it_cleanly() {

@@ -963,6 +963,40 @@ fn chat_keeps_its_cache_between_turns_and_survives_nonsense() {
     assert_eq!(answers.first(), answers.last());
 }
 
+/// An answer that runs into the end of the context takes all of it and no more.
+#[test]
+fn a_full_context_is_not_more_than_full() {
+    let home = home();
+    let mut child = phidias(home.path());
+    let endless = [
+        "chat",
+        "--ctx",
+        "64",
+        "--seed",
+        "3",
+        "--logit-bias",
+        "2=-100",
+    ];
+    let mut child = child
+        .args(endless)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(b"A story!\nAnother!\n").unwrap();
+    drop(stdin);
+    let ran = ran(child.wait_with_output().unwrap());
+    assert_eq!(ran.code, Some(0), "{}", ran.err);
+    for words in [
+        "; the context is full (--ctx); context 64 of 64]",
+        ": 64 taken, ",
+    ] {
+        assert!(ran.err.contains(words), "{words}: {}", ran.err);
+    }
+}
+
 // ------------------------------------------------------------------------------------ pictures
 
 /// A small vision model of random weights with the real vocabulary, and its pictures.
@@ -1153,6 +1187,8 @@ fn nothing_is_written_over_what_is_read() {
         (&embed, &beside, "another file than the one that is read"),
         (&embed, weights, "not the model's own"),
         (&logits, weights, "not the model's own"),
+        (&logits, model, "is a directory"),
+        (&embed, "/no/such/folder/x", "/no/such/folder"),
     ] {
         let arguments = [command, &["--out", out]].concat();
         fail(home.path(), 1, &arguments, &[out, words]);

@@ -428,7 +428,7 @@ fn kernels(args: &Bench, setup: &Setup, machine: &Machine, peaks: PeakOptions) -
     }
     if let Some(file) = &args.plot {
         // Better now than after a minute of measuring.
-        files::check_writable(file).with_context(|| file.display().to_string())?;
+        files::check_writable(file)?;
     }
     let steps = Arc::new(setup.console.steps());
     let cancel = setup.cancel.clone();

@@ -272,11 +272,12 @@ impl Talk {
             ids = &ids[..ids.len() - 1];
         }
         self.conversation.assistant(ids)?;
+        let context = self.session.context();
         self.setup.console.note(format_args!(
-            "[{}; context {} of {}]",
+            "[{}; context {} of {context}]",
             summary(&outcome, &options),
-            self.conversation.ids().len(),
-            self.session.context()
+            // The last token of an answer may find no place any more.
+            self.conversation.ids().len().min(context),
         ));
         Ok(())
     }

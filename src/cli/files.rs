@@ -65,8 +65,10 @@ pub fn write(file: &Path, bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// Refuses to write over what is read: one of `inputs`, or a file in the model's `folder`.
-pub fn check_not_read(out: &Path, folder: Option<&Path>, inputs: &[PathBuf]) -> Result<()> {
+/// Better said before anything is computed: whether `out` can be written, and is not what is read, one of
+/// `inputs` or a file in the model's `folder`.
+pub fn check_out(out: &Path, folder: Option<&Path>, inputs: &[PathBuf]) -> Result<()> {
+    check_writable(out)?;
     // A file that is not there yet is no input.
     let Ok(place) = out.canonicalize() else {
         return Ok(());
@@ -92,10 +94,14 @@ pub fn check_not_read(out: &Path, folder: Option<&Path>, inputs: &[PathBuf]) -> 
     Ok(())
 }
 
-/// Whether a file can be written there; leaves nothing.
-pub fn check_writable(file: &Path) -> io::Result<()> {
-    if is_device(file) {
-        return Ok(());
-    }
-    temporary_beside(file).map(|_| ())
+/// Refuses a place where no file can be written; leaves nothing there.
+pub fn check_writable(file: &Path) -> Result<()> {
+    let written = if file.is_dir() {
+        Err(io::ErrorKind::IsADirectory.into())
+    } else if is_device(file) {
+        Ok(())
+    } else {
+        temporary_beside(file).map(drop)
+    };
+    written.with_context(|| file.display().to_string())
 }

@@ -2,7 +2,7 @@
 
 use super::args::Running;
 use super::console::{Bar, Unit};
-use super::files::check_not_read;
+use super::files::check_out;
 use super::open::Setup;
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -167,7 +167,7 @@ pub fn embed(args: &super::args::Embed, global: &super::args::Global) -> Result<
         bail!("--image: expected one picture, found {}", files.len());
     }
     let origin = setup.locate(Some(&args.model))?;
-    check_not_read(&args.out, origin.folder(), &files)?;
+    check_out(&args.out, origin.folder(), &files)?;
     let model = setup.open(&origin, args.format)?;
     let any = Room {
         positions: usize::MAX,

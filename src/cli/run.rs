@@ -227,11 +227,12 @@ pub fn summary(outcome: &Outcome, options: &GenerateOptions) -> String {
         ),
         _ => String::new(),
     };
+    let count = |n: usize| format!("{n} token{}", if n == 1 { "" } else { "s" });
     format!(
-        "prompt: {} tokens{}; answer: {} tokens{}{lookup}{end}",
-        outcome.prompt_tokens,
+        "prompt: {}{}; answer: {}{}{lookup}{end}",
+        count(outcome.prompt_tokens),
         rate(outcome.prefill_rate()),
-        outcome.ids.len(),
+        count(outcome.ids.len()),
         rate(outcome.decode_rate()),
     )
 }
