@@ -162,6 +162,27 @@ fn a_signal_ends_a_program_that_reads_its_prompt() {
     }
 }
 
+#[test]
+#[cfg(feature = "hub")]
+fn a_signal_ends_a_download() {
+    let home = home();
+    // A hub that takes the request and never answers.
+    let hub = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut child = phidias(home.path())
+        .args(["run", "org/name", "-p", "x"])
+        .env(
+            "HF_ENDPOINT",
+            format!("http://{}", hub.local_addr().unwrap()),
+        )
+        .env("HF_HUB_OFFLINE", "0")
+        .spawn()
+        .unwrap();
+    let (mut request, _) = hub.accept().unwrap();
+    request.read_exact(&mut [0; 4]).unwrap();
+    send("-INT", &child);
+    assert_eq!(ended(&mut child), Some(130));
+}
+
 /// Ctrl-C ends the answer, SIGTERM the conversation; neither leaves a word without its line's end.
 #[test]
 fn a_signal_during_an_answer_ends_the_answer_or_the_conversation() {
