@@ -194,6 +194,36 @@ fn a_tokenizer_for_another_vocabulary_or_none_at_all() {
     open(folder.path(), WeightFormat::F32);
 }
 
+/// Names that stand for something without an end. (Where it is read, the system says what else is wrong.)
+#[test]
+#[cfg(target_os = "linux")]
+fn small_files_without_an_end() {
+    for name in [
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        INDEX,
+    ] {
+        let folder = good();
+        let file = folder.path().join(name);
+        if name == INDEX {
+            fs::remove_file(folder.path().join(WEIGHTS)).unwrap();
+        }
+        if name == "tokenizer_config.json" {
+            let fable = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/fable");
+            fs::copy(
+                fable.join("tokenizer.json"),
+                folder.path().join("tokenizer.json"),
+            )
+            .unwrap();
+        }
+        let _ = fs::remove_file(&file);
+        std::os::unix::fs::symlink("/dev/zero", &file).unwrap();
+        refused(folder.path(), None, &[name, "larger than"]);
+    }
+}
+
 /// The answer ends at `<|end|>` although the configuration names another token only.
 #[test]
 fn the_end_of_a_turn_is_in_the_stop_set() {

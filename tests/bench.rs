@@ -12,15 +12,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 fn phidias(home: &Path, arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_phidias"));
-    command
-        .env("PHIDIAS_CACHE", home.join("cache"))
-        .env("HF_HOME", home.join("hf"))
-        .env("HF_HUB_OFFLINE", "1")
-        .env_remove("PHIDIAS_ISA")
-        .stdin(Stdio::null())
-        .arg("bench")
-        .args(arguments);
+    let mut command = common::program::phidias(home);
+    command.arg("bench").args(arguments);
     command
 }
 
@@ -444,6 +437,19 @@ fn bad_usage_is_one_error_each() {
             "{arguments:?}\n{}",
             ran.2
         );
+    }
+}
+
+/// Before a minute of measuring, not after it.
+#[test]
+fn a_plot_that_cannot_be_written_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    for place in [folder.path(), &folder.path().join("no/such/folder.svg")] {
+        let place = place.to_str().unwrap();
+        let (code, out, err) = run(&["--kernels", "--plot", place]);
+        assert_eq!((code, out.as_str()), (Some(1), ""), "{err}");
+        assert!(err.starts_with("error: ") && err.contains(place), "{err}");
+        assert_eq!(err.lines().count(), 1, "{err}");
     }
 }
 

@@ -3,6 +3,7 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`checkpoint`] | safetensors files, mapped and checked; writing prepacked ones |
+//! | [`files`] | small files whole, up to a limit |
 //! | [`tensor`] | shape and dtype over shared bytes |
 //! | [`mask`] | which keys a query sees |
 //! | [`kv_cache`] | keys and values of a sequence, growing on demand |
@@ -19,6 +20,7 @@ pub mod backend;
 pub mod bytes;
 pub mod cancel;
 pub mod checkpoint;
+pub mod files;
 pub mod generate;
 pub mod huge;
 pub mod kv_cache;

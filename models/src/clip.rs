@@ -22,9 +22,9 @@ use phidias_engine::Cancel;
 use phidias_engine::backend::{Activation, Backend, HeadOrder, Heads, Norm, Ops};
 use phidias_engine::checkpoint::prepack::{Entry, Prepack, Treatment};
 use phidias_engine::checkpoint::{Checkpoint, CheckpointError};
+use phidias_engine::files::{MAX_JSON_BYTES, read_at_most};
 use phidias_engine::pool::Pool;
 use phidias_engine::tensor::{Buffer, Linear};
-use std::fs;
 use std::path::Path;
 
 /// The shape of an encoder.
@@ -281,7 +281,7 @@ impl Clip {
     /// [`Error`]: a configuration or a tensor that is missing or wrong.
     pub fn open(folder: &Path, format: WeightFormat) -> Result<Self, Error> {
         let path = folder.join("config.json");
-        let text = fs::read(&path).map_err(|source| Error::Io {
+        let text = read_at_most(&path, MAX_JSON_BYTES).map_err(|source| Error::Io {
             path: path.clone(),
             source,
         })?;

@@ -1,18 +1,23 @@
-//! `config.json` and `generation_config.json`, checked once.
+//! `config.json` and the files beside it, checked once.
 //!
 //! Every field that is used is range-checked here, before anything is allocated from it; what
 //! comes out needs no second look. Fields that are not used are ignored.
 
+mod companions;
+mod fields;
+
+pub use companions::{GenerationConfig, PreprocessorConfig};
+pub(crate) use fields::{Fields, parse};
+
 use crate::family::Family;
-use crate::image::layout::MAX_CROPS;
 use crate::vision::VisionConfig;
 use crate::weights::Spec;
 use phidias_engine::backend::{HeadOrder, Heads, Mask};
+use phidias_engine::files::{MAX_JSON_BYTES, read_at_most};
 use phidias_engine::kv_cache::KvShape;
 use phidias_engine::mask::BlockSparse;
 use serde_json::{Map, Value};
-use std::fs;
-use std::ops::{Range, RangeInclusive};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// Why a configuration is refused.
@@ -144,23 +149,6 @@ pub struct LongRope {
     pub long_multiplier: f32,
 }
 
-/// What `generation_config.json` says; everything is optional there.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct GenerationConfig {
-    /// Tokens that end a text.
-    pub eos_token_ids: Vec<u32>,
-    /// 0 when it asks for greedy decoding.
-    pub temperature: Option<f32>,
-    /// Keep this many of the likeliest tokens.
-    pub top_k: Option<usize>,
-    /// Keep the likeliest tokens up to this mass.
-    pub top_p: Option<f32>,
-    /// Keep tokens of at least this share of the likeliest one's probability.
-    pub min_p: Option<f32>,
-    /// Penalty on repeated tokens.
-    pub repetition_penalty: Option<f32>,
-}
-
 /// What the families call the fields that they share.
 pub(crate) struct Keys {
     /// Width of the MLP.
@@ -177,17 +165,6 @@ pub(crate) struct Keys {
     pub original_in_scaling: bool,
 }
 
-/// What `preprocessor_config.json` of a vision model says.
-#[derive(Clone, Debug, PartialEq)]
-pub struct PreprocessorConfig {
-    /// Most tiles a picture is cut into, the global view not counted: 1 to [`MAX_CROPS`].
-    pub num_crops: usize,
-    /// Subtracted from red, green and blue of 0 to 1.
-    pub image_mean: [f32; 3],
-    /// What is left is divided by this.
-    pub image_std: [f32; 3],
-}
-
 impl Keys {
     /// Those of `phi3`.
     pub(crate) const PHI3: Self = Self {
@@ -200,203 +177,13 @@ impl Keys {
     };
 }
 
-/// The fields of one file.
-pub(crate) struct Fields<'a> {
-    path: &'a Path,
-    /// Where in the file, for messages: "" or "rope_scaling."
-    prefix: &'static str,
-    map: &'a Map<String, Value>,
-}
-
-impl<'a> Fields<'a> {
-    /// The fields of a whole file.
-    pub(crate) fn new(path: &'a Path, map: &'a Map<String, Value>) -> Self {
-        Self {
-            path,
-            prefix: "",
-            map,
-        }
-    }
-
-    pub(crate) fn value(&self, field: &str) -> Option<&'a Value> {
-        self.map.get(field).filter(|v| !v.is_null())
-    }
-
-    pub(crate) fn wrong<T>(&self, field: &str, expected: impl Into<String>) -> Result<T> {
-        let found = self.map.get(field).map_or("missing".into(), |v| {
-            let text = v.to_string();
-            if text.chars().count() > 80 {
-                format!("{}…", text.chars().take(80).collect::<String>())
-            } else {
-                text
-            }
-        });
-        let field = format!("{}{field}", self.prefix);
-        Err(ConfigError::Field {
-            path: self.path.to_owned(),
-            field,
-            expected: expected.into(),
-            found,
-        })
-    }
-
-    /// The fields of an object among these; `prefix` is its whole path, with a dot.
-    pub(crate) fn object(&self, prefix: &'static str, field: &str) -> Result<Fields<'a>> {
-        match self.value(field) {
-            Some(Value::Object(map)) => Ok(Fields {
-                path: self.path,
-                prefix,
-                map,
-            }),
-            _ => self.wrong(field, "an object"),
-        }
-    }
-
-    pub(crate) fn count(&self, field: &str, range: RangeInclusive<usize>) -> Result<Option<usize>> {
-        if self.value(field).is_none() {
-            return Ok(None);
-        }
-        let value = self
-            .value(field)
-            .and_then(Value::as_u64)
-            .and_then(|v| usize::try_from(v).ok());
-        match value.filter(|v| range.contains(v)) {
-            Some(value) => Ok(Some(value)),
-            None => self.wrong(
-                field,
-                format!("an integer from {} to {}", range.start(), range.end()),
-            ),
-        }
-    }
-
-    pub(crate) fn required(&self, field: &str, range: RangeInclusive<usize>) -> Result<usize> {
-        let missing = || ConfigError::Missing {
-            path: self.path.to_owned(),
-            field: format!("{}{field}", self.prefix),
-        };
-        self.count(field, range)?.ok_or_else(missing)
-    }
-
-    pub(crate) fn number(&self, field: &str, range: RangeInclusive<f64>) -> Result<Option<f64>> {
-        if self.value(field).is_none() {
-            return Ok(None);
-        }
-        match self
-            .value(field)
-            .and_then(Value::as_f64)
-            .filter(|v| range.contains(v))
-        {
-            Some(value) => Ok(Some(value)),
-            None => self.wrong(
-                field,
-                format!("a number from {} to {}", range.start(), range.end()),
-            ),
-        }
-    }
-
-    pub(crate) fn flag(&self, field: &str) -> Result<Option<bool>> {
-        match self.value(field) {
-            None => Ok(None),
-            Some(Value::Bool(b)) => Ok(Some(*b)),
-            Some(_) => self.wrong(field, "true or false"),
-        }
-    }
-
-    pub(crate) fn text(&self, field: &str) -> Result<Option<&str>> {
-        match self.value(field) {
-            None => Ok(None),
-            Some(Value::String(s)) => Ok(Some(s)),
-            Some(_) => self.wrong(field, "a string"),
-        }
-    }
-
-    /// A token id or a list of them.
-    fn ids(&self, field: &str) -> Result<Vec<u32>> {
-        let id = |v: &Value| v.as_u64().and_then(|v| u32::try_from(v).ok());
-        let ids = match self.value(field) {
-            None => Some(Vec::new()),
-            Some(Value::Array(list)) => list.iter().map(id).collect(),
-            Some(v) => id(v).map(|id| vec![id]),
-        };
-        ids.map_or_else(
-            || self.wrong(field, "a token id or a list of token ids"),
-            Ok,
-        )
-    }
-
-    /// A number from 0 to 1 for each of red, green and blue.
-    fn colours(&self, field: &str, default: [f32; 3], lowest: f64) -> Result<[f32; 3]> {
-        if self.value(field).is_none() {
-            return Ok(default);
-        }
-        let list = self.value(field).and_then(Value::as_array);
-        let numbers: Option<Vec<f32>> = list.and_then(|list| {
-            let number = |v: &Value| v.as_f64().filter(|v| (lowest..=1.0).contains(v));
-            list.iter().map(|v| number(v).map(|v| v as f32)).collect()
-        });
-        match numbers.and_then(|numbers| numbers.try_into().ok()) {
-            Some(colours) => Ok(colours),
-            None => self.wrong(field, format!("three numbers from {lowest} to 1")),
-        }
-    }
-
-    fn factors(&self, field: &str, len: usize) -> Result<Vec<f32>> {
-        let factors: Option<Vec<f32>> = (self.value(field).and_then(Value::as_array)).map(|list| {
-            list.iter()
-                .map_while(|v| v.as_f64().map(|v| v as f32))
-                .collect()
-        });
-        let whole = self
-            .value(field)
-            .and_then(Value::as_array)
-            .map_or(0, Vec::len);
-        match factors {
-            Some(f)
-                if f.len() == len
-                    && whole == len
-                    && f.iter().all(|v| v.is_finite() && *v > 0.0) =>
-            {
-                Ok(f)
-            }
-            _ if whole != len && self.value(field).is_some_and(Value::is_array) => {
-                self.wrong(field, format!("{len} factors (head_dim / 2), not {whole}"))
-            }
-            _ => self.wrong(field, format!("a list of {len} positive finite factors")),
-        }
-    }
-}
-
-/// The contents of a file that need not be there.
-fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>> {
-    match fs::read(path) {
-        Ok(text) => Ok(Some(text)),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(ConfigError::Io {
-            path: path.to_owned(),
-            source,
-        }),
-    }
-}
-
-pub(crate) fn parse(path: &Path, text: &[u8]) -> Result<Map<String, Value>> {
-    let bad = |reason: String| ConfigError::Json {
-        path: path.to_owned(),
-        reason,
-    };
-    match serde_json::from_slice(text) {
-        Ok(Value::Object(map)) => Ok(map),
-        Ok(_) => Err(bad("another JSON value".into())),
-        Err(e) => Err(bad(e.to_string())),
-    }
-}
-
 impl Config {
     /// Reads `config.json` of a folder.
     /// # Errors
     /// [`ConfigError`].
     pub fn open(folder: &Path) -> Result<Self> {
         let path = folder.join("config.json");
-        let text = fs::read(&path).map_err(|source| match source.kind() {
+        let text = read_at_most(&path, MAX_JSON_BYTES).map_err(|source| match source.kind() {
             std::io::ErrorKind::NotFound => ConfigError::NoConfig { path: path.clone() },
             _ => ConfigError::Io {
                 path: path.clone(),
@@ -539,10 +326,9 @@ impl Config {
 
 fn rope(f: &Fields<'_>, keys: &Keys, head_dim: usize, max_positions: usize) -> Result<RopeConfig> {
     // Newer configurations keep theta and the scaling in one object, "rope_parameters".
-    let key = if f.value("rope_parameters").is_some() {
-        "rope_parameters"
-    } else {
-        "rope_scaling"
+    let (key, prefix) = match f.value("rope_parameters") {
+        Some(_) => ("rope_parameters", "rope_parameters."),
+        None => ("rope_scaling", "rope_scaling."),
     };
     let empty = Map::new();
     let scaling = match f.value(key) {
@@ -550,16 +336,7 @@ fn rope(f: &Fields<'_>, keys: &Keys, head_dim: usize, max_positions: usize) -> R
         Some(Value::Object(map)) => map,
         Some(_) => return f.wrong(key, "an object or null"),
     };
-    let prefix = if key == "rope_scaling" {
-        "rope_scaling."
-    } else {
-        "rope_parameters."
-    };
-    let s = Fields {
-        path: f.path,
-        prefix,
-        map: scaling,
-    };
+    let s = f.of(prefix, scaling);
     let theta = match s.number("rope_theta", 1.0..=1e12)? {
         Some(theta) => theta,
         None => f.number(keys.rope_theta, 1.0..=1e12)?.unwrap_or(10_000.0),
@@ -621,80 +398,6 @@ fn attention_factor(max_positions: usize, original: usize) -> f32 {
         1.0
     } else {
         (1.0 + scale.ln() / (original as f64).ln()).sqrt() as f32
-    }
-}
-
-impl GenerationConfig {
-    /// Reads `generation_config.json` of a folder; a missing file says nothing.
-    /// # Errors
-    /// [`ConfigError`].
-    pub fn open(folder: &Path) -> Result<Self> {
-        let path = folder.join("generation_config.json");
-        read_if_there(&path)?
-            .map_or_else(|| Ok(Self::default()), |text| Self::from_json(&path, &text))
-    }
-
-    /// Reads a configuration; `path` is for messages.
-    /// # Errors
-    /// [`ConfigError`].
-    pub fn from_json(path: &Path, text: &[u8]) -> Result<Self> {
-        let map = parse(path, text)?;
-        let f = Fields::new(path, &map);
-        let sample = f.flag("do_sample")?.unwrap_or(false);
-        let number = |field, range| f.number(field, range).map(|v| v.map(|v| v as f32));
-        let temperature = number("temperature", 0.0..=100.0)?;
-        Ok(Self {
-            eos_token_ids: f.ids("eos_token_id")?,
-            temperature: Some(if sample {
-                temperature.unwrap_or(1.0)
-            } else {
-                0.0
-            }),
-            top_k: f.count("top_k", 0..=1 << 22)?,
-            top_p: number("top_p", 0.0..=1.0)?,
-            min_p: number("min_p", 0.0..=1.0)?,
-            repetition_penalty: number("repetition_penalty", 1e-3..=1e3)?,
-        })
-    }
-}
-
-/// What the published folders of Phi-3-vision say.
-impl Default for PreprocessorConfig {
-    fn default() -> Self {
-        Self {
-            num_crops: 16,
-            image_mean: Self::CLIP_MEAN,
-            image_std: Self::CLIP_STD,
-        }
-    }
-}
-
-impl PreprocessorConfig {
-    /// CLIP's means and deviations, which the family keeps.
-    pub const CLIP_MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
-    /// See [`CLIP_MEAN`](Self::CLIP_MEAN).
-    pub const CLIP_STD: [f32; 3] = [0.268_629_54, 0.261_302_6, 0.275_777_1];
-
-    /// Reads `preprocessor_config.json` of a folder. `None`: there is no such file.
-    /// # Errors
-    /// [`ConfigError`].
-    pub fn open(folder: &Path) -> Result<Option<Self>> {
-        let path = folder.join("preprocessor_config.json");
-        (read_if_there(&path)?.map(|text| Self::from_json(&path, &text))).transpose()
-    }
-
-    /// Reads a configuration; `path` is for messages.
-    /// # Errors
-    /// [`ConfigError`].
-    pub fn from_json(path: &Path, text: &[u8]) -> Result<Self> {
-        let map = parse(path, text)?;
-        let f = Fields::new(path, &map);
-        Ok(Self {
-            num_crops: f.required("num_crops", 1..=MAX_CROPS)?,
-            image_mean: f.colours("image_mean", Self::CLIP_MEAN, 0.0)?,
-            // A deviation of zero would divide by it.
-            image_std: f.colours("image_std", Self::CLIP_STD, 1e-3)?,
-        })
     }
 }
 
@@ -860,71 +563,5 @@ mod tests {
         parameters["rope_theta"] = json!(10000.0);
         new["rope_parameters"] = parameters;
         assert_eq!(read(&new).unwrap(), old);
-    }
-
-    #[test]
-    fn preprocessor_config_is_optional_and_checked() {
-        let folder = tempfile::tempdir().unwrap();
-        assert_eq!(PreprocessorConfig::open(folder.path()).unwrap(), None);
-        let path = folder.path().join("preprocessor_config.json");
-        fs::write(&path, r#"{"num_crops": 4, "image_std": [0.5, 0.25, 1]}"#).unwrap();
-        let expected = PreprocessorConfig {
-            num_crops: 4,
-            image_mean: PreprocessorConfig::CLIP_MEAN,
-            image_std: [0.5, 0.25, 1.0],
-        };
-        assert_eq!(
-            PreprocessorConfig::open(folder.path()).unwrap(),
-            Some(expected)
-        );
-        for (bad, message) in [
-            (r#"{}"#, "field 'num_crops' is missing"),
-            (
-                r#"{"num_crops": 0}"#,
-                "'num_crops' is 0, expected an integer from 1 to 64",
-            ),
-            (r#"{"num_crops": 65}"#, "'num_crops' is 65"),
-            (
-                r#"{"num_crops": 4, "image_mean": [0.5, 0.5]}"#,
-                "'image_mean' is [0.5,0.5], expected three numbers from 0 to 1",
-            ),
-            (
-                r#"{"num_crops": 4, "image_mean": 0.5}"#,
-                "'image_mean' is 0.5",
-            ),
-            (
-                r#"{"num_crops": 4, "image_std": [0.5, 0, 0.5]}"#,
-                "'image_std' is [0.5,0,0.5], expected three numbers from 0.001 to 1",
-            ),
-            ("[4]", "not a JSON object"),
-        ] {
-            fs::write(&path, bad).unwrap();
-            let error = PreprocessorConfig::open(folder.path()).unwrap_err();
-            let error = error.to_string();
-            assert!(
-                error.contains(message) && error.contains("preprocessor_config.json"),
-                "{error}"
-            );
-        }
-    }
-
-    #[test]
-    fn generation_config_is_optional_and_checked() {
-        let read = |v: Value| GenerationConfig::from_json(Path::new("g"), v.to_string().as_bytes());
-        assert_eq!(
-            read(json!({"eos_token_id": [1, 2]})).unwrap().eos_token_ids,
-            [1, 2]
-        );
-        assert_eq!(
-            read(json!({"temperature": 0.7})).unwrap().temperature,
-            Some(0.0)
-        );
-        assert_eq!(
-            read(json!({"temperature": 0.5, "do_sample": true}))
-                .unwrap()
-                .temperature,
-            Some(0.5)
-        );
-        assert!(read(json!({"top_p": 2})).is_err());
     }
 }

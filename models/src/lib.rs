@@ -12,6 +12,7 @@
 //! | [`format`](mod@format), [`quantize`] | what the matrices are multiplied in; writing them so |
 //! | [`session`] | a sequence of tokens and its cache |
 //! | [`synth`] | folders with random weights in the published shapes |
+//! | [`foreign`] | calls into libraries that may panic at damaged files |
 //! | `fable` | the demonstration model, built in |
 //! | [`image`] | pictures: decoding, resizing, tiles |
 //! | [`text`] | tokenizer, chat templates, conversations |
@@ -28,6 +29,7 @@ pub mod error;
 #[cfg(feature = "fable")]
 pub mod fable;
 pub mod family;
+pub mod foreign;
 pub mod format;
 pub mod image;
 pub mod model;

@@ -252,12 +252,20 @@ pub fn new_folder(out: &Path, fill: impl FnOnce(&Path) -> Result<(), Error>) -> 
         path: out.to_owned(),
         source,
     };
-    fs::create_dir_all(parent).map_err(io)?;
+    fs::create_dir_all(parent).map_err(|source| Error::Io {
+        path: parent.to_owned(),
+        source,
+    })?;
     let temporary = not_private(tempfile::Builder::new().prefix(".phidias-"), 0o777)
         .tempdir_in(parent)
         .map_err(io)?;
+    // The temporary name would tell the user nothing.
+    let final_name = |path: &Path| match path.strip_prefix(temporary.path()) {
+        Ok(inside) if inside == Path::new("") => out.to_owned(),
+        Ok(inside) => out.join(inside),
+        Err(_) => path.to_owned(),
+    };
     fill(temporary.path()).map_err(|error| match error {
-        // The temporary name would tell the user nothing.
         Error::DiskSpace {
             needed, available, ..
         } => Error::DiskSpace {
@@ -265,9 +273,19 @@ pub fn new_folder(out: &Path, fill: impl FnOnce(&Path) -> Result<(), Error>) -> 
             needed,
             available,
         },
+        Error::Io { path, source } | Error::Checkpoint(CheckpointError::Io { path, source }) => {
+            Error::Io {
+                path: final_name(&path),
+                source,
+            }
+        }
         other => other,
     })?;
-    fs::rename(temporary.path(), out).map_err(io)?;
+    fs::rename(temporary.path(), out).map_err(|error| match out.symlink_metadata() {
+        // Another process was faster.
+        Ok(_) => exists(),
+        Err(_) => io(error),
+    })?;
     // Renamed away: nothing is left to remove.
     let _ = temporary.keep();
     Ok(())
@@ -320,6 +338,38 @@ mod tests {
         copy_small_files(from.path(), to.path()).unwrap();
         assert_eq!(names(to.path()), ["cl100k_base.tiktoken", "config.json"]);
         assert!(fs::read(to.path().join("cl100k_base.tiktoken")).unwrap() == vocabulary);
+    }
+
+    #[test]
+    fn a_folder_that_appears_meanwhile_is_left_alone() {
+        let parent = tempfile::tempdir().unwrap();
+        let out = parent.path().join("out");
+        let error = new_folder(&out, |temporary| {
+            fs::write(temporary.join("model"), "late").unwrap();
+            fs::create_dir(&out).unwrap();
+            fs::write(out.join("model"), "first").unwrap();
+            Ok(())
+        });
+        assert!(matches!(error, Err(Error::Exists { path }) if path == out));
+        assert_eq!(fs::read_to_string(out.join("model")).unwrap(), "first");
+        assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn failures_name_the_folder_that_was_asked_for() {
+        let parent = tempfile::tempdir().unwrap();
+        let out = parent.path().join("out");
+        let error = new_folder(&out, |temporary| {
+            Err(Error::Io {
+                path: temporary.join("model.safetensors"),
+                source: std::io::ErrorKind::StorageFull.into(),
+            })
+        });
+        assert!(
+            matches!(&error, Err(Error::Io { path, .. }) if *path == out.join("model.safetensors")),
+            "{error:?}"
+        );
+        assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 0);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 #[cfg(feature = "cuda")]
 use super::args::Device;
 use super::args::{Bench, Global};
-use super::console::{Steps, Unit};
+use super::console::{Stdout, Steps, Unit, say};
 use super::device;
 use super::files;
 use super::open::{Origin, Setup, cache_folder, open_source};
@@ -129,7 +129,7 @@ fn model(args: &Bench, setup: &Setup, machine: &Machine, peaks: PeakOptions) -> 
             steps.suspend(|| {
                 table.record(args, &record, &cells)?;
                 if let Some(routing) = record.routing.filter(|_| !args.json) {
-                    eprintln!("{routing}");
+                    say(routing);
                 }
                 Ok(())
             })
@@ -283,7 +283,7 @@ type Cell = (&'static str, usize, String);
 impl Table {
     /// Writes a row, or the whole record as JSON.
     fn record(&mut self, args: &Bench, record: &impl Serialize, cells: &[Cell]) -> Result<()> {
-        let mut out = io::stdout().lock();
+        let mut out = Stdout;
         if args.json {
             writeln!(out, "{}", serde_json::to_string(record)?)?;
             return Ok(());
@@ -304,7 +304,7 @@ impl Table {
     /// The next row begins another table.
     fn end(&mut self, args: &Bench) -> Result<()> {
         if std::mem::take(&mut self.begun) && !args.json {
-            writeln!(io::stdout())?;
+            writeln!(Stdout)?;
         }
         Ok(())
     }
@@ -428,7 +428,7 @@ fn kernels(args: &Bench, setup: &Setup, machine: &Machine, peaks: PeakOptions) -
     }
     if let Some(file) = &args.plot {
         // Better now than after a minute of measuring.
-        files::check_writable(file).with_context(|| file.display().to_string())?;
+        files::check_writable(file)?;
     }
     let steps = Arc::new(setup.console.steps());
     let cancel = setup.cancel.clone();
@@ -436,7 +436,7 @@ fn kernels(args: &Bench, setup: &Setup, machine: &Machine, peaks: PeakOptions) -
     for threads in counts {
         bench.threads = threads;
         let records = bench.run(&told_by(&steps))?;
-        steps.suspend(|| write_kernels(&mut io::stdout().lock(), args, &records))?;
+        steps.suspend(|| write_kernels(&mut Stdout, args, &records))?;
         if let Some(file) = &args.plot {
             let picture =
                 roofline::svg(&records).map_err(|e| anyhow!("{}: {e}", file.display()))?;
@@ -522,11 +522,11 @@ fn peaks(args: &Bench, setup: &Setup, machine: &Machine, options: PeakOptions) -
         if args.json {
             let mut object = peaks_json(&peaks);
             object["device"] = json!(name);
-            writeln!(io::stdout(), "{object}")?;
+            writeln!(Stdout, "{object}")?;
             return Ok(());
         }
         let what = format!("{name}: {}", how_measured(&peaks));
-        return write_peaks(&mut io::stdout().lock(), &what, &[(name, peaks)]);
+        return write_peaks(&mut Stdout, &what, &[(name, peaks)]);
     }
     let counts = match args.threads.as_slice() {
         [] if machine.threads() == 1 => vec![1],
@@ -546,7 +546,7 @@ fn peaks(args: &Bench, setup: &Setup, machine: &Machine, options: PeakOptions) -
             let mut object = peaks_json(&peaks);
             object["cpu"] = json!(cpu_name());
             object["last_cache_bytes"] = json!(machine.last_cache);
-            steps.suspend(|| writeln!(io::stdout(), "{object}"))?;
+            steps.suspend(|| writeln!(Stdout, "{object}"))?;
         }
         all.push((plural(threads), peaks));
     }
@@ -558,7 +558,7 @@ fn peaks(args: &Bench, setup: &Setup, machine: &Machine, options: PeakOptions) -
         };
         let cpu = cpu_name().unwrap_or_else(|| "this machine".to_owned());
         let what = format!("{cpu}: {}{cache}", how_measured(first));
-        write_peaks(&mut io::stdout().lock(), &what, &all)?;
+        write_peaks(&mut Stdout, &what, &all)?;
     }
     Ok(())
 }

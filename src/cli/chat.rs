@@ -1,20 +1,23 @@
 //! `phidias chat`: turn by turn, keeping the KV cache.
 
 use super::args::{Chat, Global};
+use super::console::{Stdout, describe, say};
+use super::files::utf8;
 use super::open::{Setup, cache_folder, generate_options};
 use super::pictures::{Pictures, Room, encode};
 use super::run::summary;
-use anyhow::{Context, Result};
+use super::signals;
+use anyhow::{Context, Result, bail};
 use phidias::Session;
 use phidias::engine::generate::{Event, FinishReason, GenerateError, GenerateOptions, generate};
 use phidias::engine::tensor::Buffer;
 use phidias::models::image::Processed;
 use phidias::models::session::{PictureMemory, Piece};
-use phidias::models::text::{Conversation, Detokenizer, Segment, Special};
+use phidias::models::text::{Conversation, Detokenizer, MAX_TEXT_BYTES, Segment, Special};
 use rustyline::error::ReadlineError;
 use rustyline::history::FileHistory;
 use rustyline::{Config, Editor};
-use std::io::{self, BufRead, IsTerminal, Write};
+use std::io::{self, BufRead, IsTerminal, Read, Write};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -62,18 +65,18 @@ pub fn chat(args: &Chat, global: &Global) -> Result<()> {
         match line.split_once(char::is_whitespace).unwrap_or((line, "")) {
             ("", _) => {}
             ("/exit" | "/quit", _) => break,
-            ("/help", _) => eprintln!("{HELP}"),
+            ("/help", _) => say(HELP),
             ("/clear", _) => chat.begin_anew(),
             ("/system", message) => {
                 let message = Some(message.trim().to_owned()).filter(|m| !m.is_empty());
                 match chat.conversation.system(message) {
                     Ok(()) => chat.begin_anew(),
-                    Err(error) => eprintln!("{error}"),
+                    Err(error) => say(error),
                 }
             }
             ("/image", file) => chat.look_at(file.trim()),
             (command, _) if command.starts_with('/') => {
-                eprintln!("{command}: no such command; /help lists them")
+                say(format_args!("{command}: no such command; /help lists them"))
             }
             _ => chat.answer(line)?,
         }
@@ -112,7 +115,7 @@ impl Talk {
     /// Takes a picture for the next question.
     fn look_at(&mut self, file: &str) {
         if file.is_empty() {
-            eprintln!("/image: expected a file");
+            say("/image: expected a file");
             return;
         }
         let pictures = Pictures {
@@ -126,7 +129,7 @@ impl Talk {
             more: "/clear begins anew, --ctx makes room",
         };
         match pictures.open(&self.setup, self.session.model(), room) {
-            Err(error) => eprintln!("{error}"),
+            Err(error) => say(describe(&error)),
             Ok(pictures) => {
                 let tokens: usize = pictures.iter().map(Processed::tokens).sum();
                 self.waiting.extend(pictures);
@@ -134,7 +137,9 @@ impl Talk {
                     1 => "1 picture".to_owned(),
                     n => format!("{n} pictures"),
                 };
-                eprintln!("{file}: {tokens} positions; {waiting} for the next question");
+                say(format_args!(
+                    "{file}: {tokens} positions; {waiting} for the next question"
+                ));
             }
         }
     }
@@ -199,7 +204,7 @@ impl Talk {
         let before = self.conversation.ids().len();
         self.setup.cancel.reset();
         if let Err(error) = self.ask(question) {
-            eprintln!("{error}");
+            say(describe(&error));
             return Ok(());
         }
         // The session may lack the end of the last answer: its last token is never fed, and one
@@ -214,7 +219,6 @@ impl Talk {
         let mut options = self.options.clone();
         options.sampling.seed = options.sampling.seed.wrapping_add(self.turns);
         self.turns += 1;
-        let mut stdout = io::stdout();
         let mut failed = None;
         let outcome = generate(
             &mut self.session,
@@ -224,9 +228,9 @@ impl Talk {
             &self.setup.cancel,
             |event| {
                 let (Event::Token { text, .. } | Event::Text(text)) = event;
-                match stdout
+                match Stdout
                     .write_all(text.as_bytes())
-                    .and_then(|()| stdout.flush())
+                    .and_then(|()| Stdout.flush())
                 {
                     Ok(()) => ControlFlow::Continue(()),
                     Err(error) => {
@@ -237,7 +241,7 @@ impl Talk {
             },
         );
         if let Some(error) = failed {
-            return Err(error).context("stdout");
+            return Err(error.into());
         }
         let outcome = match outcome {
             Ok(outcome) => outcome,
@@ -251,15 +255,15 @@ impl Talk {
                         held,
                         prompt,
                         context,
-                    } => eprintln!(
+                    } => say(format_args!(
                         "the context of {context} tokens is full: {held} taken, {prompt} more asked; /clear begins anew, --ctx makes room"
-                    ),
-                    error => eprintln!("error: {error}"),
+                    )),
+                    error => say(format_args!("error: {error}")),
                 }
                 return Ok(());
             }
         };
-        writeln!(stdout)?;
+        writeln!(Stdout)?;
         // Of the stop tokens only the template's own end of turn belongs to the conversation.
         let mut ids = &outcome.ids[..];
         if let FinishReason::StopToken(id) = outcome.finish
@@ -268,11 +272,12 @@ impl Talk {
             ids = &ids[..ids.len() - 1];
         }
         self.conversation.assistant(ids)?;
+        let context = self.session.context();
         self.setup.console.note(format_args!(
-            "[{}; context {} of {}]",
+            "[{}; context {} of {context}]",
             summary(&outcome, &options),
-            self.conversation.ids().len(),
-            self.session.context()
+            // The last token of an answer may find no place any more.
+            self.conversation.ids().len().min(context),
         ));
         Ok(())
     }
@@ -281,13 +286,13 @@ impl Talk {
 /// Lines from a terminal with editing and history, or from a pipe as they are.
 enum Input {
     Terminal(Box<Editor<(), FileHistory>>, Option<PathBuf>),
-    Pipe(io::Lines<io::StdinLock<'static>>),
+    Pipe(io::StdinLock<'static>),
 }
 
 impl Input {
     fn new() -> Result<Self> {
         if !io::stdin().is_terminal() {
-            return Ok(Self::Pipe(io::stdin().lock().lines()));
+            return Ok(Self::Pipe(io::stdin().lock()));
         }
         let config = Config::builder()
             .auto_add_history(true)
@@ -309,12 +314,13 @@ impl Input {
         let mut text = String::new();
         loop {
             let line = match self {
-                Self::Pipe(lines) => match lines.next().transpose().context("stdin")? {
+                Self::Pipe(pipe) => match signals::waiting(|| line_of(pipe))? {
                     Some(line) => line,
                     None => return Ok((!text.is_empty()).then_some(text)),
                 },
                 Self::Terminal(editor, file) => {
-                    match editor.readline(if text.is_empty() { "> " } else { "… " }) {
+                    let prompt = if text.is_empty() { "> " } else { "… " };
+                    match signals::waiting(|| editor.readline(prompt)) {
                         Ok(line) => {
                             if let Some(file) = file {
                                 // A history that cannot be kept is no reason to stop talking.
@@ -323,11 +329,16 @@ impl Input {
                             line
                         }
                         Err(ReadlineError::Interrupted) => {
-                            eprintln!("(Ctrl-D or /exit leaves)");
+                            say("(Ctrl-D or /exit leaves)");
                             text.clear();
                             continue;
                         }
                         Err(ReadlineError::Eof) => return Ok(None),
+                        Err(ReadlineError::Io(e)) if e.kind() == io::ErrorKind::InvalidData => {
+                            say("(what was typed is not UTF-8)");
+                            text.clear();
+                            continue;
+                        }
                         Err(error) => return Err(error).context("terminal"),
                     }
                 }
@@ -338,4 +349,25 @@ impl Input {
             }
         }
     }
+}
+
+/// The next line without its end, `None` after the last. No longer than what can be asked at all.
+fn line_of(pipe: &mut impl BufRead) -> Result<Option<String>> {
+    let mut line = Vec::new();
+    pipe.take(MAX_TEXT_BYTES as u64 + 1)
+        .read_until(b'\n', &mut line)
+        .context("stdin")?;
+    if line.is_empty() {
+        return Ok(None);
+    }
+    if line.len() > MAX_TEXT_BYTES {
+        bail!("stdin: expected a line of at most {MAX_TEXT_BYTES} bytes, found a longer one");
+    }
+    if line.ends_with(b"\n") {
+        line.pop();
+        if line.ends_with(b"\r") {
+            line.pop();
+        }
+    }
+    utf8(line, "stdin").map(Some)
 }

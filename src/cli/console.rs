@@ -1,12 +1,36 @@
-//! What the user sees besides the answer: notes, progress bars, Ctrl-C.
+//! What the user sees besides the answer: notes, progress bars, errors.
 
 use anyhow::Error;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use phidias::engine::Cancel;
-use std::io::{self, IsTerminal};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::io::{self, IsTerminal, Write};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
+
+/// A line on stderr, quiet or not. One that cannot be written (a full disk, a reader that went away) is no
+/// reason to stop, and there is nowhere left to say so; `eprintln!` would panic.
+pub fn say(text: impl std::fmt::Display) {
+    let _ = writeln!(io::stderr(), "{text}");
+}
+
+/// Stdout, which its errors name.
+#[derive(Debug)]
+pub struct Stdout;
+
+impl Write for Stdout {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        io::stdout().write(bytes).map_err(Self::named)
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        io::stdout().flush().map_err(Self::named)
+    }
+}
+
+impl Stdout {
+    /// The kind stays: it tells a closed pipe.
+    fn named(error: io::Error) -> io::Error {
+        io::Error::new(error.kind(), format!("stdout: {error}"))
+    }
+}
 
 /// Prints notes and bars on stderr, or not at all.
 #[derive(Clone, Copy, Debug)]
@@ -30,7 +54,7 @@ impl Console {
     /// A line on stderr.
     pub fn note(self, text: impl std::fmt::Display) {
         if !self.quiet {
-            eprintln!("{text}");
+            say(text);
         }
     }
 
@@ -102,7 +126,7 @@ impl Steps {
                 }
                 bar.set_position(done as u64);
             }
-            None if new => eprintln!("{what}"),
+            None if new => say(what),
             None => {}
         }
     }
@@ -158,23 +182,6 @@ impl Drop for Bar {
     fn drop(&mut self) {
         self.clear();
     }
-}
-
-/// Ctrl-C sets the flag; a second one, while the first is being obeyed, ends the program.
-pub fn cancel_on_ctrl_c() -> Cancel {
-    static INSTALLED: AtomicBool = AtomicBool::new(false);
-    let cancel = Cancel::default();
-    if !INSTALLED.swap(true, Ordering::Relaxed) {
-        let flag = cancel.clone();
-        // Without the handler Ctrl-C ends the program at once, which is no reason not to run.
-        let _ = ctrlc::set_handler(move || {
-            if flag.is_cancelled() {
-                std::process::exit(130);
-            }
-            flag.cancel();
-        });
-    }
-    cancel
 }
 
 /// Whether the reader of stdout went away, as `head` does: no error to complain about.

@@ -1,17 +1,17 @@
 //! `phidias eval`: perplexity, and the distance to another model or format.
 
 use super::args::{Eval, Global};
-use super::console::Unit;
+use super::console::{Stdout, Unit, say};
 use super::device;
+use super::files;
 use super::open::Setup;
 use super::stats::{self, routing};
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use phidias::Session;
 use phidias::eval::{Figures, evaluate};
 use phidias::models::session::default_context;
 use serde_json::{Value, json};
-use std::fs;
-use std::io::{self, Write};
+use std::io::Write;
 use std::sync::Arc;
 
 /// Windows of at most this many tokens when no context is asked: figures of different models are
@@ -21,16 +21,9 @@ const WINDOW: usize = 512;
 /// Measures a model on a text.
 pub fn eval(args: &Eval, global: &Global) -> Result<()> {
     let setup = Setup::to_run(global, &args.running)?;
-    let name = args.text.display();
-    let text = fs::read(&args.text).with_context(|| name.to_string())?;
-    let text = String::from_utf8(text).map_err(|e| {
-        anyhow::anyhow!(
-            "{name}: not UTF-8: the byte at {} does not belong to a character",
-            e.utf8_error().valid_up_to()
-        )
-    })?;
+    let text = files::open_text(&args.text)?;
     if text.is_empty() {
-        bail!("{name}: the file is empty");
+        bail!("{}: the file is empty", args.text.display());
     }
     let origin = setup.locate(args.model.as_deref())?;
     let model = setup.open(&origin, args.running.format)?;
@@ -90,7 +83,7 @@ pub fn eval(args: &Eval, global: &Global) -> Result<()> {
 }
 
 fn print(figures: &Figures, routing: Option<Value>, as_json: bool) -> Result<()> {
-    let mut out = io::stdout().lock();
+    let mut out = Stdout;
     if as_json {
         let mut object = json!({
             "tokens": figures.tokens,
@@ -111,7 +104,7 @@ fn print(figures: &Figures, routing: Option<Value>, as_json: bool) -> Result<()>
         return Ok(());
     }
     if let Some(routing) = routing {
-        eprintln!("{routing}");
+        say(routing);
     }
     writeln!(out, "tokens          {}", figures.tokens)?;
     writeln!(out, "bytes           {}", figures.bytes)?;

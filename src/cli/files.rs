@@ -1,9 +1,39 @@
-//! Files that commands write.
+//! Files that commands read and write.
 
-use std::fs::{self, OpenOptions};
-use std::io::{self, Write};
-use std::path::Path;
+use super::signals::waiting;
+use anyhow::{Context, Result, anyhow, bail};
+use phidias::models::text::MAX_TEXT_BYTES;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
 use tempfile::NamedTempFile;
+
+/// The text of a file, or of a pipe by its name: somebody may be writing it, or nobody ever.
+pub fn open_text(file: &Path) -> Result<String> {
+    let name = file.display();
+    waiting(|| read_text(File::open(file).with_context(|| name.to_string())?, name))
+}
+
+/// A whole text, from a file or a pipe that may have no end: as much as is encoded at once.
+pub fn read_text(source: impl Read, name: impl std::fmt::Display) -> Result<String> {
+    let mut bytes = Vec::new();
+    source
+        .take(MAX_TEXT_BYTES as u64 + 1)
+        .read_to_end(&mut bytes)
+        .with_context(|| name.to_string())?;
+    if bytes.len() > MAX_TEXT_BYTES {
+        bail!("{name}: expected a text of at most {MAX_TEXT_BYTES} bytes, found more");
+    }
+    utf8(bytes, name)
+}
+
+/// Bytes as text, or where they are none.
+pub fn utf8(bytes: Vec<u8>, name: impl std::fmt::Display) -> Result<String> {
+    String::from_utf8(bytes).map_err(|e| {
+        let at = e.utf8_error().valid_up_to();
+        anyhow!("{name}: not UTF-8: the byte at {at} does not belong to a character")
+    })
+}
 
 /// A file under a temporary name beside `file`, to be renamed to it, so that a reader sees the whole
 /// file or none. Not private, as temporary files are otherwise: the user's mask decides.
@@ -35,10 +65,43 @@ pub fn write(file: &Path, bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether a file can be written there; leaves nothing.
-pub fn check_writable(file: &Path) -> io::Result<()> {
-    if is_device(file) {
+/// Better said before anything is computed: whether `out` can be written, and is not what is read, one of
+/// `inputs` or a file in the model's `folder`.
+pub fn check_out(out: &Path, folder: Option<&Path>, inputs: &[PathBuf]) -> Result<()> {
+    check_writable(out)?;
+    // A file that is not there yet is no input.
+    let Ok(place) = out.canonicalize() else {
         return Ok(());
+    };
+    let same = |other: &Path| other.canonicalize().is_ok_and(|other| other == place);
+    if inputs.iter().any(|input| same(input)) {
+        bail!(
+            "{}: expected another file than the one that is read",
+            out.display()
+        );
     }
-    temporary_beside(file).map(|_| ())
+    let within = |folder: &Path| {
+        folder
+            .canonicalize()
+            .is_ok_and(|f| place.parent() == Some(&f))
+    };
+    if folder.is_some_and(within) {
+        bail!(
+            "{}: expected a file that is not the model's own",
+            out.display()
+        );
+    }
+    Ok(())
+}
+
+/// Refuses a place where no file can be written; leaves nothing there.
+pub fn check_writable(file: &Path) -> Result<()> {
+    let written = if file.is_dir() {
+        Err(io::ErrorKind::IsADirectory.into())
+    } else if is_device(file) {
+        Ok(())
+    } else {
+        temporary_beside(file).map(drop)
+    };
+    written.with_context(|| file.display().to_string())
 }

@@ -1,13 +1,16 @@
 //! `phidias inspect`: what a model is made of and what it will take.
 
 use super::args::{Global, Inspect};
+use super::console::Stdout;
 use super::open::{Setup, beyond_memory, open_source, refusal};
 use anyhow::Result;
+use phidias::WeightFormat;
 use phidias::engine::backend::PICKS;
 use phidias::engine::machine::Machine;
-use phidias::engine::memory::{Fit, Size};
+use phidias::engine::memory::{Fit, MemoryPlan, Size};
+use phidias::models::Source;
 use phidias::models::session::memory_plan;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::io::{self, Write};
 
 /// Shows a model.
@@ -24,24 +27,57 @@ pub fn inspect(args: &Inspect, global: &Global) -> Result<()> {
         weights,
         &setup.session_options(&args.running),
     )?;
-    let machine = Machine::detect();
-    let c = &source.config;
-    let parameters: usize = source
-        .checkpoint
-        .tensors()
-        .map(|(_, t)| t.shape().iter().product::<usize>())
-        .sum();
-    let mut out = io::stdout().lock();
+    let seen = Seen {
+        name,
+        source: &source,
+        format,
+        plan,
+        machine: Machine::detect(),
+    };
     if args.json {
+        writeln!(Stdout, "{:#}", seen.json())?;
+    } else {
+        seen.summary(&mut Stdout)?;
+        seen.tensors(&mut Stdout)?;
+    }
+    Ok(())
+}
+
+/// A model, and what it will take here.
+struct Seen<'a> {
+    name: String,
+    source: &'a Source,
+    format: WeightFormat,
+    plan: MemoryPlan,
+    machine: Machine,
+}
+
+impl Seen<'_> {
+    fn parameters(&self) -> usize {
+        let tensors = self.source.checkpoint.tensors();
+        tensors
+            .map(|(_, t)| t.shape().iter().product::<usize>())
+            .sum()
+    }
+
+    fn json(&self) -> Value {
+        let Self {
+            name,
+            source,
+            format,
+            plan,
+            machine,
+        } = self;
+        let c = &source.config;
         let tensors: Vec<_> = (source.checkpoint.tensors())
             .map(|(name, t)| json!({ "name": name, "format": t.dtype().name(), "shape": t.shape(), "bytes": t.bytes().len() }))
             .collect();
-        let object = json!({
+        json!({
             "model": name,
             "model_type": c.family.name(),
             "stored_format": source.stored_format().name(),
             "format": format.name(),
-            "parameters": parameters,
+            "parameters": self.parameters(),
             "bytes": source.checkpoint.bytes(),
             "vocab_size": c.vocab_size,
             "hidden_size": c.hidden_size,
@@ -75,83 +111,99 @@ pub fn inspect(args: &Inspect, global: &Global) -> Result<()> {
                 "total": plan.total(),
                 "least": plan.least(),
                 "available": machine.memory_available,
-                "fits": plan.check(&machine) == Ok(Fit::Whole),
-                "runs": plan.check(&machine).is_ok(),
+                "fits": plan.check(machine) == Ok(Fit::Whole),
+                "runs": plan.check(machine).is_ok(),
             },
             "tensors": tensors,
-        });
-        writeln!(out, "{object:#}")?;
-        return Ok(());
+        })
     }
-    writeln!(out, "{name}")?;
-    writeln!(
-        out,
-        "  {}: {parameters} parameters, {} stored as {}",
-        c.family,
-        Size(source.checkpoint.bytes()),
-        source.stored_format()
-    )?;
-    writeln!(
-        out,
-        "  {} layer{}, hidden {}, {}MLP {}, {} heads of {} ({} for keys and values), vocabulary {}",
-        c.num_hidden_layers,
-        if c.num_hidden_layers == 1 { "" } else { "s" },
-        c.hidden_size,
-        c.moe.map_or(String::new(), |moe| format!(
-            "{} experts ({PICKS} for a token) of ",
-            moe.experts
-        )),
-        c.intermediate_size,
-        c.num_attention_heads,
-        c.head_dim,
-        c.num_key_value_heads,
-        c.vocab_size
-    )?;
-    let window = c.sliding_window.filter(|w| *w < c.max_position_embeddings);
-    writeln!(
-        out,
-        "  up to {} positions{}{}",
-        c.max_position_embeddings,
-        window.map_or(String::new(), |w| format!(", each sees the last {w}")),
-        c.rope.long.as_ref().map_or(String::new(), |l| format!(
-            "; LongRoPE, long factors beyond {}, attention factor {}",
-            l.original_max_position_embeddings, l.short_multiplier
-        )),
-    )?;
-    if let Some(sparse) = c.block_sparse {
-        let layout = sparse.layout;
-        let dense = sparse.dense_every.map_or("no layer is dense".into(), |n| {
-            format!("dense every {n} layers")
-        });
+
+    /// What it is, and what it will take.
+    fn summary(&self, out: &mut impl Write) -> io::Result<()> {
+        let Self {
+            name,
+            source,
+            format,
+            plan,
+            machine,
+        } = self;
+        let c = &source.config;
+        writeln!(out, "{name}")?;
         writeln!(
             out,
-            "  block-sparse attention: blocks of {}, the last {} and one of {}; {dense}",
-            layout.block, layout.local_blocks, layout.vert_stride
+            "  {}: {} parameters, {} stored as {}",
+            c.family,
+            self.parameters(),
+            Size(source.checkpoint.bytes()),
+            source.stored_format()
         )?;
-    }
-    writeln!(out, "  run as {}: {plan}", format)?;
-    if plan.hidden > plan.dropped {
         writeln!(
             out,
-            "  of the KV cache up to {} are seen by no later token (--drop-hidden-keys gives them back)",
-            Size(plan.hidden)
+            "  {} layer{}, hidden {}, {}MLP {}, {} heads of {} ({} for keys and values), vocabulary {}",
+            c.num_hidden_layers,
+            if c.num_hidden_layers == 1 { "" } else { "s" },
+            c.hidden_size,
+            c.moe.map_or(String::new(), |moe| format!(
+                "{} experts ({PICKS} for a token) of ",
+                moe.experts
+            )),
+            c.intermediate_size,
+            c.num_attention_heads,
+            c.head_dim,
+            c.num_key_value_heads,
+            c.vocab_size
         )?;
-    }
-    match plan.check(&machine) {
-        Ok(Fit::Whole) => {}
-        Ok(Fit::WithDisk) => writeln!(out, "  {}", beyond_memory(&plan, &machine))?,
-        Err(error) => writeln!(out, "  {}", refusal(&error))?,
-    }
-    writeln!(out)?;
-    for (name, tensor) in source.checkpoint.tensors() {
-        let shape: Vec<_> = tensor.shape().iter().map(usize::to_string).collect();
+        let window = c.sliding_window.filter(|w| *w < c.max_position_embeddings);
         writeln!(
             out,
-            "{:>10}  {:5} {:>14}  {name}",
-            Size(tensor.bytes().len()).to_string(),
-            tensor.dtype().name(),
-            shape.join(" x ")
+            "  up to {} positions{}{}",
+            c.max_position_embeddings,
+            window.map_or(String::new(), |w| format!(", each sees the last {w}")),
+            c.rope.long.as_ref().map_or(String::new(), |l| format!(
+                "; LongRoPE, long factors beyond {}, attention factor {}",
+                l.original_max_position_embeddings, l.short_multiplier
+            )),
         )?;
+        if let Some(sparse) = c.block_sparse {
+            let layout = sparse.layout;
+            let dense = sparse.dense_every.map_or("no layer is dense".into(), |n| {
+                format!("dense every {n} layers")
+            });
+            writeln!(
+                out,
+                "  block-sparse attention: blocks of {}, the last {} and one of {}; {dense}",
+                layout.block, layout.local_blocks, layout.vert_stride
+            )?;
+        }
+        writeln!(out, "  run as {format}: {plan}")?;
+        if plan.hidden > plan.dropped {
+            writeln!(
+                out,
+                "  of the KV cache up to {} are seen by no later token (--drop-hidden-keys gives them back)",
+                Size(plan.hidden)
+            )?;
+        }
+        match plan.check(machine) {
+            Ok(Fit::Whole) => {}
+            Ok(Fit::WithDisk) => writeln!(out, "  {}", beyond_memory(plan, machine))?,
+            Err(error) => writeln!(out, "  {}", refusal(&error))?,
+        }
+        Ok(())
     }
-    Ok(())
+
+    /// A line for each tensor.
+    fn tensors(&self, out: &mut impl Write) -> io::Result<()> {
+        writeln!(out)?;
+        for (name, tensor) in self.source.checkpoint.tensors() {
+            let shape: Vec<_> = tensor.shape().iter().map(usize::to_string).collect();
+            writeln!(
+                out,
+                "{:>10}  {:5} {:>14}  {name}",
+                Size(tensor.bytes().len()).to_string(),
+                tensor.dtype().name(),
+                shape.join(" x ")
+            )?;
+        }
+        Ok(())
+    }
 }

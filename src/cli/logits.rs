@@ -1,7 +1,7 @@
 //! `phidias logits`: what the model thinks after every token of a prompt.
 
 use super::args::{Global, Logits};
-use super::files::{is_device, temporary_beside};
+use super::files::{check_out, is_device, temporary_beside};
 use super::open::Setup;
 use super::pictures::{self, Room};
 use anyhow::{Context, Result, bail};
@@ -17,6 +17,7 @@ pub fn logits(args: &Logits, global: &Global) -> Result<()> {
     let setup = Setup::to_run(global, &args.running)?;
     // Exact unless something else is asked: this command exists for comparisons.
     let origin = setup.locate(args.model.as_deref())?;
+    check_out(&args.out, origin.folder(), &args.pictures.files()?)?;
     let stored = super::open::open_source(&origin)?.stored_format();
     let default = if stored.packed().is_some() {
         stored

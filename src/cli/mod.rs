@@ -13,6 +13,7 @@ mod open;
 mod pictures;
 mod quantize;
 mod run;
+mod signals;
 mod stats;
 mod synth;
 

@@ -1,8 +1,9 @@
 //! From the command line's words to a model and a session.
 
 use super::args::{Global, RopeCrossing, Running, Sampling};
-use super::console::{Bar, Console, Unit, cancel_on_ctrl_c};
+use super::console::{Bar, Console, Unit};
 use super::device::{self, Devices};
+use super::signals;
 use anyhow::{Context, Result, bail};
 use phidias::engine::machine::Machine;
 use phidias::engine::memory::{DoesNotFit, Fit, MemoryPlan, Size};
@@ -61,7 +62,7 @@ impl Setup {
         };
         Ok(Self {
             console: Console::new(global.quiet),
-            cancel: cancel_on_ctrl_c(),
+            cancel: signals::cancelling(),
             kernels,
             threads: global.threads,
             devices: Devices::new(global)?,
@@ -104,7 +105,7 @@ impl Setup {
         }
         let options = hub::HubOptions::from_env()?;
         let mut bar: Option<(String, Bar)> = None;
-        let folder = hub::fetch(model, self.revision.as_deref(), &options, &mut |progress| {
+        let mut progress = |progress: hub::Progress<'_>| {
             let (_, bar) = match &mut bar {
                 Some(current) if current.0 == progress.file => current,
                 other => other.insert((
@@ -113,8 +114,11 @@ impl Setup {
                 )),
             };
             bar.set(progress.done, progress.total);
-        })?;
-        Ok(folder)
+        };
+        // What came so far stays, and the next start goes on from there.
+        Ok(signals::waiting(|| {
+            hub::fetch(model, self.revision.as_deref(), &options, &mut progress)
+        })?)
     }
 
     #[cfg(not(feature = "hub"))]

@@ -2,6 +2,7 @@
 
 use super::args::Running;
 use super::console::{Bar, Unit};
+use super::files::check_out;
 use super::open::Setup;
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -10,6 +11,7 @@ use phidias::models::image::{Picture, Processed, frames};
 use phidias::models::session::{PictureMemory, Piece, default_context};
 use phidias::models::text::{GenerationPrompt, Message, Segment, encode_with_images};
 use phidias::{Model, Session};
+use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -59,13 +61,17 @@ impl Pictures {
         Ok(pictures)
     }
 
-    /// What is named, and the frames of what is a folder.
-    fn files(&self) -> Result<Vec<PathBuf>> {
+    /// What is named, and the frames of what is a folder. All of them are there: better said before
+    /// weights are read for them.
+    pub fn files(&self) -> Result<Vec<PathBuf>> {
         let mut files = Vec::new();
         for image in &self.images {
             match image.is_dir() {
                 true => files.extend(frames::list(image)?),
-                false => files.push(image.clone()),
+                false => {
+                    fs::metadata(image).with_context(|| image.display().to_string())?;
+                    files.push(image.clone());
+                }
             }
         }
         Ok(files)
@@ -156,11 +162,13 @@ pub fn encode(
 /// `phidias embed`: what the decoder sees of a picture.
 pub fn embed(args: &super::args::Embed, global: &super::args::Global) -> Result<()> {
     let setup = Setup::new(global)?;
-    let model = setup.open(&setup.locate(Some(&args.model))?, args.format)?;
     let files = args.picture.files()?;
     if files.len() != 1 {
         bail!("--image: expected one picture, found {}", files.len());
     }
+    let origin = setup.locate(Some(&args.model))?;
+    check_out(&args.out, origin.folder(), &files)?;
+    let model = setup.open(&origin, args.format)?;
     let any = Room {
         positions: usize::MAX,
         more: "",

@@ -1,18 +1,20 @@
 //! `phidias run`: one prompt, one answer.
 
 use super::args::{Global, Run};
+use super::console::{Stdout, say};
+use super::files;
 use super::open::{Setup, generate_options};
 use super::pictures::{self, Room};
+use super::signals;
 use super::stats::{self, routing};
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use phidias::engine::generate::{Event, FinishReason, GenerateOptions, Outcome, generate};
 use phidias::engine::memory::Size;
 use phidias::models::Text;
 use phidias::models::session::PictureMemory;
 use phidias::models::text::{Detokenizer, Special};
 use serde_json::{Value, json};
-use std::fs;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::ops::ControlFlow;
 
 /// Answers one prompt.
@@ -20,6 +22,7 @@ pub fn run(args: &Run, global: &Global) -> Result<()> {
     let setup = Setup::to_run(global, &args.running)?;
     let (model, from_stdin) = positional(&args.model)?;
     let prompt = prompt(args, from_stdin)?;
+    args.pictures.files()?;
     let model = setup.open(&setup.locate(model)?, args.running.format)?;
     stats::check(
         args.statistics.stats,
@@ -36,7 +39,6 @@ pub fn run(args: &Run, global: &Global) -> Result<()> {
     let ids = pictures::attach(&setup, &mut session, segments, pictures)?;
     let mut detokenizer = detokenizer(model.text()?, &ids, args.raw)?;
     let mut out = Output {
-        stdout: io::stdout(),
         json: args.json,
         text: String::new(),
         tokens: Vec::new(),
@@ -64,9 +66,9 @@ pub fn run(args: &Run, global: &Global) -> Result<()> {
         if let Some(routing) = routing {
             object["routing"] = routing;
         }
-        writeln!(io::stdout(), "{object}")?;
+        writeln!(Stdout, "{object}")?;
     } else if let Some(routing) = routing {
-        eprintln!("{routing}");
+        say(routing);
     }
     setup.console.note(summary(&outcome, &options));
     if args.running.drop_hidden_keys {
@@ -99,25 +101,12 @@ fn prompt(args: &Run, from_stdin: bool) -> Result<String> {
     if from_stdin && (args.prompt.is_some() || args.file.is_some()) {
         bail!("- reads the prompt from stdin; it cannot stand beside -p or -f");
     }
-    let (bytes, name) = match (&args.prompt, &args.file) {
-        (Some(prompt), _) => return Ok(prompt.clone()),
-        (_, Some(file)) => (
-            fs::read(file).with_context(|| file.display().to_string())?,
-            file.display().to_string(),
-        ),
-        _ if from_stdin => {
-            let mut bytes = Vec::new();
-            io::stdin().read_to_end(&mut bytes).context("stdin")?;
-            (bytes, "stdin".into())
-        }
+    match (&args.prompt, &args.file) {
+        (Some(prompt), _) => Ok(prompt.clone()),
+        (_, Some(file)) => files::open_text(file),
+        _ if from_stdin => signals::waiting(|| files::read_text(io::stdin(), "stdin")),
         _ => bail!("no prompt: give -p TEXT, -f FILE, or - for stdin"),
-    };
-    String::from_utf8(bytes).map_err(|e| {
-        let at = e.utf8_error().valid_up_to();
-        anyhow::anyhow!(
-            "{name}: the prompt is not UTF-8: the byte at {at} does not belong to a character"
-        )
-    })
+    }
 }
 
 /// A chat answer is a text of its own; a raw one continues the prompt.
@@ -130,7 +119,6 @@ fn detokenizer(text: &Text, prompt: &[u32], raw: bool) -> Result<Detokenizer> {
 
 /// The answer on its way to stdout.
 struct Output {
-    stdout: io::Stdout,
     json: bool,
     text: String,
     tokens: Vec<Value>,
@@ -164,10 +152,9 @@ impl Output {
             return ControlFlow::Continue(());
         }
         self.started |= !text.is_empty();
-        match self
-            .stdout
+        match Stdout
             .write_all(text.as_bytes())
-            .and_then(|()| self.stdout.flush())
+            .and_then(|()| Stdout.flush())
         {
             Ok(()) => ControlFlow::Continue(()),
             Err(error) => {
@@ -181,10 +168,10 @@ impl Output {
     /// word leaves stdout empty.
     fn end(&mut self, answered: bool) -> Result<()> {
         if let Some(error) = self.failed.take() {
-            return Err(error).context("stdout");
+            return Err(error.into());
         }
         if !self.json && (answered || self.started) {
-            writeln!(self.stdout).context("stdout")?;
+            writeln!(Stdout)?;
         }
         Ok(())
     }
@@ -240,11 +227,12 @@ pub fn summary(outcome: &Outcome, options: &GenerateOptions) -> String {
         ),
         _ => String::new(),
     };
+    let count = |n: usize| format!("{n} token{}", if n == 1 { "" } else { "s" });
     format!(
-        "prompt: {} tokens{}; answer: {} tokens{}{lookup}{end}",
-        outcome.prompt_tokens,
+        "prompt: {}{}; answer: {}{}{lookup}{end}",
+        count(outcome.prompt_tokens),
         rate(outcome.prefill_rate()),
-        outcome.ids.len(),
+        count(outcome.ids.len()),
         rate(outcome.decode_rate()),
     )
 }

@@ -1,6 +1,8 @@
 //! Small models written from scratch, and the fixtures, for the tests of the whole.
 #![allow(dead_code, reason = "every test program uses another part")]
 
+pub mod program;
+
 use phidias::models::weights::Role;
 use phidias::models::{Config, Family};
 use phidias::{Model, OpenOptions, Session, SessionOptions, WeightFormat};

@@ -7,6 +7,7 @@
 
 use crate::bytes::Bytes;
 use crate::cancel::Cancel;
+use crate::files::{MAX_INDEX_BYTES, read_at_most};
 use crate::huge::OwnedBytes;
 use crate::pool::Pool;
 use crate::tensor::{DType, Tensor};
@@ -313,7 +314,7 @@ fn read_shards(folder: &Path, index: &Path) -> Result<BTreeMap<String, Tensor>> 
     struct Index {
         weight_map: BTreeMap<String, String>,
     }
-    let text = fs::read(index).map_err(|source| CheckpointError::Io {
+    let text = read_at_most(index, MAX_INDEX_BYTES).map_err(|source| CheckpointError::Io {
         path: index.to_owned(),
         source,
     })?;

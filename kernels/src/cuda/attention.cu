@@ -352,7 +352,7 @@ struct Half {
         for (u32 c = 0; c < CHUNKS; c++) {
           keys[i][c] = {0, 0, 0, 0};
           if (at < stored.count && key_column(c) < head_dim) {
-            keys[i][c] = load_once16(stored.key(at, key_column(c)));
+            keys[i][c] = *reinterpret_cast<const U32x4*>(stored.key(at, key_column(c)));
           }
         }
       }
@@ -891,6 +891,7 @@ attend_full(const float* qkv, u32 tokens, const Heads& heads, float scale, float
   extern "C" __global__ void __launch_bounds__(THREADS) attend_decode_##NAME(                    \
     LAYER(T), float* acc, float* max, float* sum, u32* done, float* y                          \
   ) {                                                                                            \
+    after_previous();                                                                          \
     Layer<T> layer = THE_LAYER;                                                                \
     attend_split<P, T>(layer, {acc, max, sum, done}, y);                                       \
   }                                                                                              \
@@ -898,6 +899,7 @@ attend_full(const float* qkv, u32 tokens, const Heads& heads, float scale, float
   extern "C" __global__ void __launch_bounds__(THREADS) attend_prompt_##NAME(                    \
     LAYER(T), float* y                                                                         \
   ) {                                                                                            \
+    after_previous();                                                                          \
     Layer<T> layer = THE_LAYER;                                                                \
     attend_prompt<P, T>(layer, y);                                                             \
   }                                                                                              \
@@ -906,6 +908,7 @@ attend_full(const float* qkv, u32 tokens, const Heads& heads, float scale, float
     const float* qkv, u32 tokens, u32 heads, u32 kv_heads, u32 head_dim, u32 grouped,          \
     float scale, float* y                                                                      \
   ) {                                                                                            \
+    after_previous();                                                                          \
     attend_full<P>(qkv, tokens, {heads, kv_heads, head_dim, grouped}, scale, y);               \
   }
 
@@ -960,6 +963,7 @@ __device__ __forceinline__ void rope_and_store(
     float* qkv, const float* cos, const float* sin, T* keys, T* values, const u32* first,      \
     u32 tokens, u32 heads, u32 kv_heads, u32 head_dim, u32 grouped, u32 context                \
   ) {                                                                                            \
+    after_previous();                                                                          \
     rope_and_store<T>(                                                                         \
       qkv, cos, sin, keys, values, first, tokens, {heads, kv_heads, head_dim, grouped},      \
       context                                                                                \

@@ -5,7 +5,8 @@ use std::fmt::{self, Debug};
 use std::marker::PhantomData;
 use std::mem::size_of;
 use std::ops::{Bound, RangeBounds};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::thread::{self, ThreadId};
 
 /// A source of kernels: one file, one translation unit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -70,6 +71,20 @@ impl Source {
             Self::Peak => include_str!("peak.cu"),
             #[cfg(test)]
             Self::Probe => include_str!("check/probe.cu"),
+        }
+    }
+
+    /// Whether its kernels may begin while the one before ends: they wait for it themselves, by
+    /// `after_previous` of `common.cuh`.
+    #[must_use]
+    pub fn overlaps(self) -> bool {
+        match self {
+            Self::Elementwise | Self::Linear | Self::Experts | Self::Attention | Self::Sample => {
+                true
+            }
+            Self::Peak => false,
+            #[cfg(test)]
+            Self::Probe => false,
         }
     }
 
@@ -317,7 +332,8 @@ pub trait Device: Send + Sync + Debug {
     fn synchronize(&self) -> Result<(), DeviceError>;
 
     /// What `work` launches, copies and zeroes, recorded instead of done. Memory that it uses stays until
-    /// the recording is dropped. What other threads ask of the device at the same time is recorded too.
+    /// the recording is dropped. Other threads that ask something of the device wait until it is made; `work`
+    /// must not wait for one of them.
     /// # Errors
     /// Those of `work`; [`DeviceError::Recording`] when it records, or asks for anything else.
     fn record(
@@ -369,6 +385,78 @@ impl Deferred {
             state.1.push(address);
         }
         state.0 == 0
+    }
+}
+
+/// Who may ask the device for something: everybody, but while a thread records, nobody else. What others
+/// launch would otherwise be recorded, and what they read or take would spoil the recording.
+#[derive(Debug, Default)]
+pub(super) struct Turns {
+    calls: RwLock<()>,
+    recorder: Mutex<Option<ThreadId>>,
+}
+
+/// A call is made while this lives; for the thread that records it is nothing. No thread holds two of
+/// others: the second would wait behind a recording that waits for the first.
+pub(super) struct Turn<'t> {
+    _held: Option<RwLockReadGuard<'t, ()>>,
+    /// Whether the call is recorded.
+    pub(super) recorded: bool,
+}
+
+/// The turn of the thread that records.
+#[derive(Debug)]
+pub(super) struct Recorder<'t> {
+    turns: &'t Turns,
+    _held: RwLockWriteGuard<'t, ()>,
+}
+
+impl Turns {
+    fn records(&self) -> bool {
+        let recorder = self.recorder.lock().unwrap_or_else(PoisonError::into_inner);
+        *recorder == Some(thread::current().id())
+    }
+
+    /// A turn for one call, when no other thread records.
+    pub(super) fn call(&self) -> Turn<'_> {
+        let recorded = self.records();
+        let held = || self.calls.read().unwrap_or_else(PoisonError::into_inner);
+        Turn {
+            _held: (!recorded).then(held),
+            recorded,
+        }
+    }
+
+    /// The same for what cannot be recorded.
+    pub(super) fn unrecorded(&self, what: &'static str) -> Result<Turn<'_>, DeviceError> {
+        match self.call() {
+            turn if turn.recorded => Err(DeviceError::Recording { what }),
+            turn => Ok(turn),
+        }
+    }
+
+    /// A turn for a whole recording, when the calls of other threads have returned.
+    pub(super) fn record(&self) -> Result<Recorder<'_>, DeviceError> {
+        if self.records() {
+            let what = "a recording";
+            return Err(DeviceError::Recording { what });
+        }
+        let held = self.calls.write().unwrap_or_else(PoisonError::into_inner);
+        self.set(Some(thread::current().id()));
+        Ok(Recorder {
+            turns: self,
+            _held: held,
+        })
+    }
+
+    fn set(&self, recorder: Option<ThreadId>) {
+        *self.recorder.lock().unwrap_or_else(PoisonError::into_inner) = recorder;
+    }
+}
+
+impl Drop for Recorder<'_> {
+    fn drop(&mut self) {
+        self.turns.set(None);
     }
 }
 

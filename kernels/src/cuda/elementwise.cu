@@ -196,6 +196,7 @@ struct Gelu {
 #define VALUES_KERNEL(NAME, VALUE, TO)                                                                            \
   extern "C" __global__ void __launch_bounds__(256)                                                               \
   NAME(const float* x, void* values, Head* heads, u32 cols, u32 stride, i32 zero, float limit) {                  \
+    after_previous();                                                                                             \
     u32 row = blockIdx.x, at = (blockIdx.y * blockDim.x + threadIdx.x) * VALUES;                                  \
     TO::put(Output{values, heads, cols, stride, zero}, row, at, VALUE::of(x, row, at, cols, limit));              \
   }
@@ -277,6 +278,7 @@ __device__ __forceinline__ void add_norm(float* x, const float* branch, const fl
   extern "C" __global__ void __launch_bounds__(1024)                                                                   \
   NAME(float* x, const float* branch, const float* weight, const float* bias, float eps, void* values, Head* heads,    \
        u32 cols, u32 stride, i32 zero) {                                                                               \
+    after_previous();                                                                                                  \
     add_norm<NORM, TO>(x, branch, weight, bias, eps, Output{values, heads, cols, stride, zero});                       \
   }
 #define NORM_KERNELS(NAME, NORM)             \
@@ -339,6 +341,7 @@ struct TablePacked {
 #define EMBED_KERNEL(NAME, TABLE)                                                                                 \
   extern "C" __global__ void __launch_bounds__(256)                                                               \
   NAME(const u32* ids, const void* table, float* x, u32 rows, u32 cols, u32 stride, float multiplier) {           \
+    after_previous();                                                                                             \
     u32 at = (blockIdx.y * blockDim.x + threadIdx.x) * VALUES, id = ids[blockIdx.x];                              \
     float nan = __uint_as_float(0x7FC00000u);                                                                     \
     F32x4 v = {nan, nan, nan, nan};                                                                               \
@@ -360,6 +363,7 @@ extern "C" __global__ void __launch_bounds__(256)
 finish_logits(float* logits,      // [rows, vocab]
               const u32* unused,  // [ranges, 2]: first and end
               u32 vocab, float divisor, u32 ranges) {
+  after_previous();
   u32 id = blockIdx.y * blockDim.x + threadIdx.x;
   if (id >= vocab) return;
   float* own = logits + (u64)blockIdx.x * vocab + id;

@@ -61,6 +61,7 @@ __device__ __forceinline__ Best pick(const float* scores, u32 experts, u32 taken
 // One block. Dynamic shared memory: two counts an expert, and two more.
 extern "C" __global__ void __launch_bounds__(512) route(const float* scores, u32 tokens, u32 experts, float jitter, u32 tile, u32 most_tiles, u32* picks,
          float* weights, u32* places, u32* sources, u32* tiles, u64* loads) {
+  after_previous();
   DYN_SHARED(u32, offsets);  // [experts + 1]: first the counts, then where each group begins
   u32* first_tiles = offsets + experts + 1;  // [experts + 1]
   u32 thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP, warps = blockDim.x / WARP;
@@ -135,6 +136,7 @@ extern "C" __global__ void __launch_bounds__(512) route(const float* scores, u32
 
 // A token (`blockIdx.x`) and as many columns as threads (`blockIdx.y`).
 extern "C" __global__ void __launch_bounds__(256) sum_picks(const float* outputs, const u32* places, const float* weights, u32 cols, float* y) {
+  after_previous();
   u32 token = blockIdx.x, column = blockIdx.y * blockDim.x + threadIdx.x;
   if (column >= cols) return;
   float a = outputs[u64(places[token * PICKS]) * cols + column];

@@ -1,7 +1,7 @@
 //! An NVIDIA GPU, through the driver's library, which is looked for when the first one is opened.
 
 use super::device::{
-    Arg, Deferred, Device, DeviceError, Kernel, Launch, Limits, Recording, Source,
+    Arg, Deferred, Device, DeviceError, Kernel, Launch, Limits, Recording, Source, Turn, Turns,
 };
 use super::nvrtc::{self, Target};
 use cudarc::driver::result::{self, DriverError};
@@ -13,7 +13,6 @@ use std::fmt;
 use std::io::Write;
 use std::path::Path;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
@@ -21,6 +20,8 @@ use std::thread;
 const OLDEST_DRIVER: i32 = 12080;
 /// The least compute capability times 10: asynchronous copies and the matrix instructions came with 8.0.
 const LEAST_CAPABILITY: u32 = 80;
+/// From 9.0 on a kernel may begin while the one before ends.
+const OVERLAP_CAPABILITY: u32 = 90;
 /// Arguments that a kernel has at most.
 const MOST_ARGUMENTS: usize = 64;
 
@@ -31,11 +32,13 @@ pub struct Gpu(Arc<Inner>);
 struct Inner {
     name: String,
     limits: Limits,
+    /// Whether kernels may begin while the one before ends.
+    overlaps: bool,
     functions: HashMap<Kernel, sys::CUfunction>,
     modules: Vec<sys::CUmodule>,
     stream: Arc<CudaStream>,
     context: Arc<CudaContext>,
-    recording: AtomicBool,
+    turns: Turns,
     deferred: Deferred,
     /// The kernel launched last, to be named when the device is lost.
     last: Mutex<&'static str>,
@@ -100,11 +103,12 @@ impl Gpu {
         let mut inner = Inner {
             name,
             limits,
+            overlaps: capability >= OVERLAP_CAPABILITY,
             functions: HashMap::new(),
             modules: Vec::new(),
             stream,
             context,
-            recording: AtomicBool::new(false),
+            turns: Turns::default(),
             deferred: Deferred::default(),
             last: Mutex::new("none"),
         };
@@ -241,19 +245,24 @@ impl Inner {
     }
 
     /// Makes the device that of this thread.
-    fn enter(&self) -> Result<sys::CUstream, DeviceError> {
+    fn bind(&self) -> Result<sys::CUstream, DeviceError> {
         self.context
             .bind_to_thread()
             .map_err(self.failed("cuCtxSetCurrent"))?;
         Ok(self.stream.cu_stream())
     }
 
+    /// The same for a call, which is made while the turn lives.
+    fn enter(&self) -> Result<(Turn<'_>, sys::CUstream), DeviceError> {
+        Ok((self.turns.call(), self.bind()?))
+    }
+
     /// The same, for what cannot be recorded.
-    fn enter_unrecorded(&self, what: &'static str) -> Result<sys::CUstream, DeviceError> {
-        match self.recording.load(Ordering::SeqCst) {
-            true => Err(DeviceError::Recording { what }),
-            false => self.enter(),
-        }
+    fn enter_unrecorded(
+        &self,
+        what: &'static str,
+    ) -> Result<(Turn<'_>, sys::CUstream), DeviceError> {
+        Ok((self.turns.unrecorded(what)?, self.bind()?))
     }
 
     fn wait(&self, stream: sys::CUstream) -> Result<(), DeviceError> {
@@ -261,9 +270,14 @@ impl Inner {
         unsafe { result::stream::synchronize(stream) }.map_err(self.failed("cuStreamSynchronize"))
     }
 
+    fn free_memory(&self) -> Result<usize, DeviceError> {
+        let (free, _) = result::mem_get_info().map_err(self.failed("cuMemGetInfo"))?;
+        Ok(free)
+    }
+
     fn free_now(&self, address: u64) {
         // Nobody can be told; a device that is lost has lost its memory too.
-        if let Ok(stream) = self.enter() {
+        if let Ok((_turn, stream)) = self.enter() {
             let _ = self.wait(stream);
             // SAFETY: allocated here, and the last work on it is done.
             let _ = unsafe { result::free_sync(address) };
@@ -273,7 +287,7 @@ impl Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        if let Ok(stream) = self.enter() {
+        if let Ok(stream) = self.bind() {
             let _ = self.wait(stream);
             for &module in &self.modules {
                 // SAFETY: loaded here; all work is done.
@@ -293,19 +307,18 @@ impl Device for Gpu {
     }
 
     fn free_memory(&self) -> Result<usize, DeviceError> {
-        self.0.enter()?;
-        let (free, _) = result::mem_get_info().map_err(self.0.failed("cuMemGetInfo"))?;
-        Ok(free)
+        let (_turn, _) = self.0.enter()?;
+        self.0.free_memory()
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64, DeviceError> {
-        self.0.enter_unrecorded("an allocation")?;
+        let (_turn, _) = self.0.enter_unrecorded("an allocation")?;
         // SAFETY: nobody has seen the memory before.
         match unsafe { result::malloc_sync(bytes) } {
             Ok(address) => Ok(address),
             Err(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => Err(DeviceError::OutOfMemory {
                 asked: bytes,
-                free: self.free_memory()?,
+                free: self.0.free_memory()?,
                 total: self.0.limits.memory,
             }),
             Err(error) => Err(self.0.failed("cuMemAlloc")(error)),
@@ -319,7 +332,7 @@ impl Device for Gpu {
     }
 
     unsafe fn upload(&self, to: u64, from: &[u8]) -> Result<(), DeviceError> {
-        let stream = self.0.enter_unrecorded("an upload")?;
+        let (_turn, stream) = self.0.enter_unrecorded("an upload")?;
         if from.is_empty() {
             return Ok(());
         }
@@ -330,7 +343,7 @@ impl Device for Gpu {
     }
 
     unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<(), DeviceError> {
-        let stream = self.0.enter_unrecorded("a download")?;
+        let (_turn, stream) = self.0.enter_unrecorded("a download")?;
         if to.is_empty() {
             return Ok(());
         }
@@ -341,7 +354,7 @@ impl Device for Gpu {
     }
 
     unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), DeviceError> {
-        let stream = self.0.enter()?;
+        let (_turn, stream) = self.0.enter()?;
         if bytes == 0 {
             return Ok(());
         }
@@ -351,7 +364,7 @@ impl Device for Gpu {
     }
 
     unsafe fn zero(&self, at: u64, bytes: usize) -> Result<(), DeviceError> {
-        let stream = self.0.enter()?;
+        let (_turn, stream) = self.0.enter()?;
         if bytes == 0 {
             return Ok(());
         }
@@ -383,21 +396,33 @@ impl Device for Gpu {
             *value = arg.bits();
             *pointer = ptr::from_mut(value).cast();
         }
-        let stream = self.0.enter()?;
+        let (_turn, stream) = self.0.enter()?;
         *self.0.last.lock().unwrap_or_else(PoisonError::into_inner) = kernel.name;
         let ([gx, gy, gz], [bx, by, bz]) = (launch.grid, launch.block);
-        // SAFETY: the function is loaded, and its arguments, which the driver copies, are what the caller
-        // promises that it takes.
+        let mut overlap = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue {
+                programmaticStreamSerializationAllowed: 1,
+            },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: gx,
+            gridDimY: gy,
+            gridDimZ: gz,
+            blockDimX: bx,
+            blockDimY: by,
+            blockDimZ: bz,
+            sharedMemBytes: shared,
+            hStream: stream,
+            attrs: &raw mut overlap,
+            numAttrs: u32::from(self.0.overlaps && kernel.source.overlaps()),
+        };
+        // SAFETY: the function is loaded, and its arguments, which the driver copies as it does the attribute,
+        // are what the caller promises that it takes. A kernel that overlaps waits by itself.
         let result = unsafe {
-            let (grid, block) = ((gx, gy, gz), (bx, by, bz));
-            result::launch_kernel(
-                function,
-                grid,
-                block,
-                shared,
-                stream,
-                &mut pointers[..args.len()],
-            )
+            let pointers = pointers.as_mut_ptr();
+            sys::cuLaunchKernelEx(&raw const config, function, pointers, ptr::null_mut()).result()
         };
         result.map_err(|error| match is_fatal(error) {
             true => self.0.lost(error),
@@ -406,7 +431,7 @@ impl Device for Gpu {
     }
 
     fn synchronize(&self) -> Result<(), DeviceError> {
-        let stream = self.0.enter_unrecorded("waiting")?;
+        let (_turn, stream) = self.0.enter_unrecorded("waiting")?;
         self.0.wait(stream)
     }
 
@@ -415,23 +440,18 @@ impl Device for Gpu {
         work: &mut dyn FnMut() -> Result<(), DeviceError>,
     ) -> Result<Box<dyn Recording>, DeviceError> {
         let inner = &self.0;
-        let stream = inner.enter_unrecorded("a recording")?;
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-        // From here on what is dropped undoes what was done.
+        // Whatever becomes of the work: what comes later here is dropped earlier, the turn last.
+        let _recorder = inner.turns.record()?;
+        let stream = inner.bind()?;
         inner.deferred.begin();
         let mut recorded = Recorded {
             device: Arc::clone(inner),
             graph: ptr::null_mut(),
             executable: ptr::null_mut(),
         };
-        // SAFETY: the stream is this device's own, and is not being recorded.
-        unsafe { result::stream::begin_capture(stream, mode) }
-            .map_err(inner.failed("cuStreamBeginCapture"))?;
-        inner.recording.store(true, Ordering::SeqCst);
+        let capture = Capture::begin(stream).map_err(inner.failed("cuStreamBeginCapture"))?;
         let done = work();
-        inner.recording.store(false, Ordering::SeqCst);
-        // SAFETY: begun above; it is ended whatever became of the work.
-        let ended = unsafe { result::stream::end_capture(stream) };
+        let ended = capture.end();
         if let Ok(graph) = ended {
             recorded.graph = graph;
         }
@@ -451,19 +471,17 @@ impl Device for Gpu {
         &self,
         work: &mut dyn FnMut() -> Result<(), DeviceError>,
     ) -> Result<f64, DeviceError> {
-        let stream = self.0.enter_unrecorded("a measurement")?;
         let failed = || self.0.failed("measuring time");
-        let (start, end) = (
-            Event::new().map_err(failed())?,
-            Event::new().map_err(failed())?,
-        );
-        // SAFETY: events and stream are of this device and live on.
-        unsafe { result::event::record(start.0, stream) }.map_err(failed())?;
+        // A turn ends before the work, which takes its own.
+        let start = {
+            let (_turn, stream) = self.0.enter_unrecorded("a measurement")?;
+            Event::record(stream).map_err(failed())?
+        };
         work()?;
-        let stream = self.0.enter()?;
-        // SAFETY: as above; the time is asked for when both events have happened.
+        let (_turn, stream) = self.0.enter()?;
+        let end = Event::record(stream).map_err(failed())?;
+        // SAFETY: both events are of this device; the time is asked for when both have happened.
         let milliseconds = unsafe {
-            result::event::record(end.0, stream).map_err(failed())?;
             result::event::synchronize(end.0).map_err(failed())?;
             result::event::elapsed(start.0, end.0).map_err(failed())?
         };
@@ -471,12 +489,49 @@ impl Device for Gpu {
     }
 }
 
+/// What is launched in the stream is being recorded, until this ends.
+struct Capture(sys::CUstream);
+
+impl Capture {
+    /// `stream` is this device's own, and nothing is being recorded.
+    fn begin(stream: sys::CUstream) -> Result<Self, DriverError> {
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: as the caller says.
+        unsafe { result::stream::begin_capture(stream, mode) }.map(|()| Self(stream))
+    }
+
+    fn end(self) -> Result<sys::CUgraph, DriverError> {
+        let stream = self.0;
+        std::mem::forget(self);
+        // SAFETY: begun above.
+        unsafe { result::stream::end_capture(stream) }
+    }
+}
+
+impl Drop for Capture {
+    /// The work panicked.
+    fn drop(&mut self) {
+        // SAFETY: begun above; the graph is nobody else's.
+        unsafe {
+            if let Ok(graph) = result::stream::end_capture(self.0)
+                && !graph.is_null()
+            {
+                let _ = result::graph::destroy(graph);
+            }
+        }
+    }
+}
+
 /// A point in the stream, whose time is taken.
 struct Event(sys::CUevent);
 
 impl Event {
-    fn new() -> Result<Self, DriverError> {
-        result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map(Self)
+    /// Where `stream`, this device's own, is now.
+    fn record(stream: sys::CUstream) -> Result<Self, DriverError> {
+        let event = result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map(Self)?;
+        // SAFETY: the stream lives, and the event is of its device.
+        unsafe { result::event::record(event.0, stream) }?;
+        Ok(event)
     }
 }
 
@@ -505,7 +560,7 @@ impl fmt::Debug for Recorded {
 
 impl Recording for Recorded {
     fn replay(&self) -> Result<(), DeviceError> {
-        let stream = self.device.enter_unrecorded("a replay")?;
+        let (_turn, stream) = self.device.enter_unrecorded("a replay")?;
         *(self.device.last.lock()).unwrap_or_else(PoisonError::into_inner) = "of a recording";
         // SAFETY: the graph is of this device. Launches that it repeats were promised to be right, and the
         // memory they use is kept.
@@ -516,7 +571,7 @@ impl Recording for Recorded {
 
 impl Drop for Recorded {
     fn drop(&mut self) {
-        if self.device.enter().is_ok() {
+        if self.device.bind().is_ok() {
             // SAFETY: made in `record`, not used again. While it still runs, the driver keeps it.
             unsafe {
                 if !self.executable.is_null() {

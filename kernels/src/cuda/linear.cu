@@ -35,13 +35,18 @@
 //                can issue 60.
 // Prompt  A thread block has 8 panels and 64 tokens, 8 warps of 2 panels and 32 tokens; weights and
 //         activations come through shared memory, some stages ahead (`cp.async`). Two blocks fit a
-//         multiprocessor, for which the 128 registers of a thread are filled.
+//         multiprocessor, for which the 128 registers of a thread are filled. For bf16 it is 128 tokens, 64
+//         a warp, and one block: 185 registers.
 //         Limit  packed: issuing instructions. Of the 200 that a warp executes a block, 64 are additions and
 //                multiply-adds of the 32 sums of a lane, and 8 are matrix instructions of 4096 products:
 //                650 products a cycle and multiprocessor, of the 2048 (sm_80) or 4096 (sm_90) that the int8
-//                tensor cores could do. bf16: shared memory, 4 KiB for 16 instructions.
+//                tensor cores could do. bf16: what L2 gives. Shared memory, 6 KiB for 32 instructions at 128
+//                bytes a cycle, would do for 1365 products a cycle.
 //         Work   from L2 a thread block takes 18 bytes a block and row of q4 and 40 a block and token: with
-//                128 rows and 64 tokens 4.9 KB for 262,144 products, 12 bytes a cycle at 650.
+//                128 rows and 64 tokens 4.9 KB for 262,144 products, 12 bytes a cycle at 650. Of bf16 it is
+//                64 bytes a block and row or token, 16 KiB for 524,288 products: if L2 gives a multiprocessor
+//                27 bytes a cycle, 860 products, two thirds of what mma.sync reaches on an H100 (about 1300).
+//                64 tokens would be 12 KiB for half of them: 580.
 //         No GPU has timed either yet: the figures are counted, in machine code for sm_90.
 
 #include "common.cuh"
@@ -52,9 +57,10 @@ constexpr u32 LINE = 64;
 // K ranges, and the warps of a decoding block.
 constexpr u32 RANGES = 8;
 constexpr u32 THREADS = 32 * RANGES;
-// Tokens of a decoding block, and of a prompt's.
+// Slots of a tile of an expert, where it has few and where it has many. The first are the tokens of a decoding
+// block; a prompt's has `Format::TOKENS`, all of the second or a part.
 constexpr u32 FEW = 8;
-constexpr u32 MANY = 64;
+constexpr u32 MANY = 128;
 // Panels of a prompt's block.
 constexpr u32 PANELS = 8;
 
@@ -145,12 +151,18 @@ __device__ __forceinline__ Panel panel_at(const Product& p, u32 expert, u32 inde
   return panel;
 }
 
-// The rows of the result that a thread block makes, `size` at most.
-__device__ __forceinline__ Tile tile_at(const Product& p, u32 index, u32 size) {
-  if (p.tiles) return p.tiles[index];
-  u32 first = index * size;
-  u32 left = p.tokens - first;
-  return {0, first, min(left, size), 0};
+// The rows of the result that a thread block makes, `size` at most; listed tiles have `whole` at most, of
+// which each block has a part.
+__device__ __forceinline__ Tile tile_at(const Product& p, u32 index, u32 size, u32 whole) {
+  Tile tile = {0, 0, p.tokens, 0};
+  u32 skipped = index * size;
+  if (p.tiles) {
+    tile = p.tiles[skipped / whole];
+    skipped %= whole;
+  }
+  tile.first += skipped;
+  tile.count = tile.count > skipped ? min(tile.count - skipped, size) : 0;
+  return tile;
 }
 
 __device__ __forceinline__ u32 source_of(const Product& p, u32 slot) { return p.sources ? p.sources[slot] : slot; }
@@ -216,6 +228,13 @@ template <u32 LINES> struct Packed {
     u32 scales = (blocks * PANEL_ROWS * 2 + 63) / 64 * 64;
     const u8* at = panel.weights + u64(panel.index) * (scales + u64(blocks) * BLOCK_BYTES);
     return {at, at + scales};
+  }
+
+  // Has a warp bring blocks of a panel to the second cache.
+  static __device__ __forceinline__ void fetch(const Panel& panel, u32 blocks, u32 first, u32 last) {
+    const u8* from = rows_of(panel, blocks).quants + u64(first) * BLOCK_BYTES;
+    u32 bytes = (last - first) * BLOCK_BYTES;
+    for (u32 at = threadIdx.x % WARP * 128; at < bytes; at += WARP * 128) prefetch(from + at);
   }
 
   // The fragment of a block from a lane's words: rows 2 g and 2 g + 1 of line t, and of line t + 4.
@@ -348,13 +367,14 @@ template <u32 LINES> struct Packed {
   // Prompt: two blocks of everything a stage.
   static constexpr u32 BLOCKS_PER_STAGE = 2;
   static constexpr u32 STAGES = 3;
+  static constexpr u32 TOKENS = 64;
   static constexpr u32 SCALES_AT = PANELS * BLOCKS_PER_STAGE * BLOCK_BYTES;
   static constexpr u32 X_AT = SCALES_AT + PANELS * BLOCKS_PER_STAGE * PANEL_ROWS * 2;
-  static constexpr u32 HEADS_AT = X_AT + MANY * BLOCKS_PER_STAGE * BLOCK;
-  static constexpr u32 STAGE_BYTES = HEADS_AT + MANY * BLOCKS_PER_STAGE * sizeof(Head);
+  static constexpr u32 HEADS_AT = X_AT + TOKENS * BLOCKS_PER_STAGE * BLOCK;
+  static constexpr u32 STAGE_BYTES = HEADS_AT + TOKENS * BLOCKS_PER_STAGE * sizeof(Head);
   // Pieces of 16 bytes: of a panel's quants, which one warp copies; of its scales 4; of a token's activations 4.
   static constexpr u32 PIECES = BLOCKS_PER_STAGE * BLOCK_BYTES / 16;
-  static_assert(PANELS * WARP == THREADS && MANY * 4 == THREADS, "all threads copy");
+  static_assert(PANELS * WARP == THREADS && TOKENS * 4 == THREADS, "all threads copy");
 
   // What a thread copies of stage 0.
   struct Source {
@@ -385,17 +405,17 @@ template <u32 LINES> struct Packed {
     // Halves of a block change places for every other four tokens: reading is then free of conflicts.
     u32 token = thread / 4, block = thread % 4 / 2, half = thread % 2;
     if (block < left) {
-      u32 at = (block * MANY + token) * BLOCK + (half ^ (token / 4 % 2)) * 16;
+      u32 at = (block * TOKENS + token) * BLOCK + (half ^ (token / 4 % 2)) * 16;
       cp_async16(to + X_AT + at, p.x + u64(s.x + b) * BLOCK + thread % 4 * 16);
     }
     block = thread % 4;
     if (block < BLOCKS_PER_STAGE && block < left) {
-      cp_async8(to + HEADS_AT + (block * MANY + token) * sizeof(Head), p.heads + s.x + b + block);
+      cp_async8(to + HEADS_AT + (block * TOKENS + token) * sizeof(Head), p.heads + s.x + b + block);
     }
   }
 
-  // Adds block `block` of a stage: panels `panel` and `panel + 1`, 32 tokens from `token` on.
-  static __device__ __forceinline__ void add(Sums (&sums)[2][4], const u8* from, u32 block, u32 panel, u32 token, Lane lane) {
+  // Adds block `block` of a stage: panels `panel` and `panel + 1`, half the tokens, from `token` on.
+  static __device__ __forceinline__ void add(Sums (&sums)[2][TOKENS / 16], const u8* from, u32 block, u32 panel, u32 token, Lane lane) {
     u32 a[2][4];
     float low[2], high[2];
 #pragma unroll
@@ -415,8 +435,8 @@ template <u32 LINES> struct Packed {
       high[n] = f16_to_f32(u16(scales >> 16));
     }
 #pragma unroll
-    for (u32 i = 0; i < 4; i++) {
-      u32 first = block * MANY + token + 8 * i;
+    for (u32 i = 0; i < TOKENS / 16; i++) {
+      u32 first = block * TOKENS + token + 8 * i;
       const u8* x = from + X_AT + (first + lane.g) * BLOCK + lane.t * 4;
       u32 swap = lane.g / 4 * 16;
       u32 b[2] = {*reinterpret_cast<const u32*>(x + swap), *reinterpret_cast<const u32*>(x + (swap ^ 16))};
@@ -428,8 +448,10 @@ template <u32 LINES> struct Packed {
   }
 };
 
-// What bf16 and the floats share: row-major weights of `W`, activations of `X`, rows padded to whole blocks.
-template <class W, class X> struct RowMajor {
+// What bf16 and the floats share: row-major weights of `W`, activations of `X`, rows padded to whole blocks;
+// `T` tokens of a prompt's block.
+template <class W, class X, u32 T> struct RowMajor {
+  static constexpr u32 TOKENS = T;
   static constexpr u32 W_PIECES = BLOCK * sizeof(W) / 16, X_PIECES = BLOCK * sizeof(X) / 16;
 
   // Row `row` of a panel; the last one of the matrix stands for those past it.
@@ -437,6 +459,13 @@ template <class W, class X> struct RowMajor {
     u32 at = panel.index * PANEL_ROWS + row;
     u32 last = panel.rows > 0 ? panel.rows - 1 : 0;
     return panel.weights + u64(at < last ? at : last) * blocks * BLOCK * sizeof(W);
+  }
+
+  // Has a warp bring blocks of a panel to the second cache: two lanes a row.
+  static __device__ __forceinline__ void fetch(const Panel& panel, u32 blocks, u32 first, u32 last) {
+    u32 lane = threadIdx.x % WARP, bytes = (last - first) * BLOCK * sizeof(W);
+    const u8* from = row_of(panel, lane / 2, blocks) + u64(first) * BLOCK * sizeof(W);
+    for (u32 at = lane % 2 * 128; at < bytes; at += 256) prefetch(from + at);
   }
 
   // The row of a token; past the last one it stands in: sums of tokens do not mix, and theirs are not written.
@@ -447,9 +476,9 @@ template <class W, class X> struct RowMajor {
   // Prompt: a block a stage, `[panels][16 rows]` and `[tokens]`.
   static constexpr u32 BLOCKS_PER_STAGE = 1;
   static constexpr u32 X_AT = PANELS * PANEL_ROWS * BLOCK * sizeof(W);
-  static constexpr u32 STAGE_BYTES = X_AT + MANY * BLOCK * sizeof(X);
+  static constexpr u32 STAGE_BYTES = X_AT + TOKENS * BLOCK * sizeof(X);
   static constexpr u32 W_PER_THREAD = PANELS * PANEL_ROWS * W_PIECES / THREADS;
-  static constexpr u32 X_PER_THREAD = MANY * X_PIECES / THREADS;
+  static constexpr u32 X_PER_THREAD = TOKENS * X_PIECES / THREADS;
 
   // Where piece `piece` of row `row` stands. Pairs of rows lie together and their pieces change places, so
   // that neither the rows of one parity nor neighbouring ones meet in the same banks.
@@ -493,7 +522,7 @@ template <class W, class X> struct RowMajor {
 };
 
 // bf16 weights and activations.
-struct Bf16 : RowMajor<u16, u16> {
+struct Bf16 : RowMajor<u16, u16, 128> {
   // Adds a block from 16 bytes each of rows 2 g and 2 g + 1 and of token g.
   static __device__ __forceinline__ void add(Sums& sums, const U32x4& low, const U32x4& high, const U32x4& x) {
     u32 a[4] = {low.x, high.x, low.y, high.y}, b[2] = {x.x, x.y};
@@ -555,7 +584,7 @@ struct Bf16 : RowMajor<u16, u16> {
 
   static constexpr u32 STAGES = 4;
 
-  static __device__ __forceinline__ void add(Sums (&sums)[2][4], const u8* from, u32, u32 panel, u32 token, Lane lane) {
+  static __device__ __forceinline__ void add(Sums (&sums)[2][TOKENS / 16], const u8* from, u32, u32 panel, u32 token, Lane lane) {
     U32x4 rows[2][2];
 #pragma unroll
     for (u32 n = 0; n < 2; n++) {
@@ -566,7 +595,7 @@ struct Bf16 : RowMajor<u16, u16> {
       }
     }
 #pragma unroll
-    for (u32 i = 0; i < 4; i++) {
+    for (u32 i = 0; i < TOKENS / 16; i++) {
       u32 at = X_AT + place(token + 8 * i + lane.g, lane.t, X_PIECES);
       U32x4 x = *reinterpret_cast<const U32x4*>(from + at);
 #pragma unroll
@@ -577,8 +606,8 @@ struct Bf16 : RowMajor<u16, u16> {
 
 // f32 or f16 weights, f32 activations: the definition, for comparisons, not for speed. A lane has its rows
 // and tokens to itself.
-template <class W> struct Floats : RowMajor<W, float> {
-  using Rows = RowMajor<W, float>;
+template <class W> struct Floats : RowMajor<W, float, 64> {
+  using Rows = RowMajor<W, float, 64>;
   // Columns that a lane reads at a time.
   static constexpr u32 COLS = 8;
 
@@ -623,7 +652,7 @@ template <class W> struct Floats : RowMajor<W, float> {
 
   static constexpr u32 STAGES = sizeof(W) == 4 ? 2 : 3;
 
-  static __device__ __forceinline__ void add(Sums (&sums)[2][4], const u8* from, u32, u32 panel, u32 token, Lane lane) {
+  static __device__ __forceinline__ void add(Sums (&sums)[2][Rows::TOKENS / 16], const u8* from, u32, u32 panel, u32 token, Lane lane) {
 #pragma unroll 1
     for (u32 c = 0; c < BLOCK / COLS; c++) {
       float w[2][2][COLS];
@@ -641,7 +670,7 @@ template <class W> struct Floats : RowMajor<W, float> {
         }
       }
 #pragma unroll
-      for (u32 i = 0; i < 4; i++) {
+      for (u32 i = 0; i < Rows::TOKENS / 16; i++) {
 #pragma unroll
         for (u32 j = 0; j < 2; j++) {
 #pragma unroll
@@ -666,14 +695,23 @@ template <class W> struct Floats : RowMajor<W, float> {
   }
 };
 
-// Up to 8 tokens (`blockIdx.y` counts them) times one panel, or a gate's and up's (`blockIdx.x`).
+// Brings what a decoding block will read of the weights nearer while the kernel before ends. Of which expert
+// it will be only that kernel says.
+template <class Format, u32 N> __device__ __forceinline__ void decode_ahead(const Product& p) {
+  u32 first = threadIdx.x / WARP * p.range, last = min(first + p.range, p.blocks);
+  if (p.tiles || first >= last) return;
+  for (u32 n = 0; n < N; n++) Format::fetch(panel_at(p, 0, blockIdx.y * N + n), p.blocks, first, last);
+}
+
+// Up to 8 tokens (`blockIdx.x` counts them) times one panel, or a gate's and up's (`blockIdx.y`): blocks that
+// read the same weights follow one another.
 template <class Format, u32 N> __device__ __forceinline__ void decode(const Product& p) {
   __shared__ float partial[RANGES][N][FEW][PANEL_ROWS];
   u32 thread = threadIdx.x, warp = thread / 32;
-  Tile tile = tile_at(p, blockIdx.y, FEW);
+  Tile tile = tile_at(p, blockIdx.x, FEW, FEW);
   if (tile.count == 0) return;
   Panel panels[N];
-  for (u32 n = 0; n < N; n++) panels[n] = panel_at(p, tile.expert, blockIdx.x * N + n);
+  for (u32 n = 0; n < N; n++) panels[n] = panel_at(p, tile.expert, blockIdx.y * N + n);
 
   Lane lane = lane_of(thread);
   Sums sums[N] = {};
@@ -701,11 +739,11 @@ template <class Format, u32 N> __device__ __forceinline__ void decode(const Prod
   }
 }
 
-// 64 tokens (`blockIdx.x`) times 8 panels (`blockIdx.y`).
+// `Format::TOKENS` tokens (`blockIdx.x`) times 8 panels (`blockIdx.y`).
 template <class Format> __device__ __forceinline__ void prompt(const Product& p) {
   DYN_SHARED(u8, shared);
   u32 thread = threadIdx.x, warp = thread / 32;
-  Tile tile = tile_at(p, blockIdx.x, MANY);
+  Tile tile = tile_at(p, blockIdx.x, Format::TOKENS, MANY);
   if (tile.count == 0) return;
 
   auto source = Format::source(p, tile, blockIdx.y * PANELS, thread);
@@ -716,13 +754,14 @@ template <class Format> __device__ __forceinline__ void prompt(const Product& p)
   }
 
   Lane lane = lane_of(thread);
-  u32 panel = warp % (PANELS / 2) * 2, token = warp / (PANELS / 2) * 32;
-  Sums sums[2][4] = {}, totals[2][4] = {};
+  u32 panel = warp % (PANELS / 2) * 2, token = warp / (PANELS / 2) * (Format::TOKENS / 2);
+  constexpr u32 EIGHTS = Format::TOKENS / 16;  // of tokens, that a warp has
+  Sums sums[2][EIGHTS] = {}, totals[2][EIGHTS] = {};
   auto end_range = [&] {
 #pragma unroll
     for (u32 n = 0; n < 2; n++) {
 #pragma unroll
-      for (u32 i = 0; i < 4; i++) {
+      for (u32 i = 0; i < EIGHTS; i++) {
 #pragma unroll
         for (u32 j = 0; j < 4; j++) {
           totals[n][i].at[j] += sums[n][i].at[j];
@@ -757,7 +796,7 @@ template <class Format> __device__ __forceinline__ void prompt(const Product& p)
   Panel panels[2];
   for (u32 n = 0; n < 2; n++) panels[n] = panel_at(p, tile.expert, blockIdx.y * PANELS + panel + n);
 #pragma unroll
-  for (u32 i = 0; i < 4; i++) {
+  for (u32 i = 0; i < EIGHTS; i++) {
 #pragma unroll
     for (u32 j = 0; j < 2; j++) {
       u32 at = token + 8 * i + 2 * lane.t + j;
@@ -780,13 +819,22 @@ template <class Format> __device__ __forceinline__ void prompt(const Product& p)
   }
 }
 
-#define KERNELS_OF(name, Format, BLOCKS)                                                                       \
-  extern "C" __global__ void __launch_bounds__(THREADS, 2) name##_decode(PARAMETERS) { decode<Format, 1>(PRODUCT); }        \
-  extern "C" __global__ void __launch_bounds__(THREADS, 2) name##_decode_gated(PARAMETERS) { decode<Format, 2>(PRODUCT); }  \
-  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) name##_prompt(PARAMETERS) { prompt<Format>(PRODUCT); }
+#define DECODE(NAME, Format, N)                                                          \
+  extern "C" __global__ void __launch_bounds__(THREADS, 2) NAME(PARAMETERS) {            \
+    decode_ahead<Format, N>(PRODUCT);                                                    \
+    after_previous();                                                                    \
+    decode<Format, N>(PRODUCT);                                                          \
+  }
+#define KERNELS_OF(name, Format, BLOCKS)                                                 \
+  DECODE(name##_decode, Format, 1)                                                       \
+  DECODE(name##_decode_gated, Format, 2)                                                 \
+  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) name##_prompt(PARAMETERS) { \
+    after_previous();                                                                    \
+    prompt<Format>(PRODUCT);                                                             \
+  }
 
 KERNELS_OF(q4, Packed<4>, 2)
 KERNELS_OF(q8, Packed<8>, 2)
-KERNELS_OF(bf16, Bf16, 2)
+KERNELS_OF(bf16, Bf16, 1)
 KERNELS_OF(f32, Floats<float>, 1)
 KERNELS_OF(f16, Floats<u16>, 1)

@@ -37,8 +37,8 @@ const RANGES: usize = 8;
 const THREADS: u32 = 256;
 /// Tokens of a decoding block.
 pub(super) const FEW: usize = 8;
-/// Tokens of a prompt's block.
-pub(super) const MANY: usize = 64;
+/// Slots of a tile of an expert that has many, of which a prompt's block has all or a part.
+pub(super) const MANY: usize = 128;
 /// Panels of a prompt's block.
 const PANELS: usize = 8;
 /// Up to so many tokens the decoding kernel reads the weights once for each [`FEW`] of them, mostly from
@@ -459,7 +459,7 @@ impl Product<'_> {
         let (slots, inputs, tiles, few) = match self.rows {
             Rows::Tokens(tokens) => {
                 let few = tokens <= DECODE_TOKENS;
-                let tiles = tokens.div_ceil(if few { FEW } else { MANY });
+                let tiles = tokens.div_ceil(if few { FEW } else { tokens_of(elements) });
                 assert!(
                     self.matrices.iter().all(|w| w.count() == 1),
                     "one of several experts' matrices is meant"
@@ -478,6 +478,11 @@ impl Product<'_> {
                 routes.tiles(),
                 routes.tile() == FEW,
             ),
+        };
+        // Blocks that share a tile of an expert.
+        let parts = match self.rows {
+            Rows::Scattered(_) | Rows::Grouped(_) if !few => MANY / tokens_of(elements),
+            _ => 1,
         };
         let (sources, list) = match self.rows {
             Rows::Tokens(_) => (None, None),
@@ -532,10 +537,10 @@ impl Product<'_> {
         let silu = matches!(self.gate, Gate::Silu);
         let (grid, shared) = if few {
             let columns = if silu { panels / 2 } else { panels };
-            ([number(columns), number(tiles), 1], 0)
+            ([number(tiles), number(columns), 1], 0)
         } else {
             (
-                [number(tiles), number(panels.div_ceil(PANELS)), 1],
+                [number(tiles * parts), number(panels.div_ceil(PANELS)), 1],
                 stage_bytes(elements),
             )
         };
@@ -613,9 +618,17 @@ fn name(elements: Elements, few: bool, silu: bool) -> &'static str {
     }
 }
 
+/// Tokens of a prompt's block.
+fn tokens_of(elements: Elements) -> usize {
+    match elements {
+        Elements::Bf16 => 128,
+        Elements::Packed(_) | Elements::F16 | Elements::F32 => 64,
+    }
+}
+
 /// Bytes of shared memory that a prompt's block needs: all its stages.
 fn stage_bytes(elements: Elements) -> usize {
-    let (rows, tokens) = (PANELS * PANEL_ROWS, MANY);
+    let (rows, tokens) = (PANELS * PANEL_ROWS, tokens_of(elements));
     match elements {
         Elements::Packed(format) => {
             let (stages, blocks) = (3, 2);

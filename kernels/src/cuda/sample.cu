@@ -70,6 +70,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) argmax(
     u32 vocab,
     u32* into               // [rows, 6]: a row of results
 ) {
+  after_previous();
   __shared__ u64 parts[WARP];
   into += (u64)blockIdx.x * 6;
   u32 bad = NONE;
@@ -87,9 +88,11 @@ __device__ __forceinline__ void sort(u64 ranks[THREADS]) {
   for (u32 size = 2; size <= THREADS; size *= 2) {
     for (u32 apart = size / 2; apart > 0; apart /= 2) {
       u32 other = own ^ apart;
-      u64 a = ranks[own], b = ranks[other];
-      bool falls = (own & size) == 0;
-      if (own < other && (a < b) == falls) ranks[own] = b, ranks[other] = a;
+      if (own < other) {    // one of the two reads, and changes, both
+        u64 a = ranks[own], b = ranks[other];
+        bool falls = (own & size) == 0;
+        if ((a < b) == falls) ranks[own] = b, ranks[other] = a;
+      }
       __syncthreads();
     }
   }
@@ -101,6 +104,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) candidates(
     u32 vocab, u32 count,
     u32* into               // [rows, 4 + 2 count]: rows of results
 ) {
+  after_previous();
   __shared__ u64 ranks[THREADS], parts[WARP];
   __shared__ float sums[WARP];
   __shared__ u32 reached;

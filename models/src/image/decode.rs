@@ -18,10 +18,10 @@
 
 use super::Pixels;
 use super::error::ImageError;
+use crate::foreign::caught;
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
 use std::fs::File;
 use std::io::{Cursor, Read};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 /// Most bytes read of a picture's file.
@@ -71,11 +71,9 @@ impl Picture {
             origin: origin.into(),
             found: describe_start(bytes),
         })?;
-        // The decoders are tested against damaged files; should one panic all the same, that is
-        // the file's fault and an error here.
-        let decoded = catch_unwind(AssertUnwindSafe(|| decode(bytes, format)));
-        let decoded =
-            decoded.unwrap_or_else(|_| Err(Refusal::Damaged("the decoder failed".into())));
+        // The decoders are tested against damaged files; one might panic all the same.
+        let decoded = caught(|| decode(bytes, format))
+            .unwrap_or_else(|| Err(Refusal::Damaged("the decoder failed".into())));
         let pixels = decoded.map_err(|refusal| match refusal {
             Refusal::Size {
                 width,

@@ -7,6 +7,7 @@
 //! and its work, memory, depth and output are bounded.
 
 use std::io;
+use std::panic::resume_unwind;
 use std::path::Path;
 
 use minijinja::syntax::SyntaxConfig;
@@ -20,7 +21,11 @@ use super::tiktoken;
 use super::tokenizer::{Bos, MAX_TEXT_BYTES, Tokenizer};
 
 /// Longest template accepted; published ones have up to about twenty thousand bytes.
-const MAX_TEMPLATE_BYTES: usize = 1 << 20;
+const MAX_TEMPLATE_BYTES: usize = 64 << 10;
+/// Stack for compiling, for each byte of a template: a chain such as `x.a.a.a` or `---1` is as deep as it is
+/// long, and the compiler walks it by recursion without a bound of its own. Measured: 300 to 400 bytes.
+const STACK_PER_BYTE: usize = 1 << 10;
+const STACK_AT_LEAST: usize = 1 << 20;
 /// Work one rendering may do: one unit per instruction and per 64 bytes made, so that it bounds
 /// memory too. A message costs about thirty units and its own length.
 const FUEL: u64 = 10_000_000;
@@ -284,8 +289,13 @@ impl ChatTemplate {
             .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", raise_exception);
         environment.add_filter("tojson", tojson);
-        environment
-            .add_template_owned(TEMPLATE, source)
+        let stack = STACK_AT_LEAST + source.len() * STACK_PER_BYTE;
+        compile(&mut environment, source, stack)
+            .map_err(|error| TextError::TemplateFailed {
+                origin: origin.into(),
+                line: 0,
+                reason: format!("no thread with a stack of {stack} bytes to compile it: {error}"),
+            })?
             .map_err(syntax_error)?;
         Ok(Self {
             environment,
@@ -491,6 +501,22 @@ impl serde_json::ser::Formatter for OneLine {
     }
 }
 
+/// Adds the one template, compiled on a stack of so many bytes. The outer error: there is no such thread.
+fn compile(
+    environment: &mut Environment<'static>,
+    source: String,
+    stack: usize,
+) -> io::Result<Result<(), minijinja::Error>> {
+    std::thread::scope(|scope| {
+        let compiling = std::thread::Builder::new()
+            .stack_size(stack)
+            .spawn_scoped(scope, || environment.add_template_owned(TEMPLATE, source))?;
+        Ok(compiling
+            .join()
+            .unwrap_or_else(|panic| resume_unwind(panic)))
+    })
+}
+
 /// Output that refuses to grow beyond [`MAX_PROMPT_BYTES`].
 struct Bounded {
     bytes: Vec<u8>,
@@ -587,7 +613,7 @@ mod tests {
             matches!(error, TextError::TemplateSyntax { line: 2, .. }),
             "{error}"
         );
-        let deep = "(".repeat(100_000);
+        let deep = "(".repeat(50_000);
         let error = ChatTemplate::new(format!("{{{{ {deep}"), "here", None, None).unwrap_err();
         assert!(matches!(error, TextError::TemplateSyntax { .. }), "{error}");
         let long = " ".repeat(MAX_TEMPLATE_BYTES + 1);
@@ -596,6 +622,34 @@ mod tests {
             matches!(error, TextError::TemplateTooLong { .. }),
             "{error}"
         );
+    }
+
+    /// Each chain as long as a template can be. It compiles or is refused; on a smaller stack it aborts.
+    #[test]
+    fn chains_are_compiled_at_any_length() {
+        for (begin, link, end) in [
+            ("{{ ", "-", "1 }}"),
+            ("{{ ", "not ", "1 }}"),
+            ("{{ ", "1+", "1 }}"),
+            ("{{ ", "1<", "1 }}"),
+            ("{{ ", "1 or ", "1 }}"),
+            ("{{ ", "1 if 1 else ", "1 }}"),
+            ("{{ x", ".a", " }}"),
+            ("{{ x", "[0]", " }}"),
+            ("{{ x", "()", " }}"),
+            ("{{ x", "|e", " }}"),
+            ("{{ x is", " a is", " a }}"),
+            ("{{ ", "(", " }}"),
+            ("{% if 1 %}", "{%elif 1%}", "{% endif %}"),
+            ("", "{%if 1%}", ""),
+        ] {
+            let links = (MAX_TEMPLATE_BYTES - begin.len() - end.len()) / link.len();
+            let source = format!("{begin}{}{end}", link.repeat(links));
+            match ChatTemplate::new(source, "here", None, None) {
+                Ok(_) | Err(TextError::TemplateSyntax { .. }) => {}
+                Err(error) => panic!("{begin}{link}{link}{end}: {error}"),
+            }
+        }
     }
 
     #[test]

@@ -17,7 +17,7 @@ pub enum TextError {
     },
 
     /// A file is larger than any file of its kind has reason to be.
-    #[error("{path}: larger than {limit} bytes, the most that is read for this kind of file")]
+    #[error("{path}: larger than {limit} bytes, the most that is read of such a file")]
     FileTooLarge {
         /// The file.
         path: PathBuf,

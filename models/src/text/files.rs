@@ -1,9 +1,9 @@
 //! The small files beside `tokenizer.json`, read once and checked.
 
-use std::fs::File;
-use std::io::{ErrorKind, Read};
+use std::io::ErrorKind;
 use std::path::Path;
 
+use phidias_engine::files::read_at_most;
 use serde_json::{Map, Value};
 
 use super::error::TextError;
@@ -17,26 +17,20 @@ pub(super) const MAX_CONFIG_BYTES: u64 = 16 << 20;
 
 /// The bytes of a file, or `None` when there is no such file.
 pub(super) fn read(path: &Path, limit: u64) -> Result<Option<Vec<u8>>, TextError> {
-    let failed = |source| TextError::Read {
-        path: path.to_owned(),
-        source,
-    };
-    let file = match File::open(path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(failed(error)),
-    };
-    let mut bytes = Vec::new();
-    file.take(limit + 1)
-        .read_to_end(&mut bytes)
-        .map_err(failed)?;
-    if bytes.len() as u64 > limit {
-        return Err(TextError::FileTooLarge {
-            path: path.to_owned(),
-            limit,
-        });
+    match read_at_most(path, limit) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) => match error.kind() {
+            ErrorKind::NotFound => Ok(None),
+            ErrorKind::FileTooLarge => Err(TextError::FileTooLarge {
+                path: path.to_owned(),
+                limit,
+            }),
+            _ => Err(TextError::Read {
+                path: path.to_owned(),
+                source: error,
+            }),
+        },
     }
-    Ok(Some(bytes))
 }
 
 /// The text of a file, or `None` when there is no such file.

@@ -18,15 +18,16 @@
 //! that token, as in the reference.
 
 use std::collections::HashSet;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 
+use serde::de::IgnoredAny;
 use tokenizers::PostProcessorWrapper;
 
 use super::error::TextError;
 use super::files::{self, TokenizerConfig};
 use super::tiktoken;
+use crate::foreign::caught;
 
 /// Longest text that is encoded at once. Encoding needs memory of about a hundred times the text;
 /// the longest context of the family holds about half a megabyte.
@@ -350,9 +351,11 @@ impl std::fmt::Debug for Tokenizer {
 
 fn parse(tokenizer_json: &[u8], origin: &str) -> Result<tokenizers::Tokenizer, TextError> {
     guarded(|| tokenizers::Tokenizer::from_bytes(tokenizer_json)).map_err(|reason| {
+        // The library panics at some places where the JSON breaks off, and says of others that no variant fits.
+        let broken = serde_json::from_slice::<IgnoredAny>(tokenizer_json).err();
         TextError::Tokenizer {
             origin: origin.into(),
-            reason,
+            reason: broken.map_or(reason, |error| error.to_string()),
         }
     })
 }
@@ -360,10 +363,10 @@ fn parse(tokenizer_json: &[u8], origin: &str) -> Result<tokenizers::Tokenizer, T
 /// Calls into the `tokenizers` library. It checks a file part by part and trusts that the parts
 /// agree (`expect` in its code); should they not, that is the file's fault and an error here.
 fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
-    match catch_unwind(AssertUnwindSafe(call)) {
-        Ok(Ok(value)) => Ok(value),
-        Ok(Err(error)) => Err(error.to_string()),
-        Err(_) => Err("its parts contradict each other".into()),
+    match caught(call) {
+        Some(Ok(value)) => Ok(value),
+        Some(Err(error)) => Err(error.to_string()),
+        None => Err("its parts contradict each other".into()),
     }
 }
 

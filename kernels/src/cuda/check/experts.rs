@@ -220,7 +220,7 @@ fn experts_together_are_each_alone() {
             let up = Expert::random(device, elements, (count, inner, hidden), &mut random)?;
             let both = Expert::random(device, elements, (count, 2 * inner, hidden), &mut random)?;
             let down = Expert::random(device, elements, (count, hidden, inner), &mut random)?;
-            for tokens in [1, 2, 13, 70] {
+            for tokens in [1, 2, 13, 100] {
                 // Most tokens to experts 1 and 4, none to expert 3.
                 let scores: Vec<f32> = (0..tokens * count)
                     .map(|i| match (i / count % 5, i % count) {
@@ -233,7 +233,7 @@ fn experts_together_are_each_alone() {
                     .collect();
                 let routed = Routed::new(device, &scores, count, 0.01)?;
                 let routes = routed.routes();
-                assert_eq!(routes.tile() > 8, tokens == 70);
+                assert_eq!(routes.tile() > 8, tokens == 100);
                 let x = random.values(tokens * hidden, 1.0);
                 let input = Input::new(device, elements, &x, hidden)?;
                 for pair in [true, false] {

@@ -25,7 +25,7 @@ const SHAPES: [(usize, usize); 6] = [(1, 1), (16, 32), (17, 33), (38, 100), (48,
 
 /// Tokens: one, as many as a decoding block has and around, several of those; a prompt's block, of which
 /// half or all is filled, and two.
-const TOKENS: [usize; 7] = [1, 2, 7, 8, 20, 33, 70];
+const TOKENS: [usize; 7] = [1, 2, 7, 8, 20, 33, 150];
 
 /// A matrix as it is stored, with the weights that it stands for.
 pub(super) struct Stored {

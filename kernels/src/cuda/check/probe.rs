@@ -6,7 +6,8 @@ use crate::cuda::nvrtc::{self, Target};
 use crate::cuda::{Device, DeviceError, HostDevice, Memory, Order, Span};
 use bytemuck::Pod;
 use phidias_quant::{bf16, f16};
-use std::sync::Arc;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Barrier};
 
 /// The kernels of `probe.cu`.
 pub(in crate::cuda) const KERNELS: &[&str] = &[
@@ -330,6 +331,62 @@ fn what_is_recorded_is_done_when_it_is_replayed() {
         assert_eq!(value(&n)?, 10);
         assert!(device.seconds(&mut || count(1))? >= 0.0);
         assert_eq!(value(&n)?, 11);
+        Ok(())
+    });
+}
+
+/// What other threads do meanwhile is done, and not recorded.
+#[test]
+fn a_recording_is_of_one_thread() {
+    each_device(|device| {
+        let count = |n: &Memory, by| {
+            let args = [on(device, n.span::<u32>()), Arg::U32(by)];
+            launch(device, "probe_count", (1, 64, 0), &args)
+        };
+        let value = |memory: &Memory| memory.span::<u32>().to_vec().map(|v| v[0]);
+        let [one, other] = [Memory::zeroed(device, 4)?, Memory::zeroed(device, 4)?];
+        let (started, mut meanwhile) = (Barrier::new(2), Ok(()));
+        std::thread::scope(|scope| {
+            let beside = scope.spawn(|| {
+                started.wait();
+                for i in 1..=200 {
+                    count(&other, 1)?;
+                    assert_eq!(value(&other)?, i, "done when it is read");
+                    drop(Memory::from_slice(device, &[i])?);
+                }
+                Ok(())
+            });
+            started.wait();
+            for i in 1..=20 {
+                let recording = device.record(&mut || (0..8).try_for_each(|_| count(&one, 1)))?;
+                recording.replay()?;
+                assert_eq!(value(&one)?, 8 * i, "what this thread launched");
+            }
+            meanwhile = beside.join().expect("the other thread");
+            Ok::<_, DeviceError>(())
+        })?;
+        meanwhile
+    });
+}
+
+#[test]
+fn work_that_panics_ends_its_recording() {
+    each_device(|device| {
+        let n = Memory::zeroed(device, 4)?;
+        let count = |by| {
+            let args = [on(device, n.span::<u32>()), Arg::U32(by)];
+            launch(device, "probe_count", (1, 64, 0), &args)
+        };
+        let work = || {
+            device.record(&mut || {
+                count(1)?;
+                panic!("on purpose")
+            })
+        };
+        assert!(catch_unwind(AssertUnwindSafe(work)).is_err());
+        count(2)?;
+        device.record(&mut || count(4))?.replay()?;
+        assert_eq!(n.span::<u32>().to_vec()?, [6]);
         Ok(())
     });
 }

@@ -1,7 +1,7 @@
 //! A device for tests: the same sources, compiled for the CPU behind `shim.h`, with threads in any order.
 
 use super::device::{
-    Arg, Deferred, Device, DeviceError, Kernel, Launch, Limits, Recording, Source,
+    Arg, Deferred, Device, DeviceError, Kernel, Launch, Limits, Recording, Source, Turns,
 };
 use bytemuck::{Pod, Zeroable};
 use std::alloc::{Layout, alloc, dealloc};
@@ -73,6 +73,7 @@ pub struct HostDevice(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     order: Order,
+    turns: Turns,
     state: Mutex<State>,
     deferred: Deferred,
 }
@@ -104,6 +105,7 @@ impl HostDevice {
         compiler()?;
         Ok(Self(Arc::new(Inner {
             order,
+            turns: Turns::default(),
             state: Mutex::default(),
             deferred: Deferred::default(),
         })))
@@ -130,6 +132,7 @@ impl Inner {
     /// # Safety
     /// As the call of [`Device`] demands.
     unsafe fn submit(&self, work: Work) -> Result<(), DeviceError> {
+        let _turn = self.turns.call();
         let mut state = self.state();
         if let Some(recorded) = &mut state.recorded {
             recorded.push(work);
@@ -170,13 +173,6 @@ impl Inner {
         state.used -= bytes;
         // SAFETY: `allocate` made this address of an allocation of this layout.
         unsafe { dealloc((address as *mut u8).sub(MARGIN), layout(bytes)) }
-    }
-
-    fn not_recorded(&self, what: &'static str) -> Result<(), DeviceError> {
-        match self.state().recorded {
-            Some(_) => Err(DeviceError::Recording { what }),
-            None => Ok(()),
-        }
     }
 }
 
@@ -230,7 +226,7 @@ impl Device for HostDevice {
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64, DeviceError> {
-        self.0.not_recorded("an allocation")?;
+        let _turn = self.0.turns.unrecorded("an allocation")?;
         let mut state = self.0.state();
         let free = LIMITS.memory - state.used;
         let out_of_memory = DeviceError::OutOfMemory {
@@ -263,7 +259,7 @@ impl Device for HostDevice {
     }
 
     unsafe fn upload(&self, to: u64, from: &[u8]) -> Result<(), DeviceError> {
-        self.0.not_recorded("an upload")?;
+        let _turn = self.0.turns.unrecorded("an upload")?;
         let traffic = &mut self.0.state().traffic;
         traffic.uploads += 1;
         traffic.uploaded += from.len();
@@ -273,7 +269,7 @@ impl Device for HostDevice {
     }
 
     unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<(), DeviceError> {
-        self.0.not_recorded("a download")?;
+        let _turn = self.0.turns.unrecorded("a download")?;
         let traffic = &mut self.0.state().traffic;
         traffic.downloads += 1;
         traffic.downloaded += to.len();
@@ -303,21 +299,22 @@ impl Device for HostDevice {
     }
 
     fn synchronize(&self) -> Result<(), DeviceError> {
-        self.0.not_recorded("waiting")
+        self.0.turns.unrecorded("waiting").map(|_turn| ())
     }
 
     fn record(
         &self,
         work: &mut dyn FnMut() -> Result<(), DeviceError>,
     ) -> Result<Box<dyn Recording>, DeviceError> {
-        self.0.not_recorded("a recording")?;
-        self.0.state().recorded = Some(Vec::new());
+        let _recorder = self.0.turns.record()?;
         self.0.deferred.begin();
-        let result = work();
-        let recording = Recorded {
+        let mut recording = Recorded {
             device: Arc::clone(&self.0),
-            work: self.0.state().recorded.take().unwrap_or_default(),
+            work: Vec::new(),
         };
+        let open = Open::new(&self.0);
+        let result = work();
+        recording.work = open.end();
         result.map(|()| Box::new(recording) as Box<dyn Recording>)
     }
 
@@ -325,10 +322,30 @@ impl Device for HostDevice {
         &self,
         work: &mut dyn FnMut() -> Result<(), DeviceError>,
     ) -> Result<f64, DeviceError> {
-        self.0.not_recorded("a measurement")?;
+        drop(self.0.turns.unrecorded("a measurement")?);
         let start = Instant::now();
         work()?;
         Ok(start.elapsed().as_secs_f64())
+    }
+}
+
+/// What is launched is being recorded, until this ends.
+struct Open<'d>(&'d Inner);
+
+impl<'d> Open<'d> {
+    fn new(device: &'d Inner) -> Self {
+        device.state().recorded = Some(Vec::new());
+        Self(device)
+    }
+
+    fn end(self) -> Vec<Work> {
+        self.0.state().recorded.take().unwrap_or_default()
+    }
+}
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        self.0.state().recorded = None;
     }
 }
 
@@ -340,7 +357,7 @@ struct Recorded {
 
 impl Recording for Recorded {
     fn replay(&self) -> Result<(), DeviceError> {
-        self.device.not_recorded("a replay")?;
+        let _turn = self.device.turns.unrecorded("a replay")?;
         for work in &self.work {
             let mut state = self.device.state();
             // SAFETY: promised when it was recorded; memory given back since is kept while this lives.
