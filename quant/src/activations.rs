@@ -22,8 +22,8 @@
 //! What it costs: a step is up to twice `amax / 127`, 1.47 times in the root mean square for amax
 //! spread evenly over an octave. The README's table of formats has the effect on a model.
 //!
-//! Rows lie in *tiles* of [`TILE`], each `[blocks][rows of the tile][32]`: a GEMM keeps one block of
-//! weights in registers and streams the tokens past it.
+//! Rows lie in *tiles* of [`TILE`], each `[blocks][rows of the tile][32]`: a GEMM multiplies a panel of
+//! weights with a tile, and reads both front to back.
 
 use crate::aligned::{ALIGN, Line, bytes_of, bytes_of_mut};
 use crate::{BLOCK, round};
@@ -151,19 +151,6 @@ impl Activations {
             starts: &self.starts[range.clone()],
             magics: &self.magics[range],
         }
-    }
-
-    /// `N` tiles at a time: where each group's rows begin, its tiles, how many they are (only the last
-    /// group has fewer; its last tile stands in for those missing) and how many rows they have.
-    pub fn tile_groups<const N: usize>(
-        &self,
-    ) -> impl Iterator<Item = (usize, [Tile<'_>; N], usize, usize)> {
-        (0..self.tiles()).step_by(N).map(|first| {
-            let count = (self.tiles() - first).min(N);
-            let tiles = std::array::from_fn(|i| self.tile(first + i.min(count - 1)));
-            let rows = (self.rows - first * TILE).min(N * TILE);
-            (first * TILE, tiles, count, rows)
-        })
     }
 
     /// The tiles one after the other, each to be filled by [`quantize`] or a faster twin of it.

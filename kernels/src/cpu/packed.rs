@@ -8,8 +8,7 @@ pub(super) const TOKENS: usize = 128;
 
 /// `gemm_q4` and `gemm_q8` compiled for `$features`.
 ///
-/// Where it stands there must be `panel::<LINES>(panel, x, tiles, column, y)`, the products of a panel with some tiles,
-/// written from a column on.
+/// Where it stands there must be `gemm::<LINES>(w, panels, x, y)`.
 macro_rules! packed_gemm {
     ($features:literal) => {
         #[target_feature(enable = $features)]
@@ -31,28 +30,11 @@ macro_rules! packed_gemm {
         ) {
             gemm::<8>(w, panels, x, y);
         }
-
-        #[target_feature(enable = $features)]
-        #[inline]
-        fn gemm<const LINES: usize>(
-            w: phidias_quant::Packed<'_>,
-            panels: std::ops::Range<usize>,
-            x: &phidias_quant::activations::Activations,
-            mut y: crate::view::ColsMut<'_>,
-        ) {
-            const TILES: usize = crate::cpu::packed::TOKENS / phidias_quant::activations::TILE;
-            for first in (0..x.tiles()).step_by(TILES) {
-                let tiles = first..(first + TILES).min(x.tiles());
-                for (i, p) in panels.clone().enumerate() {
-                    panel::<LINES>(w.panel(p), x, tiles.clone(), i * PANEL_ROWS, &mut y);
-                }
-            }
-        }
     };
 }
 pub(super) use packed_gemm;
 
-/// `panel` for [`packed_gemm`], some tokens at a time.
+/// `gemm` for [`packed_gemm`], some tokens at a time.
 ///
 /// Where it stands there must be `tokens::<T, LINES>(panel, tile, first)`, the products `[[f32; 16]; T]` of a panel
 /// with the tokens `first .. first + T` of a tile, for the numbers `$t` of tokens, which go up one by one
@@ -62,26 +44,48 @@ macro_rules! by_tokens {
     ($features:literal, $($t:literal)+) => {
         #[target_feature(enable = $features)]
         #[inline]
-        fn panel<const LINES: usize>(
-            panel: Panel<'_>,
-            x: &phidias_quant::activations::Activations,
-            tiles: std::ops::Range<usize>,
-            column: usize,
-            y: &mut crate::view::ColsMut<'_>,
+        fn gemm<const LINES: usize>(
+            w: Packed<'_>,
+            panels: Range<usize>,
+            x: &Activations,
+            mut y: ColsMut<'_>,
         ) {
             const AT_ONCE: usize = [$($t),+].len();
-            for i in tiles {
-                let tile = x.tile(i);
-                for first in (0..tile.rows).step_by(AT_ONCE) {
-                    let row = i * phidias_quant::activations::TILE + first;
-                    match (tile.rows - first).min(AT_ONCE) {
-                        $($t => {
-                            let sums = tokens::<$t, LINES>(panel, tile, first);
-                            crate::cpu::packed::put(&sums, row, column, y);
-                        })+
-                        _ => unreachable!("a token is left"),
+            if x.tiles() == 1 && x.rows() <= AT_ONCE {
+                return match x.rows() {
+                    $($t => few::<$t, LINES>(w, panels, x.tile(0), &mut y),)+
+                    _ => unreachable!("a tile has rows"),
+                };
+            }
+            for tiles in (0..x.tiles()).step_by(TOKENS / TILE) {
+                let tiles = tiles..(tiles + TOKENS / TILE).min(x.tiles());
+                for (i, p) in panels.clone().enumerate() {
+                    let panel = w.panel(p);
+                    for t in tiles.clone() {
+                        let tile = x.tile(t);
+                        for first in (0..tile.rows).step_by(AT_ONCE) {
+                            let at = (t * TILE + first, i * PANEL_ROWS);
+                            match (tile.rows - first).min(AT_ONCE) {
+                                $($t => put(&tokens::<$t, LINES>(panel, tile, first), at, &mut y),)+
+                                _ => unreachable!("a token is left"),
+                            }
+                        }
                     }
                 }
+            }
+        }
+
+        /// Panels times the `T` tokens of a tile, which are all there are.
+        #[target_feature(enable = $features)]
+        #[inline]
+        fn few<const T: usize, const LINES: usize>(
+            w: Packed<'_>,
+            panels: Range<usize>,
+            x: Tile<'_>,
+            y: &mut ColsMut<'_>,
+        ) {
+            for (i, p) in panels.enumerate() {
+                put(&tokens::<T, LINES>(w.panel(p), x, 0), (0, i * PANEL_ROWS), y);
             }
         }
     };
@@ -89,11 +93,11 @@ macro_rules! by_tokens {
 #[cfg(target_arch = "x86_64")]
 pub(super) use by_tokens;
 
-/// Writes the products of a panel with some tokens from row `row` and column `column` on, as far as there are columns.
+/// Writes the products of a panel with some tokens from this row and column on, as far as there are columns.
 #[inline(always)]
-pub(super) fn put(sums: &[[f32; PANEL_ROWS]], row: usize, column: usize, y: &mut ColsMut<'_>) {
+pub(super) fn put(sums: &[[f32; PANEL_ROWS]], at: (usize, usize), y: &mut ColsMut<'_>) {
     for (t, sums) in sums.iter().enumerate() {
-        let y = &mut y.row(row + t)[column..];
+        let y = &mut y.row(at.0 + t)[at.1..];
         let cols = y.len().min(PANEL_ROWS);
         y[..cols].copy_from_slice(&sums[..cols]);
     }

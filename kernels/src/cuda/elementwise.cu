@@ -321,11 +321,11 @@ struct TablePacked {
     const u32 ROWS = 16, LINE = 64;
     if (at >= cols) return {0, 0, 0, 0};
     u32 blocks = (cols + BLOCK - 1) / BLOCK, r = row % ROWS;
-    u64 scales = ((u64)blocks * ROWS * 2 + LINE - 1) / LINE * LINE;
-    const u8* panel = static_cast<const u8*>(table) + row / ROWS * (scales + (u64)blocks * LINES * LINE);
-    u32 b = at / BLOCK, g = at % BLOCK / 4;
-    float scale = f16_to_f32(reinterpret_cast<const u16*>(panel)[b * ROWS + r]);
-    const u8* quants = panel + scales + ((u64)b * LINES + g % LINES) * LINE + r * 4;
+    u32 pair_bytes = (1 + 2 * LINES) * LINE, b = at / BLOCK, g = at % BLOCK / 4;
+    u64 panel_bytes = (u64)((blocks + 1) / 2 + blocks * LINES) * LINE;
+    const u8* pair = static_cast<const u8*>(table) + row / ROWS * panel_bytes + (u64)(b / 2) * pair_bytes;
+    float scale = f16_to_f32(reinterpret_cast<const u16*>(pair)[b % 2 * ROWS + r]);
+    const u8* quants = pair + (1 + b % 2 * LINES + g % LINES) * LINE + r * 4;
     u32 four = *reinterpret_cast<const u32*>(quants);
     i32 zero = 128;
     if (LINES == 4) {

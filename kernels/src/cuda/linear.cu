@@ -5,9 +5,9 @@
 //         bf16     block = two tensor core products of 16 columns, f32 inside; activations rounded to bf16
 //         floats   block = 32 fused multiply-adds in the order of the columns
 //         gates    y = up * silu(gate) of two matrices alike; GEGELU of neighbouring rows of one
-// Layout  packed weights as in `quant/src/packed.rs`: a panel of 16 rows is | scales [blocks][16] f16, padded
-//         to 64 bytes | quants [blocks][4 or 8 lines][64] |. The others are row-major, every row padded with
-//         zeros to whole blocks of 32 columns. Activations likewise `[tokens][blocks][32]`, i8 with a `Head`
+// Layout  packed weights as in `quant/src/packed.rs`: a panel of 16 rows is pairs of blocks, each
+//         | scales [2][16] f16 | quants [2][4 or 8 lines][64] |, of an odd number the last one without the second
+//         quants. The others are row-major, every row padded with zeros to whole blocks of 32 columns. Activations likewise `[tokens][blocks][32]`, i8 with a `Head`
 //         for each block, or bf16, or f32.
 // Exact   a block of packed weights is an integer, scaled by a power of two: exact; all else is f32. The K
 //         ranges are a function of the columns alone, and both kernels of a format add the same numbers in
@@ -54,7 +54,7 @@
 constexpr u32 BLOCK = 32;
 constexpr u32 PANEL_ROWS = 16;
 constexpr u32 LINE = 64;
-// K ranges, and the warps of a decoding block.
+// K ranges of an even number of blocks, and the warps of a decoding block.
 constexpr u32 RANGES = 8;
 constexpr u32 THREADS = 32 * RANGES;
 // Slots of a tile of an expert, where it has few and where it has many. The first are the tokens of a decoding
@@ -219,21 +219,22 @@ struct Sums {
 template <u32 LINES> struct Packed {
   static constexpr u32 BLOCK_BYTES = LINES * LINE;
 
-  struct Rows {
-    const u8* scales;
-    const u8* quants;
-  };
+  static constexpr u32 SCALES_BYTES = PANEL_ROWS * 2;
+  // Two blocks, after the line of their scales.
+  static constexpr u32 PAIR_BYTES = LINE + 2 * BLOCK_BYTES;
 
-  static __device__ __forceinline__ Rows rows_of(const Panel& panel, u32 blocks) {
-    u32 scales = (blocks * PANEL_ROWS * 2 + 63) / 64 * 64;
-    const u8* at = panel.weights + u64(panel.index) * (scales + u64(blocks) * BLOCK_BYTES);
-    return {at, at + scales};
+  // Bytes of some blocks from one with an even number on.
+  static __device__ __forceinline__ u64 bytes_of(u32 blocks) { return (blocks + 1) / 2 * LINE + u64(blocks) * BLOCK_BYTES; }
+
+  // Where the pair begins that has block `first`, an even number.
+  static __device__ __forceinline__ const u8* pair_at(const Panel& panel, u32 blocks, u32 first) {
+    return panel.weights + panel.index * bytes_of(blocks) + u64(first / 2) * PAIR_BYTES;
   }
 
   // Has a warp bring blocks of a panel to the second cache.
   static __device__ __forceinline__ void fetch(const Panel& panel, u32 blocks, u32 first, u32 last) {
-    const u8* from = rows_of(panel, blocks).quants + u64(first) * BLOCK_BYTES;
-    u32 bytes = (last - first) * BLOCK_BYTES;
+    const u8* from = pair_at(panel, blocks, first);
+    u32 bytes = bytes_of(last - first);
     for (u32 at = threadIdx.x % WARP * 128; at < bytes; at += WARP * 128) prefetch(from + at);
   }
 
@@ -288,9 +289,9 @@ template <u32 LINES> struct Packed {
     Cursor<N> c;
 #pragma unroll
     for (u32 n = 0; n < N; n++) {
-      Rows rows = rows_of(panels[n], p.blocks);
-      c.quants[n] = rows.quants + u64(first) * BLOCK_BYTES + lane.t * LINE + lane.g * 8;
-      c.scales[n] = rows.scales + (first * PANEL_ROWS + 2 * lane.g) * 2;
+      const u8* pair = pair_at(panels[n], p.blocks, first);
+      c.quants[n] = pair + LINE + lane.t * LINE + lane.g * 8;
+      c.scales[n] = pair + 2 * lane.g * 2;
     }
     // Past the last token it stands in: columns do not mix, and theirs are not written.
     auto row = [&](u32 token) { return u64(source_of(p, tile.first + min(token, tile.count - 1))) * p.blocks + first; };
@@ -300,8 +301,9 @@ template <u32 LINES> struct Packed {
     return c;
   }
 
-  // Loads a step, as far as there are blocks: `left`.
-  template <u32 N> static __device__ __forceinline__ void load(Step<N>& step, Cursor<N>& c, i32 left) {
+  // Loads a step, as far as there are blocks: `left`. Steps of one block are by turns the first and the `SECOND`
+  // of a pair; others are whole pairs.
+  template <bool SECOND, u32 N> static __device__ __forceinline__ void load(Step<N>& step, Cursor<N>& c, i32 left) {
     constexpr u32 B = Step<N>::BLOCKS;
 #pragma unroll
     for (u32 i = 0; i < B; i++) {
@@ -310,11 +312,11 @@ template <u32 LINES> struct Packed {
       for (u32 n = 0; n < N; n++) {
 #pragma unroll
         for (u32 h = 0; h < LINES / 4; h++) {
-          U32x2 two = load_once8(c.quants[n] + i * BLOCK_BYTES + h * 4 * LINE);
+          U32x2 two = load_once8(c.quants[n] + i / 2 * PAIR_BYTES + i % 2 * BLOCK_BYTES + h * 4 * LINE);
           step.quants[i][n][2 * h] = two.x;
           step.quants[i][n][2 * h + 1] = two.y;
         }
-        step.scales[i][n] = *reinterpret_cast<const u32*>(c.scales[n] + i * PANEL_ROWS * 2);
+        step.scales[i][n] = *reinterpret_cast<const u32*>(c.scales[n] + i / 2 * PAIR_BYTES + i % 2 * SCALES_BYTES);
       }
       step.a[i][0] = *reinterpret_cast<const u32*>(c.x + i * BLOCK);
       step.a[i][1] = *reinterpret_cast<const u32*>(c.x + i * BLOCK + 16);
@@ -323,8 +325,8 @@ template <u32 LINES> struct Packed {
     }
 #pragma unroll
     for (u32 n = 0; n < N; n++) {
-      c.quants[n] += B * BLOCK_BYTES;
-      c.scales[n] += B * PANEL_ROWS * 2;
+      c.quants[n] += B > 1 ? B / 2 * PAIR_BYTES : SECOND ? PAIR_BYTES - BLOCK_BYTES : BLOCK_BYTES;
+      c.scales[n] += B > 1 ? B / 2 * PAIR_BYTES : SECOND ? PAIR_BYTES - SCALES_BYTES : SCALES_BYTES;
     }
     c.x += B * BLOCK;
 #pragma unroll
@@ -354,17 +356,17 @@ template <u32 LINES> struct Packed {
     Cursor<N> c = cursor(p, panels, tile, lane, first);
     Step<N> even, odd;
     i32 left = i32(last) - i32(first);
-    load(even, c, left);
-    load(odd, c, left - B);
+    load<false>(even, c, left);
+    load<true>(odd, c, left - B);
     for (; left > 0; left -= 2 * B) {
       add(sums, even, left);
-      load(even, c, left - 2 * B);
+      load<false>(even, c, left - 2 * B);
       add(sums, odd, left - B);
-      load(odd, c, left - 3 * B);
+      load<true>(odd, c, left - 3 * B);
     }
   }
 
-  // Prompt: two blocks of everything a stage.
+  // Prompt: a pair of blocks of everything a stage.
   static constexpr u32 BLOCKS_PER_STAGE = 2;
   static constexpr u32 STAGES = 3;
   static constexpr u32 TOKENS = 64;
@@ -384,24 +386,24 @@ template <u32 LINES> struct Packed {
   };
 
   static __device__ __forceinline__ Source source(const Product& p, const Tile& tile, u32 panel, u32 thread) {
-    Rows rows = rows_of(panel_at(p, tile.expert, panel + thread / WARP), p.blocks);
+    const u8* pair = pair_at(panel_at(p, tile.expert, panel + thread / WARP), p.blocks, 0);
     // Past the last token the last one stands in.
     u32 token = source_of(p, tile.first + min(thread / 4, tile.count - 1));
-    return {rows.quants + thread % WARP * 16, rows.scales + thread % 4 * 16, token * p.blocks};
+    return {pair + LINE + thread % WARP * 16, pair + thread % 4 * 16, token * p.blocks};
   }
 
   static __device__ __forceinline__ void copy(u8* to, const Source& s, const Product& p, u32 stage, u32 thread) {
     u32 b = stage * BLOCKS_PER_STAGE;
-    // The last stage may have a block less. (A panel's scales are padded.)
+    // The last stage may have a block less. (Its line of scales is whole.)
     u32 left = p.blocks - b;
     u32 panel = thread / WARP, lane = thread % WARP;
 #pragma unroll
     for (u32 i = lane; i < PIECES; i += WARP) {
       if (i * 16 < left * BLOCK_BYTES) {
-        cp_async16(to + (panel * PIECES + i) * 16, s.quants + u64(b) * BLOCK_BYTES + (i - lane) * 16);
+        cp_async16(to + (panel * PIECES + i) * 16, s.quants + u64(stage) * PAIR_BYTES + (i - lane) * 16);
       }
     }
-    if (lane < 4) cp_async16(to + SCALES_AT + (panel * 4 + lane) * 16, s.scales + b * PANEL_ROWS * 2);
+    if (lane < 4) cp_async16(to + SCALES_AT + (panel * 4 + lane) * 16, s.scales + u64(stage) * PAIR_BYTES);
     // Halves of a block change places for every other four tokens: reading is then free of conflicts.
     u32 token = thread / 4, block = thread % 4 / 2, half = thread % 2;
     if (block < left) {

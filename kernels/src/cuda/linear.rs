@@ -521,7 +521,7 @@ impl Product<'_> {
         };
         args.extend([
             Arg::U32(number(blocks)),
-            Arg::U32(number(blocks.div_ceil(RANGES))),
+            Arg::U32(number(blocks.div_ceil(RANGES).next_multiple_of(2))),
             Arg::U32(gate),
             Arg::F32(limit),
             x,

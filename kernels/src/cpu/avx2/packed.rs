@@ -143,10 +143,13 @@ fn products_q8<const T: usize>(
 /// `$q4` and `$q8` multiply a block with some tokens.
 macro_rules! packed_256 {
     ($features:literal, $q4:ident, $q8:ident) => {
+        use crate::cpu::packed::{TOKENS, by_tokens, packed_gemm, put};
         use crate::cpu::prefetch;
-        use phidias_quant::activations::Tile;
-        use phidias_quant::f16;
+        use crate::view::ColsMut;
+        use phidias_quant::activations::{Activations, TILE, Tile};
         use phidias_quant::packed::{PANEL_ROWS, Panel};
+        use phidias_quant::{Packed, f16};
+        use std::ops::Range;
 
         /// 8 scales as f32.
         #[target_feature(enable = $features)]
@@ -196,8 +199,8 @@ macro_rules! packed_256 {
             out
         }
 
-        crate::cpu::packed::by_tokens!($features, 1 2 3 4);
-        crate::cpu::packed::packed_gemm!($features);
+        by_tokens!($features, 1 2 3 4);
+        packed_gemm!($features);
     };
 }
 pub(in crate::cpu) use packed_256;

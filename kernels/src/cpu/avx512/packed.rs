@@ -19,11 +19,14 @@
 //! ```
 
 use crate::cpu::avx2::packed::four;
+use crate::cpu::packed::{TOKENS, by_tokens, packed_gemm, put};
 use crate::cpu::prefetch;
-use phidias_quant::activations::Tile;
+use crate::view::ColsMut;
+use phidias_quant::activations::{Activations, TILE, Tile};
 use phidias_quant::packed::{LINE, PANEL_ROWS, Panel};
-use phidias_quant::{BLOCK, f16};
+use phidias_quant::{BLOCK, Packed, f16};
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 /// The quants of one block of a panel, four columns of 16 rows a register. `LINES` is 4 for
 /// nibbles, 8 for bytes.
@@ -112,5 +115,5 @@ fn tokens<const T: usize, const LINES: usize>(
     out
 }
 
-crate::cpu::packed::by_tokens!("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni", 1 2 3 4 5 6 7 8);
-crate::cpu::packed::packed_gemm!("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni");
+by_tokens!("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni", 1 2 3 4 5 6 7 8);
+packed_gemm!("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni");

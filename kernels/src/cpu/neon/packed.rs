@@ -155,11 +155,13 @@ macro_rules! packed_neon {
         use crate::cpu::neon::packed::{
             QUARTERS, Quarter, Sums, ZERO, load, quarter_mut, scaled, scales, store, tokens, unpack,
         };
-        use crate::cpu::packed::{TOKENS, put};
+        use crate::cpu::packed::{TOKENS, packed_gemm, put};
         use crate::view::ColsMut;
+        use phidias_quant::Packed;
         use phidias_quant::activations::{Activations, TILE, Tile};
         use phidias_quant::packed::{PANEL_ROWS, Panel};
         use std::arch::aarch64::*;
+        use std::ops::Range;
 
         /// Quarters at a time when tokens are few: with four tokens their f32 sums take half of the
         /// registers.
@@ -196,7 +198,7 @@ macro_rules! packed_neon {
         fn many<const LINES: usize>(
             panel: Panel<'_>,
             x: &Activations,
-            tiles: std::ops::Range<usize>,
+            tiles: Range<usize>,
             acc: &mut [Sums],
         ) {
             for b in 0..panel.blocks() {
@@ -223,28 +225,32 @@ macro_rules! packed_neon {
             }
         }
 
-        /// The products of a panel with some tiles.
         #[target_feature(enable = $features)]
         #[inline]
-        fn panel<const LINES: usize>(
-            panel: Panel<'_>,
+        fn gemm<const LINES: usize>(
+            w: Packed<'_>,
+            panels: Range<usize>,
             x: &Activations,
-            tiles: std::ops::Range<usize>,
-            column: usize,
-            y: &mut ColsMut<'_>,
+            mut y: ColsMut<'_>,
         ) {
-            let row = tiles.start * TILE;
-            let tile = x.tile(tiles.start);
-            match x.rows() {
-                1 => put(&few::<1, LINES>(panel, tile), row, column, y),
-                2 => put(&few::<2, LINES>(panel, tile), row, column, y),
-                3 => put(&few::<3, LINES>(panel, tile), row, column, y),
-                4 => put(&few::<4, LINES>(panel, tile), row, column, y),
-                _ => {
-                    let mut sums = [ZERO; TOKENS];
-                    let sums = &mut sums[..(x.rows() - row).min(tiles.len() * TILE)];
-                    many::<LINES>(panel, x, tiles, sums);
-                    put(sums, row, column, y);
+            for first in (0..x.tiles()).step_by(TOKENS / TILE) {
+                let tiles = first..(first + TOKENS / TILE).min(x.tiles());
+                let tile = x.tile(first);
+                for (i, p) in panels.clone().enumerate() {
+                    let panel = w.panel(p);
+                    let at = (first * TILE, i * PANEL_ROWS);
+                    match x.rows() {
+                        1 => put(&few::<1, LINES>(panel, tile), at, &mut y),
+                        2 => put(&few::<2, LINES>(panel, tile), at, &mut y),
+                        3 => put(&few::<3, LINES>(panel, tile), at, &mut y),
+                        4 => put(&few::<4, LINES>(panel, tile), at, &mut y),
+                        _ => {
+                            let mut sums = [ZERO; TOKENS];
+                            let sums = &mut sums[..(x.rows() - at.0).min(TOKENS)];
+                            many::<LINES>(panel, x, tiles.clone(), sums);
+                            put(sums, at, &mut y);
+                        }
+                    }
                 }
             }
         }
@@ -282,7 +288,7 @@ macro_rules! packed_neon {
             sums
         }
 
-        crate::cpu::packed::packed_gemm!($features);
+        packed_gemm!($features);
     };
 }
 pub(super) use packed_neon;
