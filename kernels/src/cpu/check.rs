@@ -1579,6 +1579,9 @@ impl<T: Stored> Scene<T> {
                 stepped.fold(0.0f64, f64::max) / 32767.0
             })
             .collect();
+        let largest = self.values[seen.start * d..seen.end * d]
+            .iter()
+            .fold(1.0f64, |m, v| m.max(v.exact().abs()));
         (0..d)
             .map(|i| {
                 let (mut value, mut size, mut rounded) = (0.0, 0.0, 0.0);
@@ -1592,9 +1595,6 @@ impl<T: Stored> Scene<T> {
                         rounded += 0.506 * unit * self.values[j * d + i].exact().abs();
                     }
                 }
-                let largest = self.values[seen.start * d..seen.end * d]
-                    .iter()
-                    .fold(1.0f64, |m, v| m.max(v.exact().abs()));
                 // Weights below the smallest normal number may vanish.
                 let vanished = seen.len() as f64 * 2f64.powi(-125) * largest;
                 Expected {

@@ -174,10 +174,22 @@ impl Lanes for Ymm2 {
     }
     #[inline(always)]
     fn keep(self, from: usize, to: usize, other: Self) -> Self {
-        let mut mask = [0.0; LANES];
-        mask[from..to].fill(-0.0);
-        let mask = Self::load(&mask);
-        self.zip3(other, mask, |a, b, m| avx2!(_mm256_blendv_ps(b, a, m)))
+        // Compared in registers: a mask that goes through memory is read before it is written.
+        let (before, end) = (from as i32 - 1, to as i32);
+        avx2!({
+            let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+            let kept = |lanes| {
+                _mm256_castsi256_ps(_mm256_and_si256(
+                    _mm256_cmpgt_epi32(lanes, _mm256_set1_epi32(before)),
+                    _mm256_cmpgt_epi32(_mm256_set1_epi32(end), lanes),
+                ))
+            };
+            let upper = _mm256_add_epi32(lanes, _mm256_set1_epi32(HALF as i32));
+            Self([
+                _mm256_blendv_ps(other.0[0], self.0[0], kept(lanes)),
+                _mm256_blendv_ps(other.0[1], self.0[1], kept(upper)),
+            ])
+        })
     }
     #[inline(always)]
     fn store_i8(self, to: &mut [i8; LANES]) {

@@ -26,35 +26,64 @@ use std::ops::Range;
 /// Sixteen pairs of bytes: two elements of sixteen keys, or sixteen elements of two values.
 type Pairs = [[i8; 2]; LANES];
 
-/// Values as integers up to `most`, whole sixteens; the step of them.
+/// What the step of some values depends on.
+struct Extent<L> {
+    /// Magnitudes; a NaN may be passed over.
+    largest: L,
+    /// Zero in each lane, or NaN where something was not finite.
+    finite: L,
+}
+
+impl<L: Lanes> Extent<L> {
+    #[inline(always)]
+    fn none() -> Self {
+        Self {
+            largest: L::splat(0.0),
+            finite: L::splat(0.0),
+        }
+    }
+    #[inline(always)]
+    fn with(self, x: L) -> Self {
+        Self {
+            largest: self.largest.max(x.abs()),
+            finite: x.mul_add(L::splat(0.0), self.finite),
+        }
+    }
+    #[inline(always)]
+    fn step(self, most: i16) -> f32 {
+        step(self.largest.largest() + self.finite.sum(), most)
+    }
+}
+
+/// Values in steps as integers.
 #[inline(always)]
-fn quantize<L: Lanes>(values: &[f32], most: i16, out: &mut [i16]) -> f32 {
-    let (chunks, rest) = values.as_chunks::<LANES>();
-    let rest = padded(rest);
-    let (mut max, mut not_finite) = (L::splat(0.0), L::splat(0.0));
-    for x in chunks {
-        let x = L::load(x);
-        max = max.max(x.abs());
-        not_finite = x.mul_add(L::splat(0.0), not_finite);
-    }
-    let x = L::load(&rest);
-    max = max.max(x.abs());
-    not_finite = x.mul_add(L::splat(0.0), not_finite);
-    // A maximum may pass over a NaN; zero times what is not finite is one.
-    let step = step(max.largest() + not_finite.sum(), most);
+fn narrow<L: Lanes>(values: &[[f32; LANES]], step: f32, out: &mut [i16]) {
     let (out, _) = out.as_chunks_mut::<LANES>();
-    // Not `<=`: a NaN is not positive either.
-    if !(step > 0.0) {
-        out.as_flattened_mut().fill(0);
-        return step;
+    // A NaN is not larger either.
+    if step > 0.0 {
+        let inverse = L::splat(1.0 / step);
+        for (x, out) in values.iter().zip(out) {
+            L::load(x).mul(inverse).store_i16(out);
+        }
+    } else {
+        out[..values.len()].as_flattened_mut().fill(0);
     }
-    let inverse = L::splat(1.0 / step);
-    let mut out = out.iter_mut();
-    for (x, out) in chunks.iter().zip(&mut out) {
-        L::load(x).mul(inverse).store_i16(out);
+}
+
+/// A query as integers, padded to whole sixteens; the step of them.
+#[inline(always)]
+fn quantize<L: Lanes>(query: &[f32], out: &mut [i16]) -> f32 {
+    let (chunks, rest) = query.as_chunks::<LANES>();
+    let (out, out_rest) = out.split_at_mut(chunks.len() * LANES);
+    let rest = [padded(rest)];
+    let mut extent = Extent::<L>::none();
+    for x in chunks {
+        extent = extent.with(L::load(x));
     }
-    if let Some(out) = out.next() {
-        L::load(&rest).mul(inverse).store_i16(out);
+    let step = (extent.with(L::load(&rest[0]))).step(most_of_query(query.len()));
+    narrow::<L>(chunks, step, out);
+    if !out_rest.is_empty() {
+        narrow::<L>(&rest, step, out_rest);
     }
     step
 }
@@ -190,19 +219,21 @@ fn weigh<L: Lanes>(
     let own = seen.start / LANES..seen.end.div_ceil(LANES);
     let (row, _) = row.as_chunks_mut::<LANES>();
     let (steps, _) = steps.as_chunks::<LANES>();
-    let (weights, _) = weights.as_chunks_mut::<LANES>();
+    let mut extent = Extent::<L>::none();
     for p in own.clone() {
         let base = p * LANES;
         let (from, to) = (seen.start.max(base) - base, (seen.end - base).min(LANES));
         // What is not seen is zero already, but its step may be anything.
         let weight = L::load(&row[p]).mul(L::load(&steps[p]));
-        weight.keep(from, to, L::splat(0.0)).store(&mut row[p]);
+        let weight = weight.keep(from, to, L::splat(0.0));
+        extent = extent.with(weight);
+        weight.store(&mut row[p]);
     }
-    for p in (panels.start..own.start).chain(own.end..panels.end) {
-        weights[p].fill(0);
-    }
-    let weights = weights[own.clone()].as_flattened_mut();
-    quantize::<L>(row[own].as_flattened(), MOST, weights)
+    let step = extent.step(MOST);
+    weights[panels.start * LANES..own.start * LANES].fill(0);
+    narrow::<L>(&row[own.clone()], step, &mut weights[own.start * LANES..]);
+    weights[own.end * LANES..panels.end * LANES].fill(0);
+    step
 }
 
 /// The weights of a group of queries as integers.
@@ -359,7 +390,7 @@ pub(in crate::cpu) fn attend<
             .enumerate()
         {
             let out = &mut integers.queries[q * width..][..width];
-            factors[q] = quantize::<S::Floats>(query, most_of_query(d), out) * block.scale;
+            factors[q] = quantize::<S::Floats>(query, out) * block.scale;
         }
         let group = Queries {
             integers: integers.queries.as_chunks().0,
