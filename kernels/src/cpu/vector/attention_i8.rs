@@ -253,13 +253,13 @@ fn value_tile<S: Sums, const Q: usize, const C: usize>(
     keys: Range<usize>,
     column: usize,
     sums: &mut [f32],
-    width: usize,
     ahead: &mut Ahead<'_>,
 ) {
     let d = block.head_dim;
     let integers: [_; Q] =
         std::array::from_fn(|q| &weights.integers[(from + q) * weights.stride..][keys.clone()]);
     let values = &block.values[keys.start * d..keys.end * d];
+    let width = sums.len() / GROUP;
     let mut acc = [[S::zero(); C]; Q];
     for (j, row) in values.chunks_exact(d).enumerate() {
         let row: &[Pairs; C] = row[column..].as_chunks().0.first_chunk().expect("columns");
@@ -293,10 +293,10 @@ fn value_rest<S: Sums>(
     keys: Range<usize>,
     column: usize,
     sums: &mut [f32],
-    width: usize,
 ) {
     let d = block.head_dim;
     let integers = &weights.integers[query * weights.stride..][..weights.stride];
+    let width = sums.len() / GROUP;
     let mut acc = S::zero();
     for j in keys {
         let v = S::load(&padded(&block.values[j * d + column..(j + 1) * d]));
@@ -315,7 +315,6 @@ fn values<S: Sums, const Q: usize, const C: usize, const D: usize>(
     from: usize,
     visible: &[Range<usize>],
     sums: &mut [f32],
-    width: usize,
     ahead: &mut Ahead<'_>,
 ) {
     let Some(seen) = hull(&visible[from..from + Q]) else {
@@ -328,19 +327,19 @@ fn values<S: Sums, const Q: usize, const C: usize, const D: usize>(
         let rest = columns - c;
         let (keys, column) = (keys.clone(), c * LANES);
         c += if rest == C || rest >= C + D {
-            value_tile::<S, Q, C>(block, weights, from, keys, column, sums, width, ahead);
+            value_tile::<S, Q, C>(block, weights, from, keys, column, sums, ahead);
             C
         } else if rest >= D {
-            value_tile::<S, Q, D>(block, weights, from, keys, column, sums, width, ahead);
+            value_tile::<S, Q, D>(block, weights, from, keys, column, sums, ahead);
             D
         } else {
-            value_tile::<S, Q, 1>(block, weights, from, keys, column, sums, width, ahead);
+            value_tile::<S, Q, 1>(block, weights, from, keys, column, sums, ahead);
             1
         };
     }
     if !block.head_dim.is_multiple_of(LANES) {
         for q in from..from + Q {
-            value_rest::<S>(block, weights, q, keys.clone(), c * LANES, sums, width);
+            value_rest::<S>(block, weights, q, keys.clone(), c * LANES, sums);
         }
     }
 }
@@ -431,10 +430,10 @@ pub(in crate::cpu) fn attend<
         let mut q = 0;
         while q < n {
             q += if q + VQ <= n {
-                values::<S, VQ, C, D>(&block, &weights, q, visible, state.block, width, ahead);
+                values::<S, VQ, C, D>(&block, &weights, q, visible, state.block, ahead);
                 VQ
             } else {
-                values::<One, 1, C1, D1>(&block, &weights, q, visible, state.block, width, ahead);
+                values::<One, 1, C1, D1>(&block, &weights, q, visible, state.block, ahead);
                 1
             };
         }
