@@ -99,7 +99,16 @@ fn chunks_threads_and_context_do_not_change_a_bit() {
         } else {
             50
         };
-        for n in [24, long.min(max)] {
+        for (n, kv_type) in [
+            (24, None),
+            (long.min(max), None),
+            (24, Some(KvType::Int8)),
+            (long.min(max), Some(KvType::Int8)),
+        ] {
+            let run = |chunk, threads, context| SessionOptions {
+                kv_type,
+                ..run(chunk, threads, context)
+            };
             let ids = prompt(&model, n, 1);
             let base = all_logits(&model, run(512, 1, max), &ids);
             assert_eq!(base.len(), n);
@@ -112,8 +121,10 @@ fn chunks_threads_and_context_do_not_change_a_bit() {
                 (7, 4, n),
             ];
             for (chunk, threads, context) in variants {
-                let what =
-                    format!("{name}, {n} tokens by {chunk}, {threads} threads, context {context}");
+                let cache = kv_type.map_or("default", KvType::name);
+                let what = format!(
+                    "{name}, {cache} cache, {n} tokens by {chunk}, {threads} threads, context {context}"
+                );
                 let got = all_logits(&model, run(chunk, threads, context), &ids);
                 assert_same(&got, &base, &what);
             }

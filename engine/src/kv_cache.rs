@@ -3,6 +3,8 @@
 //! ```text
 //! layer -> block of positions -> part -> keys   [heads][panels][head_dim][16 positions]
 //!                                        values [heads][positions][head_dim]
+//!                            bytes:      keys   [heads][panels][head_dim / 2][16 positions][2]
+//!                                        values [heads][positions / 2][head_dim][2]
 //! ```
 //!
 //! A block has 256 positions, or as many as the layer's mask has in one. A part is what some KV heads
@@ -76,7 +78,7 @@ pub struct KvShape {
     pub heads: usize,
     /// Heads of keys and values.
     pub kv_heads: usize,
-    /// Elements of a head.
+    /// Elements of a head, an even number.
     pub head_dim: usize,
 }
 
@@ -147,25 +149,50 @@ pub struct KvOutOfMemory {
     pub positions: usize,
 }
 
-/// Where an element of a row lies in what a head has in a block.
+/// How the elements of rows lie in what a head has in a block.
 #[derive(Clone, Copy, Debug)]
 enum Order {
-    /// `[panels][head_dim][16]`
+    /// `[panels][head_dim][16]`, bytes `[panels][head_dim / 2][16][2]`
     Keys,
-    /// `[positions][head_dim]`
+    /// `[positions][head_dim]`, bytes `[positions / 2][head_dim][2]`
     Values,
 }
 
+/// Where a row lies: in runs of neighbouring elements.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    first: usize,
+    /// 1, 2 or the whole row.
+    run: usize,
+    /// From one run to the next.
+    step: usize,
+}
+
 impl Order {
-    /// First element of row `r`, and the distance from one to the next.
-    fn place(self, r: usize, head_dim: usize) -> (usize, usize) {
-        match self {
-            Self::Keys => (
-                r / KEY_PANEL * KEY_PANEL * head_dim + r % KEY_PANEL,
-                KEY_PANEL,
-            ),
-            Self::Values => (r * head_dim, 1),
-        }
+    /// Where row `r` lies among `elements`.
+    fn place(self, r: usize, head_dim: usize, elements: Width) -> Place {
+        let panel = r / KEY_PANEL * KEY_PANEL * head_dim;
+        let (first, run, step) = match (self, elements) {
+            (Self::Keys, Width::Floats) => (panel + r % KEY_PANEL, 1, KEY_PANEL),
+            (Self::Keys, Width::Bytes) => (panel + 2 * (r % KEY_PANEL), 2, 2 * KEY_PANEL),
+            (Self::Values, Width::Floats) => (r * head_dim, head_dim, head_dim),
+            (Self::Values, Width::Bytes) => (r / 2 * 2 * head_dim + r % 2, 1, 2),
+        };
+        Place { first, run, step }
+    }
+}
+
+/// What elements are, as far as their places depend on it.
+#[derive(Clone, Copy, Debug)]
+enum Width {
+    Floats,
+    Bytes,
+}
+
+impl Place {
+    /// Of element `i` of the row.
+    fn at(self, i: usize) -> usize {
+        self.first + i / self.run * self.step + i % self.run
     }
 }
 
@@ -196,7 +223,7 @@ impl HeadStore<'_> {
     fn write(&mut self, order: Order, r: usize, row: &[f32]) {
         fn put<T: Copy + Default>(
             out: &mut [T],
-            (first, step): (usize, usize),
+            place: Place,
             row: &[f32],
             narrow: impl Fn(&mut [T], &[f32]),
         ) {
@@ -204,18 +231,26 @@ impl HeadStore<'_> {
             for (i, row) in row.chunks(PIECE).enumerate() {
                 let piece = &mut piece[..row.len()];
                 narrow(piece, row);
-                let out = &mut out[first + i * PIECE * step..];
-                if step == 1 {
-                    out[..piece.len()].copy_from_slice(piece);
-                } else {
-                    out.iter_mut()
-                        .step_by(step)
-                        .zip(piece)
-                        .for_each(|(o, v)| *o = *v);
+                let out = &mut out[place.at(i * PIECE)..];
+                match place.run {
+                    1 => {
+                        let out = out.iter_mut().step_by(place.step);
+                        out.zip(piece).for_each(|(o, v)| *o = *v);
+                    }
+                    2 => {
+                        let out = out.chunks_mut(place.step);
+                        let pairs = piece.as_chunks::<2>().0;
+                        out.zip(pairs).for_each(|(o, v)| o[..2].copy_from_slice(v));
+                    }
+                    _ => out[..piece.len()].copy_from_slice(piece),
                 }
             }
         }
-        let place = order.place(r, row.len());
+        let width = match self {
+            Self::Int8(..) => Width::Bytes,
+            _ => Width::Floats,
+        };
+        let place = order.place(r, row.len(), width);
         match self {
             Self::F32(s) => put(s, place, row, |o, v| o.copy_from_slice(v)),
             Self::F16(s) => put(s, place, row, |o, v| o.convert_from_f32_slice(v)),
@@ -252,9 +287,13 @@ impl HeadStore<'_> {
 
 /// Reads one row back.
 fn read(head: Cached<'_>, order: Order, r: usize, row: &mut [f32]) {
-    let (first, step) = order.place(r, row.len());
+    let width = match head {
+        Cached::I8 { .. } => Width::Bytes,
+        Cached::Floats(_) => Width::Floats,
+    };
+    let place = order.place(r, row.len(), width);
     for (i, v) in row.iter_mut().enumerate() {
-        let at = first + i * step;
+        let at = place.at(i);
         *v = match head {
             Cached::Floats(Elements::F32(s)) => s[at],
             Cached::Floats(Elements::F16(s)) => s[at].to_f32(),
@@ -280,7 +319,7 @@ impl Store {
         })
     }
 
-    /// Of the rows from `first` on: `elements` and `rows`.
+    /// Of the rows from `first` on: `elements` and the steps of `rows`.
     fn rows(&self, first: usize, head_dim: usize, elements: usize, rows: usize) -> Cached<'_> {
         let range = first * head_dim..first * head_dim + elements;
         match self {
@@ -367,8 +406,12 @@ pub struct KvCache {
 
 impl KvCache {
     /// An empty cache; memory is taken by [`KvCache::reserve`].
+    /// # Panics
+    /// When a head has an odd number of elements.
     #[must_use]
     pub fn new(shape: KvShape, kind: KvType) -> Self {
+        let d = shape.head_dim;
+        assert!(d.is_multiple_of(2), "heads of {d} elements are not even");
         let layer = |mask: &Mask| Layer {
             mask: *mask,
             blocks: Vec::new(),
@@ -511,7 +554,7 @@ impl KvCache {
     }
 
     /// Keys and values of block `block` of one layer and head: the first `positions` of it, keys in
-    /// whole panels `[panels, head_dim, 16]`, values `[positions, head_dim]`.
+    /// whole panels, values of bytes in whole pairs, laid out as the head of the module says.
     #[must_use]
     pub fn block(
         &self,
@@ -522,13 +565,17 @@ impl KvCache {
     ) -> (Cached<'_>, Cached<'_>) {
         let d = self.shape.head_dim;
         let padded = positions.next_multiple_of(KEY_PANEL);
+        let values = match self.kind {
+            KvType::Int8 => positions.next_multiple_of(2),
+            KvType::F32 | KvType::F16 | KvType::Bf16 => positions,
+        };
         let layer = &self.layers[layer];
         let heads = self.shape.part_heads(&layer.mask);
         let part = layer.blocks[block][head / heads].as_ref().expect(HELD);
         let first = head % heads * layer.mask.block();
         (
             part.keys.rows(first, d, padded * d, padded),
-            part.values.rows(first, d, positions * d, padded),
+            part.values.rows(first, d, values * d, padded),
         )
     }
 
@@ -645,7 +692,9 @@ mod tests {
                 }
                 _ => unreachable!("one kind"),
             };
-            assert_eq!(panel, (KEY_PANEL * 4, 3 * 4));
+            // Bytes of values in whole pairs.
+            let rows = if kind == KvType::Int8 { 4 } else { 3 };
+            assert_eq!(panel, (KEY_PANEL * 4, rows * 4));
             cache.update_keys(|_, head| head.iter_mut().for_each(|v| *v *= 2.0));
             let Cached::Floats(Elements::F32(panel)) = cache.block(0, 0, 0, 2).0 else {
                 continue;

@@ -16,10 +16,29 @@
 //!         So a result depends on the query and its keys only: not on what is computed beside it.
 //! Layout  keys in panels of 16, element by element: [panels][head_dim][16], so that 16 keys are the
 //!         lanes of a register; values [keys][head_dim]
-//! int8    a key and a value each have one step; a score is scale * step_j * <q, k_j>, and the step
-//!         of a value is multiplied into its weight
 //! Work    4 operations a query, visible key and element
 //! Exact   f32 throughout; keys and values are widened from what the cache stores
+//! ```
+//!
+//! A cache of bytes is multiplied as it is, by 16-bit integers:
+//!
+//! ```text
+//! Maths   key j is step_j * K_j, value j is step'_j * V_j, bytes in -127..=127 and one f32 step each
+//!         Q_i = round(q_i / step_q),      step_q = max |q_i| / most
+//!         s_j = <Q, K_j> * (step_q * scale) * step_j
+//!         u_j = exp(s_j - m_b) * step'_j
+//!         U_j = round(u_j / step_u),      step_u = max u_j / 32767 over the keys that q sees
+//!         a_b = (sum over j of U_j V_j) * step_u;      m_b, l_b and the merge as above
+//!         A step below the smallest normal number is zero, and so is what has it. Where something is not
+//!         finite the step is NaN, and with it all that it is multiplied into.
+//! Order   <Q, K_j> and the sum of U_j V_j are sums of integers, so none; the f32 products from the left
+//! Layout  two elements, and two keys, lie side by side, since the instructions multiply and add pairs:
+//!         keys [panels][head_dim / 2][16][2], values [keys / 2][head_dim][2]; an odd last key has a
+//!         neighbour that nobody sees
+//! Limits  sums fit 32 bits: most = 32767 up to 512 elements, less for longer heads (`most_of_query`), and a
+//!         block has 512 keys at most
+//! Exact   integers exactly. Rounding Q moves a score by 2^-16 of max |q| * sum |k_j| at most, rounding U a
+//!         result by 2^-16 of max u_j * sum |V_j|; a byte of the cache is off by 2^-8 of its row's largest
 //! ```
 
 use super::Kernels;
@@ -38,9 +57,9 @@ pub(super) const GROUP: usize = 8;
 pub enum Cached<'a> {
     /// Floats.
     Floats(Elements<'a>),
-    /// Signed bytes.
+    /// Signed bytes, an even number of keys.
     I8 {
-        /// The bytes.
+        /// The bytes, never -128.
         quants: &'a [i8],
         /// One step a key, whole panels.
         steps: &'a [f32],
@@ -82,9 +101,9 @@ pub struct AttentionTask<'a> {
     pub queries: &'a [f32],
     /// The keys of the block that each query may see, as a range within the block; `[queries]`.
     pub visible: &'a [Range<usize>],
-    /// `[panels, head_dim, 16]`, rotated.
+    /// `[panels, head_dim, 16]`, rotated; bytes `[panels, head_dim / 2, 16, 2]`.
     pub keys: Cached<'a>,
-    /// `[keys, head_dim]`
+    /// `[keys, head_dim]`; bytes `[keys / 2, head_dim, 2]`.
     pub values: Cached<'a>,
     /// Factor on every score.
     pub scale: f32,
@@ -102,13 +121,15 @@ pub const THEN: usize = 3;
 pub struct AttentionState {
     head_dim: usize,
     /// `[queries]`, the largest score so far
-    max: Vec<f32>,
+    pub(super) max: Vec<f32>,
     /// `[queries]`, the sum of exponentials relative to `max`
-    sum: Vec<f32>,
+    pub(super) sum: Vec<f32>,
     /// `[queries, head_dim]`, the values weighted alike
-    acc: Vec<f32>,
+    pub(super) acc: Vec<f32>,
     /// scores of a group on one block; then its own weighted values
     scratch: Vec<f32>,
+    /// where the cache holds bytes: the queries of a group, then its weights on one block
+    integers: Vec<i16>,
 }
 
 /// The state of the queries, borrowed for one block.
@@ -134,14 +155,60 @@ pub(super) struct Block<'a, T> {
     pub keys: &'a [T],
     /// `[keys][head_dim]`
     pub values: &'a [T],
-    /// `[panels * 16]` for bytes, else empty
+    /// Factor on every score.
+    pub scale: f32,
+    /// What is read after this block.
+    pub then: [[Span; 2]; THEN],
+}
+
+/// The keys and values of a block as bytes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct BlockI8<'a> {
+    pub head_dim: usize,
+    /// `[panels][head_dim / 2][16][2]`
+    pub keys: &'a [[i8; 2]],
+    /// `[keys / 2][head_dim][2]`
+    pub values: &'a [[i8; 2]],
+    /// `[panels * 16]`
     pub key_steps: &'a [f32],
-    /// `[panels * 16]` for bytes, else empty
+    /// `[panels * 16]`
     pub value_steps: &'a [f32],
     /// Factor on every score.
     pub scale: f32,
     /// What is read after this block.
     pub then: [[Span; 2]; THEN],
+}
+
+/// Queries and weights as integers.
+#[derive(Debug)]
+pub(super) struct IntegersMut<'a> {
+    /// `[GROUP][head_dim, whole sixteens]`
+    pub queries: &'a mut [i16],
+    /// `[GROUP][keys, whole panels]`
+    pub weights: &'a mut [i16],
+}
+
+/// Keys that a block of bytes has at most: so many products of a weight and a byte fit 32 bits.
+const MOST_KEYS: usize = 1 << 9;
+/// The largest weight.
+pub(super) const MOST: i16 = i16::MAX;
+
+/// The largest magnitude of an element of a query: `head_dim` products with bytes fit 32 bits.
+pub(super) fn most_of_query(head_dim: usize) -> i16 {
+    let fits = i32::MAX as usize / (128 * head_dim);
+    fits.min(usize::from(MOST.unsigned_abs())) as i16
+}
+
+/// The step of 16-bit integers up to `most` for values whose largest magnitude is `amax`, which is NaN
+/// where one of them is not finite.
+pub(super) fn step(amax: f32, most: i16) -> f32 {
+    let most = f32::from(most);
+    // A subnormal step would divide to infinity.
+    if amax <= most * f32::MIN_POSITIVE {
+        0.0
+    } else {
+        amax / most
+    }
 }
 
 /// No memory.
@@ -156,13 +223,29 @@ impl<T> Block<'_, T> {
     #[inline(always)]
     pub(super) fn spans(&self, seen: Range<usize>) -> Spans {
         let d = self.head_dim;
-        let mut spans = NOTHING;
-        let (own, then) = spans.split_at_mut(2);
-        own[0] = Span::of(self.value_steps.get(seen.clone()).unwrap_or_default());
-        own[1] = Span::of(&self.values[seen.start * d..seen.end * d]);
-        then.copy_from_slice(self.then.as_flattened());
-        spans
+        let values = Span::of(&self.values[seen.start * d..seen.end * d]);
+        spans([NOWHERE, values], &self.then)
     }
+}
+
+impl BlockI8<'_> {
+    /// The same: steps and pairs of the values.
+    #[inline(always)]
+    pub(super) fn spans(&self, seen: Range<usize>) -> Spans {
+        let d = self.head_dim;
+        let values = &self.values[seen.start / 2 * d..seen.end.div_ceil(2) * d];
+        let steps = &self.value_steps[seen];
+        spans([Span::of(steps), Span::of(values)], &self.then)
+    }
+}
+
+/// What is read after the keys of a block: `own` of it, then what comes after it.
+#[inline(always)]
+fn spans(own: [Span; 2], then: &[[Span; 2]; THEN]) -> Spans {
+    let mut spans = NOTHING;
+    spans[..2].copy_from_slice(&own);
+    spans[2..].copy_from_slice(then.as_flattened());
+    spans
 }
 
 /// Merges one block into the state of each query.
@@ -172,6 +255,17 @@ impl<T> Block<'_, T> {
 /// state is of those queries and that block.
 pub(super) type Attend<T> =
     unsafe fn(block: Block<'_, T>, queries: &[f32], visible: &[Range<usize>], state: StateMut<'_>);
+
+/// The same with a block of bytes.
+/// # Safety
+/// The same, and `head_dim` is even; every element of `integers` may be overwritten.
+pub(super) type AttendI8 = unsafe fn(
+    block: BlockI8<'_>,
+    queries: &[f32],
+    visible: &[Range<usize>],
+    state: StateMut<'_>,
+    integers: IntegersMut<'_>,
+);
 
 /// What one block, or several, gave one query: the largest score, the sum of the exponentials, and the
 /// values weighted by them.
@@ -315,33 +409,25 @@ impl Kernels {
         };
         let (queries, visible) = (task.queries, task.visible);
         let scale = task.scale;
+        let then = task.then.map(|cached| cached.spans());
         macro_rules! attend {
-            ($kernel:expr, $keys:expr, $values:expr, $key_steps:expr, $value_steps:expr) => {{
+            ($kernel:expr, $keys:expr, $values:expr) => {{
                 let block = Block {
                     head_dim: d,
                     keys: $keys,
                     values: $values,
-                    key_steps: $key_steps,
-                    value_steps: $value_steps,
                     scale,
-                    then: task.then.map(|cached| cached.spans()),
+                    then,
                 };
-                // SAFETY: the table exists only where the CPU has its features; shapes are checked
-                // above, and below for the steps.
+                // SAFETY: the table exists only where the CPU has its features; shapes are checked above.
                 unsafe { $kernel(block, queries, visible, s) }
             }};
         }
         use Elements::{Bf16, F16, F32};
         match (task.keys, task.values) {
-            (Cached::Floats(F32(k)), Cached::Floats(F32(v))) => {
-                attend!((self.attend_f32), k, v, &[], &[])
-            }
-            (Cached::Floats(F16(k)), Cached::Floats(F16(v))) => {
-                attend!((self.attend_f16), k, v, &[], &[])
-            }
-            (Cached::Floats(Bf16(k)), Cached::Floats(Bf16(v))) => {
-                attend!((self.attend_bf16), k, v, &[], &[])
-            }
+            (Cached::Floats(F32(k)), Cached::Floats(F32(v))) => attend!((self.attend_f32), k, v),
+            (Cached::Floats(F16(k)), Cached::Floats(F16(v))) => attend!((self.attend_f16), k, v),
+            (Cached::Floats(Bf16(k)), Cached::Floats(Bf16(v))) => attend!((self.attend_bf16), k, v),
             (
                 Cached::I8 {
                     quants: k,
@@ -352,9 +438,29 @@ impl Kernels {
                     steps: value_steps,
                 },
             ) => {
+                assert!(
+                    d.is_multiple_of(2) && keys.is_multiple_of(2) && keys <= MOST_KEYS,
+                    "{keys} keys of {d} bytes in pairs, at most {MOST_KEYS}"
+                );
                 assert_eq!(key_steps.len(), padded, "steps of the keys");
                 assert_eq!(value_steps.len(), padded, "steps of the values");
-                attend!((self.attend_i8), k, v, key_steps, value_steps)
+                let block = BlockI8 {
+                    head_dim: d,
+                    keys: k.as_chunks().0,
+                    values: v.as_chunks().0,
+                    key_steps,
+                    value_steps,
+                    scale,
+                    then,
+                };
+                state.integers.resize(GROUP * (width + padded), 0);
+                let (q, weights) = state.integers.split_at_mut(GROUP * width);
+                let integers = IntegersMut {
+                    queries: q,
+                    weights,
+                };
+                // SAFETY: as above; heads are even, and the steps are as many as the keys in panels.
+                unsafe { (self.attend_i8)(block, queries, visible, s, integers) }
             }
             (k, v) => panic!("keys {k:?} and values {v:?} are stored differently"),
         }

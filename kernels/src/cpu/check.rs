@@ -20,6 +20,7 @@
 mod guard;
 
 use super::activation::{DENOMINATOR, NUMERATOR, RATIO_ERROR};
+use super::attention::{most_of_query, step};
 use super::{AttentionState, AttentionTask, Cached, Isa, KEY_PANEL, Kernels, THEN};
 use crate::view::{ColsMut, Dense, Elements};
 use guard::{guarded, page_end};
@@ -142,6 +143,12 @@ trait Stored: Copy + std::fmt::Debug + 'static {
     fn cached<'a>(s: &'a [Self], _: &'a [f32]) -> Cached<'a> {
         Cached::Floats(Self::elements(s))
     }
+    /// How many elements of a key, and of how many values, lie side by side in the cache.
+    const SIDE_BY_SIDE: usize = 1;
+    /// A query as the kernels multiply it.
+    fn query(query: &[f32]) -> Vec<f64> {
+        query.iter().map(|q| f64::from(*q)).collect()
+    }
     /// Where the table's attention on such a cache is.
     fn attend(k: &Kernels) -> usize;
 }
@@ -208,6 +215,16 @@ impl Stored for i8 {
     }
     fn cached<'a>(quants: &'a [Self], steps: &'a [f32]) -> Cached<'a> {
         Cached::I8 { quants, steps }
+    }
+    const SIDE_BY_SIDE: usize = 2;
+    /// Rounded to integers, which is part of the definition, as all tables do it bit for bit.
+    fn query(query: &[f32]) -> Vec<f64> {
+        let most = most_of_query(query.len());
+        let step = step(query.iter().fold(0.0, |m, q| m.max(q.abs())), most);
+        let inverse = if step > 0.0 { 1.0 / step } else { 0.0 };
+        (query.iter())
+            .map(|q| f64::from((q * inverse).round_ties_even()) * f64::from(step))
+            .collect()
     }
     fn attend(k: &Kernels) -> usize {
         k.attend_i8 as usize
@@ -1445,8 +1462,7 @@ impl<T: Stored> Scene<T> {
         block: usize,
         visible: Vec<Range<usize>>,
     ) -> Self {
-        let is_bytes = matches!(T::cached(&[], &[]), Cached::I8 { .. });
-        let steps = || match is_bytes {
+        let steps = || match is_bytes::<T>() {
             true => random.values(keys, 0.02).iter().map(|v| v + 0.03).collect(),
             false => vec![1.0; keys],
         };
@@ -1485,7 +1501,7 @@ impl<T: Stored> Scene<T> {
             .enumerate()
         {
             let (start, count) = (b * self.block, keys.len() / d);
-            let (keys, values) = (page_end(&panels(keys, d)), page_end(values));
+            let (keys, values) = (page_end(&panels(keys, d)), page_end(&groups(values, d)));
             let [key_steps, value_steps] = self.steps.each_ref().map(|steps| {
                 let mut steps = steps[start..start + count].to_vec();
                 steps.resize(count.next_multiple_of(KEY_PANEL), f32::NAN);
@@ -1526,20 +1542,24 @@ impl<T: Stored> Scene<T> {
     /// Softmax in one piece.
     ///
     /// A key's weight `exp(s - m)` is off, relatively, by the error of its score (a sum of `d` products,
-    /// the scale and the step), by the rounding of `s - m`, which is at most `U` of the range of scores, and by
+    /// the scale; of bytes an exact sum, rounded, and two products more, which is less), by the rounding of `s - m`, which is at most `U` of the range of scores, and by
     /// the exponential; and for each block that is merged once more by the last two and a product.
     /// An error common to all keys, as that of `m`, cancels. The weighted sum then rounds once for
     /// each key and block and product and step; the sum of weights likewise, which doubles everything; the
     /// reciprocal and the last product are two more.
+    ///
+    /// Bytes: a weight with its step (one product) is rounded to an integer, after a product with the
+    /// reciprocal of a quotient: three roundings, so off by `3 * 32767 U < 0.006` of a unit more than half
+    /// a one. A unit is the largest weight of the block by 32767. The sum is rounded once, and so is its
+    /// product with the unit.
     fn reference(&self, query: usize) -> Vec<Expected> {
         let d = self.d;
-        let q = &self.queries[query * d..][..d];
+        let q = T::query(&self.queries[query * d..][..d]);
         let scale = f64::from(self.scale);
         let seen = self.visible[query].clone();
         let scores: Vec<Expected> = (seen.clone())
             .map(|j| {
-                let terms =
-                    (self.keys[j * d..][..d].iter().zip(q)).map(|(k, q)| k.exact() * f64::from(*q));
+                let terms = (self.keys[j * d..][..d].iter().zip(&q)).map(|(k, q)| k.exact() * q);
                 let (value, size) = terms.fold((0.0, 0.0), |(v, s), t| (v + t, s + t.abs()));
                 let factor = scale * f64::from(self.steps[0][j]);
                 Expected {
@@ -1558,24 +1578,39 @@ impl<T: Stored> Scene<T> {
         // Below -87 an exponential is as good as zero, so a wider range does not count.
         let range = (max - min).clamp(0.0, 104.0);
         let of_weight = worst_score.exp_m1() + (merges as f64) * (U * range + EXP + U);
-        let relative = 2.0 * (of_weight + gamma(seen.len() + 2 * merges + 3)) + gamma(2);
+        let of_bytes = if is_bytes::<T>() { 6 } else { 0 };
+        let roundings = seen.len() + 2 * merges + 3 + of_bytes;
+        let relative = 2.0 * (of_weight + gamma(roundings)) + gamma(2);
+        // Of each block, from the first: a unit of the weights.
+        let units: Vec<f64> = (0..=seen.end / self.block)
+            .map(|b| {
+                let weights = weights.iter().zip(seen.clone());
+                let of_block = weights.filter(|(_, j)| j / self.block == b);
+                let stepped = of_block.map(|(w, j)| w / sum * f64::from(self.steps[1][j]));
+                stepped.fold(0.0f64, f64::max) / 32767.0
+            })
+            .collect();
+        let largest = self.values[seen.start * d..seen.end * d]
+            .iter()
+            .fold(1.0f64, |m, v| m.max(v.exact().abs()));
         (0..d)
             .map(|i| {
-                let (mut value, mut size) = (0.0, 0.0);
+                let (mut value, mut size, mut rounded) = (0.0, 0.0, 0.0);
                 for (w, j) in weights.iter().zip(seen.clone()) {
                     let step = f64::from(self.steps[1][j]);
                     let term = w / sum * self.values[j * d + i].exact() * step;
                     value += term;
                     size += term.abs();
+                    if is_bytes::<T>() {
+                        let unit = units[j / self.block];
+                        rounded += 0.506 * unit * self.values[j * d + i].exact().abs();
+                    }
                 }
-                let largest = self.values[seen.start * d..seen.end * d]
-                    .iter()
-                    .fold(1.0f64, |m, v| m.max(v.exact().abs()));
                 // Weights below the smallest normal number may vanish.
                 let vanished = seen.len() as f64 * 2f64.powi(-125) * largest;
                 Expected {
                     value,
-                    bound: relative * size + vanished,
+                    bound: relative * size + rounded * (1.0 + relative) + vanished,
                 }
             })
             .collect()
@@ -1606,12 +1641,30 @@ impl<T: Stored> Scene<T> {
     }
 }
 
+fn is_bytes<T: Stored>() -> bool {
+    matches!(T::cached(&[], &[]), Cached::I8 { .. })
+}
+
 /// Keys `[keys, d]` in panels; what pads the last one must not matter.
 fn panels<T: Stored>(keys: &[T], d: usize) -> Vec<T> {
+    let n = T::SIDE_BY_SIDE;
     let mut out = vec![T::NAN; (keys.len() / d).next_multiple_of(KEY_PANEL) * d];
     for (j, key) in keys.chunks_exact(d).enumerate() {
+        let panel = j / KEY_PANEL * d * KEY_PANEL;
         for (e, v) in key.iter().enumerate() {
-            out[(j / KEY_PANEL * d + e) * KEY_PANEL + j % KEY_PANEL] = *v;
+            out[panel + (e / n * KEY_PANEL + j % KEY_PANEL) * n + e % n] = *v;
+        }
+    }
+    out
+}
+
+/// Values `[keys, d]`, some side by side; what pads the last ones must not matter.
+fn groups<T: Stored>(values: &[T], d: usize) -> Vec<T> {
+    let n = T::SIDE_BY_SIDE;
+    let mut out = vec![T::NAN; (values.len() / d).next_multiple_of(n) * d];
+    for (j, value) in values.chunks_exact(d).enumerate() {
+        for (e, v) in value.iter().enumerate() {
+            out[(j / n * d + e) * n + j % n] = *v;
         }
     }
     out
@@ -1791,4 +1844,131 @@ fn attend_bf16() {
 #[test]
 fn attend_i8() {
     attention_suite::<i8>();
+}
+
+/// The state of each query after one block in bytes, `max`, `sum` and `acc`, as bits.
+fn states(k: &Kernels, scene: &Scene<i8>) -> [Vec<u32>; 3] {
+    let (n, d, keys) = (scene.visible.len(), scene.d, scene.keys.len() / scene.d);
+    let steps = scene.steps.each_ref().map(|steps| {
+        let mut steps = steps.clone();
+        steps.resize(keys.next_multiple_of(KEY_PANEL), f32::NAN);
+        page_end(&steps)
+    });
+    let (keys, values) = (panels(&scene.keys, d), groups(&scene.values, d));
+    let mut state = AttentionState::default();
+    state.reset(n, d);
+    let task = AttentionTask {
+        first: 0,
+        queries: &scene.queries,
+        visible: &scene.visible,
+        keys: Cached::I8 {
+            quants: &page_end(&keys),
+            steps: &steps[0],
+        },
+        values: Cached::I8 {
+            quants: &page_end(&values),
+            steps: &steps[1],
+        },
+        scale: scene.scale,
+        then: [Cached::default(); THEN],
+    };
+    guarded(|| k.attend(task, &mut state));
+    [&state.max, &state.sum, &state.acc].map(|v| bits(v))
+}
+
+/// Where all weights are one, no exponential is in the way: everything is the scalar table's, to the bit.
+#[test]
+fn attend_i8_is_the_definition_bit_for_bit() {
+    let scalar = Kernels::for_isa(Isa::Scalar).unwrap();
+    for k in tables() {
+        let mut random = Random(16);
+        let check = |scene: &Scene<i8>, what: &str| {
+            let (got, want) = (states(k, scene), states(scalar, scene));
+            assert_eq!(got, want, "{} {what}, head {}", k.isa(), scene.d);
+        };
+        for d in [2, 6, 16, 30, 96, 128, 512, 514, 1026] {
+            for (queries, keys) in [(1, 1), (1, 257), (2, 16), (3, 17), (9, 70), (17, 33)] {
+                let one = |i: usize| (i * 5 % keys)..(i * 5 % keys) + 1;
+                let visible: Vec<_> = (0..queries).map(one).collect();
+                let mut scene = Scene::<i8>::random(&mut random, d, keys, keys, visible);
+                check(&scene, "each sees one key");
+                // Elements halfway between two integers, the largest being their number.
+                let most = f32::from(most_of_query(d));
+                scene.queries = (0..queries * d).map(|i| i as f32 % 99.0 - 49.5).collect();
+                (scene.queries.chunks_exact_mut(d)).for_each(|q| q[d - 1] = -most);
+                check(&scene, "ties");
+                scene.visible = causal(queries, keys, 20);
+                scene.queries.fill(0.0);
+                check(&scene, "queries of zeros");
+                scene.queries.fill(1e-39);
+                check(&scene, "queries of subnormals");
+                scene.steps[1].fill(0.0);
+                check(&scene, "values of zeros");
+            }
+        }
+        // The largest sums: whole blocks of the largest bytes, seen by all.
+        for (d, keys) in [(2, 512), (96, 256), (512, 512), (514, 34), (2048, 512)] {
+            for (key, value) in [(127, 127), (-127, 127), (127, -127)] {
+                let visible = vec![0..keys; 9];
+                let mut scene = Scene::<i8>::random(&mut random, d, keys, keys, visible);
+                scene.queries.fill(3.0);
+                scene.keys.fill(key);
+                scene.values.fill(value);
+                scene.steps = [(); 2].map(|()| vec![0.25; keys]);
+                check(&scene, "all at the largest");
+                scene.visible.truncate(1);
+                scene.queries.truncate(d);
+                scene.check(k, "all at the largest");
+            }
+        }
+    }
+}
+
+/// Sums of the longest heads that a configuration can ask for fit 32 bits, and as few bits are given up
+/// as that takes.
+#[test]
+fn integers_of_queries_fit() {
+    for d in (2..=1 << 16).step_by(2) {
+        let most = i64::from(most_of_query(d));
+        let largest = |most: i64| most * 128 * d as i64;
+        assert!(most > 0 && largest(most) <= i64::from(i32::MAX), "{d}");
+        assert!(
+            most == 32767 || largest(most + 1) > i64::from(i32::MAX),
+            "{d}"
+        );
+    }
+    assert_eq!([96, 512, 514].map(most_of_query), [32767, 32767, 32640]);
+}
+
+/// What is infinite in a query or as a step comes out as NaN, and where it is not seen it has no effect.
+#[test]
+fn attend_i8_does_not_hide_infinities() {
+    for k in tables() {
+        let mut random = Random(17);
+        let (d, keys) = (34, 21);
+        let scene =
+            |random: &mut Random| Scene::<i8>::random(random, d, keys, keys, causal(5, keys, 4));
+        for at in [0, 16, 33] {
+            let mut bad = scene(&mut random);
+            bad.queries[3 * d + at] = f32::NEG_INFINITY;
+            for (query, got) in bad.run(k, 0..5).chunks_exact(d).enumerate() {
+                let nan = got.iter().all(|v| v.is_nan());
+                let finite = got.iter().all(|v| v.is_finite());
+                let right = if query == 3 { nan } else { finite };
+                assert!(right, "{} query {query}", k.isa());
+            }
+        }
+        for spoiled in [13, 15, 16, 18, 20] {
+            let mut bad = scene(&mut random);
+            bad.steps[1][spoiled] = f32::INFINITY;
+            for (query, got) in bad.run(k, 0..5).chunks_exact(d).enumerate() {
+                let seen = bad.visible[query].contains(&spoiled);
+                assert!(
+                    got.iter().all(|v| v.is_nan() == seen),
+                    "{} query {query}, value {spoiled}",
+                    k.isa()
+                );
+            }
+        }
+    }
 }

@@ -140,7 +140,7 @@ pub struct Kernels {
     attend_f32: attention::Attend<f32>,
     attend_f16: attention::Attend<phidias_quant::f16>,
     attend_bf16: attention::Attend<phidias_quant::bf16>,
-    attend_i8: attention::Attend<i8>,
+    attend_i8: attention::AttendI8,
     merge: attention::Merge,
 }
 

@@ -1,6 +1,7 @@
 //! Sixteen floats in two registers. Safety: see [`crate::cpu::vector`].
 
-use crate::cpu::vector::{LANES, Lanes};
+use super::packed::four;
+use crate::cpu::vector::{LANES, Lanes, Sums};
 use phidias_quant::{bf16, f16};
 use std::arch::x86_64::*;
 
@@ -102,14 +103,6 @@ impl Lanes for Ymm2 {
         })
     }
     #[inline(always)]
-    fn load_i8(from: &[i8; LANES]) -> Self {
-        let (low, high) = (from.as_ptr().cast(), from[HALF..].as_ptr().cast());
-        Self(avx2!([
-            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(low))),
-            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(high))),
-        ]))
-    }
-    #[inline(always)]
     fn load_pairs(from: &[[f32; 2]; LANES]) -> [Self; 2] {
         let (halves, _) = from.as_flattened().as_chunks();
         let (a, b) = (apart(&halves[0]), apart(&halves[1]));
@@ -181,10 +174,22 @@ impl Lanes for Ymm2 {
     }
     #[inline(always)]
     fn keep(self, from: usize, to: usize, other: Self) -> Self {
-        let mut mask = [0.0; LANES];
-        mask[from..to].fill(-0.0);
-        let mask = Self::load(&mask);
-        self.zip3(other, mask, |a, b, m| avx2!(_mm256_blendv_ps(b, a, m)))
+        // Compared in registers: a mask that goes through memory is read before it is written.
+        let (before, end) = (from as i32 - 1, to as i32);
+        avx2!({
+            let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+            let kept = |lanes| {
+                _mm256_castsi256_ps(_mm256_and_si256(
+                    _mm256_cmpgt_epi32(lanes, _mm256_set1_epi32(before)),
+                    _mm256_cmpgt_epi32(_mm256_set1_epi32(end), lanes),
+                ))
+            };
+            let upper = _mm256_add_epi32(lanes, _mm256_set1_epi32(HALF as i32));
+            Self([
+                _mm256_blendv_ps(other.0[0], self.0[0], kept(lanes)),
+                _mm256_blendv_ps(other.0[1], self.0[1], kept(upper)),
+            ])
+        })
     }
     #[inline(always)]
     fn store_i8(self, to: &mut [i8; LANES]) {
@@ -198,6 +203,16 @@ impl Lanes for Ymm2 {
                 _mm256_extracti128_si256::<1>(words),
             );
             _mm_storeu_si128(to.as_mut_ptr().cast(), bytes);
+        });
+    }
+    #[inline(always)]
+    fn store_i16(self, to: &mut [i16; LANES]) {
+        avx2!({
+            let words =
+                _mm256_packs_epi32(_mm256_cvtps_epi32(self.0[0]), _mm256_cvtps_epi32(self.0[1]));
+            // 0-3, 8-11, 4-7, 12-15 as 64-bit words.
+            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
+            _mm256_storeu_si256(to.as_mut_ptr().cast(), words);
         });
     }
     #[inline(always)]
@@ -215,5 +230,46 @@ impl Lanes for Ymm2 {
             let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps::<1>(two, two)))
         })
+    }
+}
+
+/// Sums 0-7 and 8-15.
+#[derive(Clone, Copy)]
+pub(in crate::cpu) struct Ymm2Sums([__m256i; 2]);
+
+impl Sums for Ymm2Sums {
+    type Floats = Ymm2;
+    type Pairs = [__m256i; 2];
+    type Pair = __m256i;
+
+    #[inline(always)]
+    fn zero() -> Self {
+        Self(avx2!([_mm256_setzero_si256(); 2]))
+    }
+    #[inline(always)]
+    fn load(from: &[[i8; 2]; LANES]) -> Self::Pairs {
+        let (low, high) = (from.as_ptr().cast(), from[HALF..].as_ptr().cast());
+        avx2!([
+            _mm256_cvtepi8_epi16(_mm_loadu_si128(low)),
+            _mm256_cvtepi8_epi16(_mm_loadu_si128(high)),
+        ])
+    }
+    #[inline(always)]
+    fn splat(pair: &[i16; 2]) -> Self::Pair {
+        avx2!(_mm256_set1_epi32(four(pair)))
+    }
+    #[inline(always)]
+    fn add_products(self, a: Self::Pairs, b: Self::Pair) -> Self {
+        Self(avx2!([
+            _mm256_add_epi32(self.0[0], _mm256_madd_epi16(a[0], b)),
+            _mm256_add_epi32(self.0[1], _mm256_madd_epi16(a[1], b)),
+        ]))
+    }
+    #[inline(always)]
+    fn floats(self) -> Ymm2 {
+        Ymm2(avx2!([
+            _mm256_cvtepi32_ps(self.0[0]),
+            _mm256_cvtepi32_ps(self.0[1]),
+        ]))
     }
 }

@@ -4,7 +4,7 @@ mod lanes;
 pub(super) mod packed;
 pub(super) mod vnni;
 
-pub(super) use lanes::{Ymm2, fold};
+pub(super) use lanes::{Ymm2, Ymm2Sums, fold};
 
 // Tiles for 16 registers, two of which are sixteen floats: dense four sums and the operands, scores
 // 8 queries x 1 panel and 1 x 4, values 2 queries x 2 columns and 1 x 6.
@@ -13,6 +13,7 @@ super::vector::vector_table!(
     packed: packed::gemm_q4, packed::gemm_q8,
     dense: 2 x 2,
     attention: 8, 1, 2, 2, 1; one query: Ymm2, 4, 6, 4
+    attention of bytes: "avx2,fma,f16c", Ymm2Sums, 4, 1, 2, 2, 1; one query: Ymm2Sums, 4, 6, 4
 );
 
 /// The table, if this CPU has the instructions.

@@ -29,7 +29,7 @@ pub(in crate::cpu) const PARTS: usize = 2;
 /// Rows of half a panel.
 pub(in crate::cpu) const HALF: usize = PANEL_ROWS / PARTS;
 
-/// Four bytes for a broadcast: four activations, or a number. Read through a pointer one by one, they
+/// Four bytes for a broadcast: four activations, a pair of 16-bit integers, or a number. Read through a pointer one by one, they
 /// become loads that broadcast by themselves; from an array the compiler would load several and shuffle.
 #[inline(always)]
 pub(in crate::cpu) fn four<T: Four>(at: &T) -> i32 {
@@ -40,6 +40,7 @@ pub(in crate::cpu) fn four<T: Four>(at: &T) -> i32 {
 /// Four bytes without padding.
 pub(in crate::cpu) trait Four {}
 impl Four for [i8; 4] {}
+impl Four for [i16; 2] {}
 impl Four for i32 {}
 impl Four for f32 {}
 

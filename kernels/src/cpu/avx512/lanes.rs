@@ -1,14 +1,15 @@
 //! Sixteen floats in one register. Safety: see [`crate::cpu::vector`].
 
 use crate::cpu::avx2::fold;
-use crate::cpu::vector::{LANES, Lanes};
+use crate::cpu::avx2::packed::four;
+use crate::cpu::vector::{LANES, Lanes, Sums};
 use phidias_quant::{bf16, f16};
 use std::arch::x86_64::*;
 
 #[derive(Clone, Copy)]
 pub(super) struct Zmm(__m512);
 
-/// An expression of AVX-512 F intrinsics, each load and store inside an array of sixteen.
+/// An expression of AVX-512 F intrinsics, for sums also BW and VNNI, each load and store inside an array of sixteen.
 macro_rules! avx512 {
     ($e:expr) => {
         // SAFETY: the contract of `crate::cpu::vector`: the features are there; what is read and
@@ -38,12 +39,6 @@ impl Lanes for Zmm {
             let upper = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.as_ptr().cast()));
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(upper))
         }))
-    }
-    #[inline(always)]
-    fn load_i8(from: &[i8; LANES]) -> Self {
-        Self(avx512!(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(
-            _mm_loadu_si128(from.as_ptr().cast())
-        ))))
     }
     #[inline(always)]
     fn load_pairs(from: &[[f32; 2]; LANES]) -> [Self; 2] {
@@ -125,6 +120,13 @@ impl Lanes for Zmm {
         });
     }
     #[inline(always)]
+    fn store_i16(self, to: &mut [i16; LANES]) {
+        avx512!({
+            let words = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(self.0));
+            _mm256_storeu_si256(to.as_mut_ptr().cast(), words);
+        });
+    }
+    #[inline(always)]
     fn sum(self) -> f32 {
         let high = avx512!(_mm512_castps_si512(self.0));
         fold(avx512!({
@@ -135,5 +137,37 @@ impl Lanes for Zmm {
     #[inline(always)]
     fn largest(self) -> f32 {
         avx512!(_mm512_reduce_max_ps(self.0))
+    }
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct ZmmSums(__m512i);
+
+impl Sums for ZmmSums {
+    type Floats = Zmm;
+    type Pairs = __m512i;
+    type Pair = __m512i;
+
+    #[inline(always)]
+    fn zero() -> Self {
+        Self(avx512!(_mm512_setzero_si512()))
+    }
+    #[inline(always)]
+    fn load(from: &[[i8; 2]; LANES]) -> Self::Pairs {
+        avx512!(_mm512_cvtepi8_epi16(_mm256_loadu_si256(
+            from.as_ptr().cast()
+        )))
+    }
+    #[inline(always)]
+    fn splat(pair: &[i16; 2]) -> Self::Pair {
+        avx512!(_mm512_set1_epi32(four(pair)))
+    }
+    #[inline(always)]
+    fn add_products(self, a: Self::Pairs, b: Self::Pair) -> Self {
+        Self(avx512!(_mm512_dpwssd_epi32(self.0, a, b)))
+    }
+    #[inline(always)]
+    fn floats(self) -> Zmm {
+        Zmm(avx512!(_mm512_cvtepi32_ps(self.0)))
     }
 }

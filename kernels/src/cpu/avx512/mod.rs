@@ -3,7 +3,7 @@
 mod lanes;
 mod packed;
 
-use crate::cpu::avx2::Ymm2;
+use crate::cpu::avx2::{Ymm2, Ymm2Sums};
 
 // Dense sixteen sums, four rows, four tokens: 24 of 32 registers. Scores 8 queries x 2 panels, values 4
 // queries x 6 or 4 columns: at most 29. One query in registers of 256 bits: 4 panels, 6 columns.
@@ -12,6 +12,8 @@ super::vector::vector_table!(
     packed: packed::gemm_q4, packed::gemm_q8,
     dense: 4 x 4,
     attention: 8, 2, 4, 6, 4; one query: Ymm2, 4, 6, 4
+    attention of bytes: "avx512f,avx512bw,avx512vl,avx512vnni",
+        lanes::ZmmSums, 8, 2, 4, 6, 4; one query: Ymm2Sums, 4, 6, 4
 );
 
 /// The table, if this CPU has the instructions.

@@ -1,6 +1,6 @@
 //! Sixteen floats in four registers. Safety: see [`crate::cpu::vector`].
 
-use crate::cpu::vector::{LANES, Lanes};
+use crate::cpu::vector::{LANES, Lanes, Sums};
 use phidias_quant::{bf16, f16};
 use std::arch::aarch64::*;
 use std::arch::asm;
@@ -92,19 +92,6 @@ impl Lanes for Quad {
         }))
     }
     #[inline(always)]
-    fn load_i8(from: &[i8; LANES]) -> Self {
-        neon!({
-            let bytes = vld1q_s8(from.as_ptr());
-            let (low, high) = (vmovl_s8(vget_low_s8(bytes)), vmovl_high_s8(bytes));
-            Self([
-                vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))),
-                vcvtq_f32_s32(vmovl_high_s16(low)),
-                vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))),
-                vcvtq_f32_s32(vmovl_high_s16(high)),
-            ])
-        })
-    }
-    #[inline(always)]
     fn load_pairs(from: &[[f32; 2]; LANES]) -> [Self; 2] {
         let from = from.as_flattened();
         let fours = |i: usize| neon!(vld2q_f32(from.as_ptr().add(8 * i)));
@@ -194,6 +181,15 @@ impl Lanes for Quad {
         });
     }
     #[inline(always)]
+    fn store_i16(self, to: &mut [i16; LANES]) {
+        for (i, v) in self.0.into_iter().enumerate() {
+            neon!(vst1_s16(
+                to.as_mut_ptr().add(4 * i),
+                vmovn_s32(vcvtnq_s32_f32(v))
+            ));
+        }
+    }
+    #[inline(always)]
     fn sum(self) -> f32 {
         let [a, b, c, d] = self.0;
         neon!({
@@ -206,5 +202,61 @@ impl Lanes for Quad {
     fn largest(self) -> f32 {
         let [a, b, c, d] = self.0;
         neon!(vmaxvq_f32(vmaxq_f32(vmaxq_f32(a, b), vmaxq_f32(c, d))))
+    }
+}
+
+/// Sums 0-3, 4-7, 8-11 and 12-15.
+#[derive(Clone, Copy)]
+pub(super) struct QuadSums([int32x4_t; 4]);
+
+impl Sums for QuadSums {
+    type Floats = Quad;
+    /// The first of each pair, then the second: 0-7 and 8-15.
+    type Pairs = [[int16x8_t; 2]; 2];
+    /// In the first two lanes.
+    type Pair = int16x4_t;
+
+    #[inline(always)]
+    fn zero() -> Self {
+        Self(neon!([vdupq_n_s32(0); 4]))
+    }
+    #[inline(always)]
+    fn load(from: &[[i8; 2]; LANES]) -> Self::Pairs {
+        neon!({
+            let bytes = vld2q_s8(from.as_ptr().cast());
+            [
+                [vmovl_s8(vget_low_s8(bytes.0)), vmovl_high_s8(bytes.0)],
+                [vmovl_s8(vget_low_s8(bytes.1)), vmovl_high_s8(bytes.1)],
+            ]
+        })
+    }
+    #[inline(always)]
+    fn splat(pair: &[i16; 2]) -> Self::Pair {
+        let pair = std::ptr::from_ref(pair).cast::<i32>();
+        neon!(vreinterpret_s16_s32(vdup_n_s32(pair.read_unaligned())))
+    }
+    #[inline(always)]
+    fn add_products(self, [a, b]: Self::Pairs, pair: Self::Pair) -> Self {
+        let mut sums = self.0;
+        neon!({
+            for i in 0..2 {
+                let (low, high) = (sums[2 * i], sums[2 * i + 1]);
+                let low = vmlal_lane_s16::<0>(low, vget_low_s16(a[i]), pair);
+                let high = vmlal_high_lane_s16::<0>(high, a[i], pair);
+                sums[2 * i] = vmlal_lane_s16::<1>(low, vget_low_s16(b[i]), pair);
+                sums[2 * i + 1] = vmlal_high_lane_s16::<1>(high, b[i], pair);
+            }
+        });
+        Self(sums)
+    }
+    #[inline(always)]
+    fn floats(self) -> Quad {
+        let [a, b, c, d] = self.0;
+        neon!(Quad([
+            vcvtq_f32_s32(a),
+            vcvtq_f32_s32(b),
+            vcvtq_f32_s32(c),
+            vcvtq_f32_s32(d)
+        ]))
     }
 }

@@ -15,6 +15,7 @@ super::vector::vector_table!(
     packed: packed::plain::gemm_q4, packed::plain::gemm_q8,
     dense: 2 x 2,
     attention: 4, 1, 2, 2, 1; one query: lanes::Quad, 4, 2, 1
+    attention of bytes: "neon", lanes::QuadSums, 4, 1, 2, 2, 1; one query: lanes::QuadSums, 4, 2, 1
 );
 
 /// The table, if this CPU has the instructions.

@@ -22,8 +22,7 @@ pub(super) fn attend<T: Element>(
             for e in 0..d {
                 dot += q[e] * panel[e * KEY_PANEL + j % KEY_PANEL].widen();
             }
-            let step = block.key_steps.get(j).unwrap_or(&1.0);
-            state.scores[j] = dot * block.scale * step;
+            state.scores[j] = dot * block.scale;
             max = max.max(state.scores[j]);
         }
         let mut sums = [0.0; LANES];
@@ -32,7 +31,6 @@ pub(super) fn attend<T: Element>(
         for j in seen.clone() {
             let weight = (state.scores[j] - max).exp();
             sums[j % LANES] += weight;
-            let weight = weight * block.value_steps.get(j).unwrap_or(&1.0);
             for (a, v) in acc.iter_mut().zip(&block.values[j * d..]) {
                 *a += weight * v.widen();
             }

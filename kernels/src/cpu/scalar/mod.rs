@@ -5,6 +5,7 @@ use phidias_quant::{bf16, f16};
 
 mod activation;
 mod attention;
+mod attention_i8;
 mod gemm;
 mod norm;
 
@@ -26,7 +27,7 @@ pub(super) const KERNELS: Kernels = Kernels {
     attend_f32: attention::attend::<f32>,
     attend_f16: attention::attend::<f16>,
     attend_bf16: attention::attend::<bf16>,
-    attend_i8: attention::attend::<i8>,
+    attend_i8: attention_i8::attend,
     merge: attention::merge,
 };
 
@@ -67,12 +68,6 @@ impl Element for f32 {
     #[inline(always)]
     fn widen(self) -> f32 {
         self
-    }
-}
-
-impl Element for i8 {
-    fn widen(self) -> f32 {
-        f32::from(self)
     }
 }
 

@@ -61,11 +61,7 @@ fn score_tile<L: Lanes, T: Load, const Q: usize, const P: usize>(
     for q in 0..Q {
         let (row, _) = scores[q * stride..][..stride].as_chunks_mut::<LANES>();
         for p in 0..P {
-            let mut s = acc[q][p].mul(scale);
-            if let Some(steps) = block.key_steps.as_chunks().0.get(first + p) {
-                s = s.mul(L::load(steps));
-            }
-            s.store(&mut row[first + p]);
+            acc[q][p].mul(scale).store(&mut row[first + p]);
         }
     }
 }
@@ -93,9 +89,8 @@ fn score_rows<L: Lanes, T: Load, const Q: usize, const P: usize>(
 }
 
 /// Turns the scores of one query into weights: the largest score, and the sum of the exponentials.
-/// Where values have steps, these are in the weights then, but not in the sum.
 #[inline(always)]
-fn softmax<L: Lanes>(row: &mut [f32], seen: &Range<usize>, value_steps: &[f32]) -> (f32, f32) {
+pub(super) fn softmax<L: Lanes>(row: &mut [f32], seen: &Range<usize>) -> (f32, f32) {
     let (row, _) = row.as_chunks_mut::<LANES>();
     let panels = seen.start / LANES..seen.end.div_ceil(LANES);
     // The lanes of a panel that the query sees.
@@ -114,10 +109,7 @@ fn softmax<L: Lanes>(row: &mut [f32], seen: &Range<usize>, value_steps: &[f32]) 
         let (from, to) = lanes(p);
         let weight = exp(L::load(&row[p]).sub(L::splat(max))).keep(from, to, L::splat(0.0));
         sum = sum.add(weight);
-        match value_steps.as_chunks().0.get(p) {
-            Some(steps) => weight.mul(L::load(steps)).store(&mut row[p]),
-            None => weight.store(&mut row[p]),
-        }
+        weight.store(&mut row[p]);
     }
     (max, sum.sum())
 }
@@ -405,10 +397,7 @@ pub(in crate::cpu) fn attend<
         let mut stats = [(f32::NEG_INFINITY, 0.0); GROUP];
         for (q, seen) in visible.iter().enumerate().filter(|(_, r)| !r.is_empty()) {
             let row = &mut state.scores[q * stride..][..stride];
-            stats[q] = softmax::<L>(row, seen, block.value_steps);
-        }
-        if !block.key_steps.is_empty() {
-            ahead.lines(2 * panels.len()); // the steps were read
+            stats[q] = softmax::<L>(row, seen);
         }
         weighted::<L, One, T, VQ, C, D, C1, D1>(
             &block,

@@ -15,6 +15,7 @@
 use phidias_quant::{bf16, f16};
 
 pub(super) mod attention;
+pub(super) mod attention_i8;
 pub(super) mod dense;
 pub(super) mod elementwise;
 pub(super) mod quantize;
@@ -32,8 +33,6 @@ pub(super) trait Lanes: Copy {
     fn load_f16(from: &[f16; LANES]) -> Self;
     /// Widened exactly.
     fn load_bf16(from: &[bf16; LANES]) -> Self;
-    /// Converted exactly.
-    fn load_i8(from: &[i8; LANES]) -> Self;
     /// Lane `i` of the first is `from[i][0]`, of the second `from[i][1]`.
     fn load_pairs(from: &[[f32; 2]; LANES]) -> [Self; 2];
     /// `to[i]` is lane `i`.
@@ -64,10 +63,32 @@ pub(super) trait Lanes: Copy {
     fn keep(self, from: usize, to: usize, other: Self) -> Self;
     /// Integral floats in -127..=127 as bytes.
     fn store_i8(self, to: &mut [i8; LANES]);
+    /// Rounded to integers, ties to even, that are in -32767..=32767.
+    fn store_i16(self, to: &mut [i16; LANES]);
     /// The sum: 16 -> 8 -> 4 -> 2 -> 1, lane `l` plus lane `l + half` each time.
     fn sum(self) -> f32;
     /// The largest lane; a NaN may be passed over.
     fn largest(self) -> f32;
+}
+
+/// Sixteen sums of products of 16-bit integers, each of 32 bits.
+pub(super) trait Sums: Copy {
+    /// What they become.
+    type Floats: Lanes;
+    /// Sixteen pairs of 16-bit integers.
+    type Pairs: Copy;
+    /// One pair, for all of them.
+    type Pair: Copy;
+    /// No products yet.
+    fn zero() -> Self;
+    /// Widened.
+    fn load(from: &[[i8; 2]; LANES]) -> Self::Pairs;
+    /// As it is.
+    fn splat(pair: &[i16; 2]) -> Self::Pair;
+    /// Lane `i` plus `a[i][0] * b[0] + a[i][1] * b[1]`.
+    fn add_products(self, a: Self::Pairs, b: Self::Pair) -> Self;
+    /// The sums, rounded.
+    fn floats(self) -> Self::Floats;
 }
 
 /// An element of a matrix or of the KV cache that loads as f32.
@@ -94,13 +115,6 @@ impl Load for bf16 {
     #[inline(always)]
     fn load<L: Lanes>(from: &[Self; LANES]) -> L {
         L::load_bf16(from)
-    }
-}
-
-impl Load for i8 {
-    #[inline(always)]
-    fn load<L: Lanes>(from: &[Self; LANES]) -> L {
-        L::load_i8(from)
     }
 }
 
@@ -147,16 +161,20 @@ pub(super) fn exp<L: Lanes>(x: L) -> L {
 
 /// The table of an instruction set, `KERNELS`: the packed GEMMs given, everything else as written on
 /// `$lanes` and compiled for `$features`. Tile sizes: rows x tokens of the dense GEMM, and those of
-/// [`attention::attend`], where one query has lanes `$one`.
+/// [`attention::attend`] and [`attention_i8::attend`], where one query has lanes or sums of its own.
 macro_rules! vector_table {
     (
         $isa:expr, $features:literal, $lanes:ty,
         packed: $q4:path, $q8:path,
         dense: $rows:literal x $tokens:literal,
         attention: $($tile:literal),+; one query: $one:ty, $($tile1:literal),+
+        attention of bytes: $features_i8:literal,
+            $sums:ty, $($tile_i8:literal),+; one query: $one_i8:ty, $($tile1_i8:literal),+
     ) => {
-        use crate::cpu::attention::{Block, Partial, PartialMut, StateMut};
-        use crate::cpu::vector::{Load, attention, dense, elementwise, quantize};
+        use crate::cpu::attention::{
+            Block, BlockI8, IntegersMut, Partial, PartialMut, StateMut,
+        };
+        use crate::cpu::vector::{Load, attention, attention_i8, dense, elementwise, quantize};
         use crate::cpu::{Isa, Kernels};
         use crate::view::ColsMut;
         use phidias_quant::activations::TileMut;
@@ -182,7 +200,7 @@ macro_rules! vector_table {
             attend_f32: attend::<f32>,
             attend_f16: attend::<f16>,
             attend_bf16: attend::<bf16>,
-            attend_i8: attend::<i8>,
+            attend_i8,
             merge,
         };
 
@@ -240,6 +258,19 @@ macro_rules! vector_table {
         ) {
             attention::attend::<$lanes, $one, T, $($tile),+, $($tile1),+>(
                 block, queries, visible, state,
+            );
+        }
+
+        #[target_feature(enable = $features_i8)]
+        fn attend_i8(
+            block: BlockI8<'_>,
+            queries: &[f32],
+            visible: &[Range<usize>],
+            state: StateMut<'_>,
+            integers: IntegersMut<'_>,
+        ) {
+            attention_i8::attend::<$sums, $one_i8, $($tile_i8),+, $($tile1_i8),+>(
+                block, queries, visible, state, integers,
             );
         }
 
