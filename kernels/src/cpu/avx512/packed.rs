@@ -85,6 +85,8 @@ fn products<const T: usize>(
     out
 }
 
+const _: () = assert!(TILE == 8, "a tile is what a panel meets at once");
+
 /// A panel times the `T` tokens of a tile.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 #[inline]
