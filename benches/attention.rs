@@ -9,7 +9,8 @@ use phidias::engine::kv_cache::KvType;
 
 /// Tables round the same sums in the same order, with and without fused multiply-add, and compute the
 /// exponentials differently: a score of 96 products is off by at most 97 roundings of 2^-24 times 30
-/// or so, and a weight by as much relatively.
+/// or so, and a weight by as much relatively. Over bytes an exponential that differs can round to the
+/// neighbouring integer, 2^-15 of the largest.
 const TOLERANCE: f32 = 4e-4;
 
 fn attention(c: &mut Criterion) {

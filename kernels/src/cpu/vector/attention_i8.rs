@@ -11,10 +11,10 @@
 //! 3. Values: sixteen elements of the head are the lanes, the weights of two keys are broadcast. Queries of
 //!    a tile take all keys that one of them sees: a weight of zero hides a byte for certain.
 //! 4. A few queries ask for lines as floats do. One query also asks for the same place of the panels that
-//!    come next, into the first level: now that it is ahead of its data, loads that miss there take the
-//!    places of what was asked for. On a Zen 4 core that reads 33 GB/s, as floats 23.5, without this 22.4,
-//!    with it 25.6; sums of 512 bits without it 20.7. The hardware alone gave 22.5 with one panel at a time, 14
-//!    with four; asking alike for values was a loss.
+//!    come next, into the first level: ahead of its data, its loads miss there and take the places of what was
+//!    asked for. On a Zen 4 core that reads 33 GB/s: 21.4 without that, 23.4 with it, 22.8 as floats; in
+//!    registers of 512 bits, without it, 20. The hardware alone gave 20.9 with one panel at a time and 13.8
+//!    with four. Asking alike for values was a loss.
 //! Limit  one query: memory bandwidth; many: the multipliers, 32 products an instruction of 512 bits
 //! Exact  sums exactly, floats in the order of the definition, but for the exponential
 //! ```
