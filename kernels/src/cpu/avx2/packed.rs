@@ -70,6 +70,20 @@ pub(in crate::cpu) fn nibbles(line: &[u8; LINE], half: usize) -> [__m256i; 2] {
     [_mm256_and_si256(bytes, mask), _mm256_and_si256(high, mask)]
 }
 
+/// The lines of a block for a loop that stays one where there are several tokens. Unrolled, it would have all lines
+/// and activations in hand at once, of which sixteen registers hold a third: the rest went to the stack and
+/// back, at half of the speed where that was not aligned.
+#[inline(always)]
+pub(in crate::cpu) fn one_by_one<const T: usize, const LINES: usize>(
+    lines: &[[u8; LINE]; LINES],
+) -> &[[u8; LINE]] {
+    if T == 1 {
+        lines
+    } else {
+        std::hint::black_box(lines)
+    }
+}
+
 /// The products of a block of nibbles with `T` tokens, scaled by the activations.
 #[target_feature(enable = "avx2")]
 #[inline]
@@ -80,11 +94,11 @@ fn products_q4<const T: usize>(
     magics: &[f32; T],
 ) -> [[__m256; PARTS]; T] {
     let mut sums = [[_mm256_setzero_si256(); PARTS]; T];
-    for g in 0..4 {
-        let w = [nibbles(&lines[g], 0), nibbles(&lines[g], 1)];
+    for (g, line) in one_by_one::<T, _>(lines).iter().enumerate() {
+        let w = [nibbles(line, 0), nibbles(line, 1)];
         for t in 0..T {
             for high in 0..2 {
-                let x = broadcast(&a[t], g + 4 * high);
+                let x = broadcast(&a[t], g % 4 + 4 * high);
                 for half in 0..PARTS {
                     let pairs = _mm256_maddubs_epi16(w[half][high], x);
                     sums[t][half] = _mm256_add_epi16(sums[t][half], pairs);
@@ -119,12 +133,12 @@ fn products_q8<const T: usize>(
     for t in 0..T {
         sums[t] = [_mm256_castps_si256(_mm256_set1_ps(magics[t])); PARTS];
     }
-    for g in 0..8 {
+    for (g, line) in one_by_one::<T, _>(lines).iter().enumerate() {
         for half in 0..PARTS {
-            let signed = _mm256_xor_si256(half_line(&lines[g], half), flip);
+            let signed = _mm256_xor_si256(half_line(line, half), flip);
             let magnitude = _mm256_abs_epi8(signed);
             for t in 0..T {
-                let x = _mm256_sign_epi8(broadcast(&a[t], g), signed);
+                let x = _mm256_sign_epi8(broadcast(&a[t], g % 8), signed);
                 let pairs = _mm256_maddubs_epi16(magnitude, x);
                 sums[t][half] = _mm256_add_epi32(sums[t][half], _mm256_madd_epi16(pairs, one));
             }

@@ -7,34 +7,45 @@
 macro_rules! vnni {
     ($name:ident, $features:literal, $dot:ident) => {
         pub(in crate::cpu) mod $name {
-            use crate::cpu::avx2::packed::{HALF, PARTS, four, half_line, nibbles};
+            use crate::cpu::avx2::packed::{HALF, PARTS, four, half_line, nibbles, one_by_one};
             use phidias_quant::BLOCK;
             use phidias_quant::packed::LINE;
             use std::arch::x86_64::*;
 
-            /// The products of a block with `T` tokens, scaled by the activations: `weights` has the
-            /// registers of group `g`, one for each half of the panel.
+            type Sums<const T: usize> = [[__m256i; PARTS]; T];
+
             #[target_feature(enable = $features)]
             #[inline]
-            fn products<const T: usize>(
-                weights: [[__m256i; PARTS]; 8],
-                a: &[[i8; BLOCK]; T],
-                starts: &[i32; T],
-                magics: &[f32; T],
-            ) -> [[__m256; PARTS]; T] {
+            fn start<const T: usize>(starts: &[i32; T]) -> Sums<T> {
                 let mut sums = [[_mm256_setzero_si256(); PARTS]; T];
                 for t in 0..T {
                     sums[t] = [_mm256_set1_epi32(four(&starts[t])); PARTS];
                 }
-                for g in 0..8 {
-                    for t in 0..T {
-                        let (fours, _) = a[t].as_chunks::<4>();
-                        let x = _mm256_set1_epi32(four(&fours[g]));
-                        for half in 0..PARTS {
-                            sums[t][half] = $dot(sums[t][half], weights[g][half], x);
-                        }
+                sums
+            }
+
+            /// Adds the products of group `g`, a register for each half of the panel.
+            #[target_feature(enable = $features)]
+            #[inline]
+            fn add<const T: usize>(
+                sums: &mut Sums<T>,
+                w: [__m256i; PARTS],
+                a: &[[i8; BLOCK]; T],
+                g: usize,
+            ) {
+                for t in 0..T {
+                    let (fours, _) = a[t].as_chunks::<4>();
+                    let x = _mm256_set1_epi32(four(&fours[g]));
+                    for half in 0..PARTS {
+                        sums[t][half] = $dot(sums[t][half], w[half], x);
                     }
                 }
+            }
+
+            /// The sums as products scaled by the activations.
+            #[target_feature(enable = $features)]
+            #[inline]
+            fn scaled<const T: usize>(sums: &Sums<T>, magics: &[f32; T]) -> [[__m256; PARTS]; T] {
                 let mut out = [[_mm256_setzero_ps(); PARTS]; T];
                 for t in 0..T {
                     let magic = _mm256_set1_ps(magics[t]);
@@ -53,15 +64,13 @@ macro_rules! vnni {
                 starts: &[i32; T],
                 magics: &[f32; T],
             ) -> [[__m256; PARTS]; T] {
-                let mut w = [[_mm256_setzero_si256(); PARTS]; 8];
-                for g in 0..4 {
-                    for half in 0..PARTS {
-                        let [low, high] = nibbles(&lines[g], half);
-                        w[g][half] = low;
-                        w[g + 4][half] = high;
-                    }
+                let mut sums = start(starts);
+                for (g, line) in one_by_one::<T, _>(lines).iter().enumerate() {
+                    let [first, second] = [nibbles(line, 0), nibbles(line, 1)];
+                    add(&mut sums, [first[0], second[0]], a, g % 4);
+                    add(&mut sums, [first[1], second[1]], a, g % 4 + 4);
                 }
-                products(w, a, starts, magics)
+                scaled(&sums, magics)
             }
 
             #[target_feature(enable = $features)]
@@ -72,13 +81,16 @@ macro_rules! vnni {
                 starts: &[i32; T],
                 magics: &[f32; T],
             ) -> [[__m256; PARTS]; T] {
-                let mut w = [[_mm256_setzero_si256(); PARTS]; 8];
-                for g in 0..8 {
-                    for half in 0..PARTS {
-                        w[g][half] = half_line(&lines[g], half);
-                    }
+                let mut sums = start(starts);
+                for (g, line) in one_by_one::<T, _>(lines).iter().enumerate() {
+                    add(
+                        &mut sums,
+                        [half_line(line, 0), half_line(line, 1)],
+                        a,
+                        g % 8,
+                    );
                 }
-                products(w, a, starts, magics)
+                scaled(&sums, magics)
             }
 
             crate::cpu::avx2::packed::packed_256!($features, products_q4, products_q8);
