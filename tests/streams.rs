@@ -40,45 +40,6 @@ fn a_reader_that_goes_away_is_no_error() {
     assert_eq!((ran.code, ran.err.as_str()), (Some(0), ""));
 }
 
-#[test]
-#[cfg(unix)]
-fn ctrl_c_ends_cleanly_after_the_current_token() {
-    let home = home();
-    let mut child = phidias(home.path());
-    // Without the model's own end, so that it runs until it is stopped.
-    let mut child = child
-        .args([
-            "run",
-            "-p",
-            "Once upon a time",
-            "--raw",
-            "-n",
-            "100000",
-            "--ctx",
-            "1024",
-            "--seed",
-            "3",
-            "--logit-bias",
-            "2=-100",
-        ])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut stdout = child.stdout.take().unwrap();
-    stdout.read_exact(&mut [0; 1]).unwrap();
-    Command::new("kill")
-        .args(["-INT", &child.id().to_string()])
-        .status()
-        .unwrap();
-    let mut rest = String::new();
-    stdout.read_to_string(&mut rest).unwrap();
-    let ran = ran(child.wait_with_output().unwrap());
-    assert_eq!(ran.code, Some(0), "{}", ran.err);
-    assert!(rest.ends_with('\n'), "{rest:?}");
-    assert!(ran.err.contains("answer:"), "{}", ran.err);
-}
-
 /// The program without a model's own end, so that it runs until it is stopped.
 const ENDLESS: [&str; 8] = [
     "-n",
@@ -90,6 +51,27 @@ const ENDLESS: [&str; 8] = [
     "--logit-bias",
     "2=-100",
 ];
+
+#[test]
+fn ctrl_c_ends_cleanly_after_the_current_token() {
+    let home = home();
+    let mut child = phidias(home.path())
+        .args(["run", "-p", "Once upon a time", "--raw"])
+        .args(ENDLESS)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdout = child.stdout.take().unwrap();
+    stdout.read_exact(&mut [0; 1]).unwrap();
+    send("-INT", &child);
+    let mut rest = String::new();
+    stdout.read_to_string(&mut rest).unwrap();
+    let ran = ran(child.wait_with_output().unwrap());
+    assert_eq!(ran.code, Some(0), "{}", ran.err);
+    assert!(rest.ends_with('\n'), "{rest:?}");
+    assert!(ran.err.contains("answer:"), "{}", ran.err);
+}
 
 fn send(signal: &str, child: &Child) {
     let words = [signal, &child.id().to_string()];

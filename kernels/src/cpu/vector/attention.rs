@@ -365,16 +365,14 @@ pub(in crate::cpu) fn attend<
     block: Block<'_, T>,
     queries: &[f32],
     visible: &[Range<usize>],
-    state: StateMut<'_>,
+    mut state: StateMut<'_>,
 ) {
     let d = block.head_dim;
     let stride = state.scores.len() / GROUP;
     let width = state.block.len() / GROUP;
     let few = visible.len() <= GROUP;
     for (g, visible) in visible.chunks(GROUP).enumerate() {
-        let seen = || visible.iter().filter(|r| !r.is_empty());
-        let (Some(start), Some(end)) = (seen().map(|r| r.start).min(), seen().map(|r| r.end).max())
-        else {
+        let Some(Range { start, end }) = hull(visible) else {
             continue;
         };
         let queries = &queries[g * GROUP * d..][..visible.len() * d];
@@ -408,20 +406,42 @@ pub(in crate::cpu) fn attend<
             width,
             ahead,
         );
-        for q in (0..visible.len()).filter(|q| !visible[*q].is_empty()) {
-            let of_block = Partial {
-                max: stats[q].0,
-                sum: stats[q].1,
-                acc: &state.block[q * width..][..d],
-            };
-            let q = g * GROUP + q;
-            let into = PartialMut {
-                max: &mut state.max[q],
-                sum: &mut state.sum[q],
-                acc: &mut state.acc[q * d..][..d],
-            };
-            merge::<L>(of_block, into);
-        }
+        merge_group::<L>(g, visible, &stats, d, &mut state);
+    }
+}
+
+/// From the first key that one of the queries sees to the last.
+#[inline(always)]
+pub(super) fn hull(visible: &[Range<usize>]) -> Option<Range<usize>> {
+    let seen = || visible.iter().filter(|r| !r.is_empty());
+    let (start, end) = (seen().map(|r| r.start).min(), seen().map(|r| r.end).max());
+    Some(start?..end?)
+}
+
+/// Merges what a block gave the queries of group `g` that saw some of it: the largest score and the sum of
+/// exponentials of each, and the values in `state.block`.
+#[inline(always)]
+pub(super) fn merge_group<L: Lanes>(
+    g: usize,
+    visible: &[Range<usize>],
+    stats: &[(f32, f32); GROUP],
+    d: usize,
+    state: &mut StateMut<'_>,
+) {
+    let width = state.block.len() / GROUP;
+    for q in (0..visible.len()).filter(|q| !visible[*q].is_empty()) {
+        let of_block = Partial {
+            max: stats[q].0,
+            sum: stats[q].1,
+            acc: &state.block[q * width..][..d],
+        };
+        let q = g * GROUP + q;
+        let into = PartialMut {
+            max: &mut state.max[q],
+            sum: &mut state.sum[q],
+            acc: &mut state.acc[q * d..][..d],
+        };
+        merge::<L>(of_block, into);
     }
 }
 

@@ -19,11 +19,11 @@
 //! Exact  sums exactly, floats in the order of the definition, but for the exponential
 //! ```
 
-use super::attention::{merge, softmax};
+use super::attention::{hull, merge_group, softmax};
 use super::{LANES, Lanes, Sums, padded};
 use crate::cpu::ahead::{Ahead, LINE, soon};
 use crate::cpu::attention::{
-    BlockI8, GROUP, IntegersMut, MOST, NOTHING, Partial, PartialMut, StateMut, most_of_query, step,
+    BlockI8, GROUP, IntegersMut, MOST, NOTHING, StateMut, most_of_query, step,
 };
 use std::ops::Range;
 
@@ -353,14 +353,6 @@ fn values<S: Sums, const Q: usize, const C: usize, const D: usize>(
     }
 }
 
-/// From the first key that one of the queries sees to the last.
-#[inline(always)]
-fn hull(visible: &[Range<usize>]) -> Option<Range<usize>> {
-    let seen = || visible.iter().filter(|r| !r.is_empty());
-    let (start, end) = (seen().map(|r| r.start).min(), seen().map(|r| r.end).max());
-    Some(start?..end?)
-}
-
 /// One block of keys for all queries, a group at a time: scores, weights, values, and the merge into
 /// their state. `One` is for one query. The constants are tile sizes: see [`scores`] for `SQ` and `P`,
 /// [`values`] for `C` and `D`, `VQ` queries at a time; `P1`, `C1` and `D1` are those of one query.
@@ -380,7 +372,7 @@ pub(in crate::cpu) fn attend<
     block: BlockI8<'_>,
     queries: &[f32],
     visible: &[Range<usize>],
-    state: StateMut<'_>,
+    mut state: StateMut<'_>,
     integers: IntegersMut<'_>,
 ) {
     let d = block.head_dim;
@@ -446,19 +438,6 @@ pub(in crate::cpu) fn attend<
                 1
             };
         }
-        for q in (0..n).filter(|q| !visible[*q].is_empty()) {
-            let of_block = Partial {
-                max: stats[q].0,
-                sum: stats[q].1,
-                acc: &state.block[q * width..][..d],
-            };
-            let q = g * GROUP + q;
-            let into = PartialMut {
-                max: &mut state.max[q],
-                sum: &mut state.sum[q],
-                acc: &mut state.acc[q * d..][..d],
-            };
-            merge::<S::Floats>(of_block, into);
-        }
+        merge_group::<S::Floats>(g, visible, &stats, d, &mut state);
     }
 }
