@@ -1,6 +1,7 @@
 //! The threads that compute.
 
 use crate::machine::Machine;
+use phidias_kernels::view::ColsMut;
 use std::cell::Cell;
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -10,6 +11,10 @@ use std::sync::{Mutex, PoisonError};
 
 /// More threads than this are taken for a slip of the hand.
 pub const MAX_THREADS: usize = 1024;
+
+/// Pieces of work for each thread: enough for threads that finish early to take over from those that are
+/// late, few enough to keep each piece long.
+pub const PIECES: usize = 32;
 
 /// Why there is no pool.
 #[derive(Debug, thiserror::Error)]
@@ -86,6 +91,17 @@ impl Pool {
     }
 }
 
+/// How the columns of a result are divided among threads.
+#[derive(Clone, Copy, Debug)]
+pub struct Cut<'w> {
+    /// Columns of each of the matrices that lie side by side in it.
+    pub widths: &'w [usize],
+    /// Where a matrix is cut: at multiples of this from its first column on.
+    pub unit: usize,
+    /// Most units that one call takes, at least 1.
+    pub most: usize,
+}
+
 /// The threads of a pool that was entered, in the hands of the leader.
 pub struct Team<'p> {
     shared: &'p Shared,
@@ -105,8 +121,19 @@ impl Team<'_> {
     /// # Panics
     /// When `work` does.
     pub fn each(&self, count: usize, work: impl Fn(usize) + Sync) {
+        self.ranges(count, 1, |range| range.for_each(&work));
+    }
+
+    /// Calls `work` with ranges that make up `0..count`, on all threads, and returns when all is done. Each
+    /// is half of what a thread has left, but no more than `most`: the first ones are long, since work that
+    /// waits for memory begins anew with each, and the last ones short, so that the threads end together.
+    /// # Panics
+    /// When `work` does.
+    fn ranges(&self, count: usize, most: usize, work: impl Fn(Range<usize>) + Sync) {
         if count <= 1 || self.threads == 1 {
-            return (0..count).for_each(work);
+            return (0..count)
+                .step_by(most)
+                .for_each(|first| work(first..count.min(first.saturating_add(most))));
         }
         // Everyone has a range of its own, so that neighbouring pieces follow each other on one core; who
         // is through with it takes from the end of another's.
@@ -114,14 +141,56 @@ impl Team<'_> {
             .map(|i| Line(AtomicU64::new(pack(self.share(count, i)))))
             .collect();
         let threads = self.threads;
+        let size = |r: &Range<usize>| r.len().div_ceil(2).min(most);
         self.shared.run(threads, &|own| {
-            while let Some(i) = take(&ranges[own].0, |r| (r.start, r.start + 1..r.end)) {
-                work(i);
+            let first = |r: Range<usize>| {
+                let at = r.start + size(&r);
+                (r.start..at, at..r.end)
+            };
+            let last = |r: Range<usize>| {
+                let at = r.end - size(&r);
+                (at..r.end, r.start..at)
+            };
+            while let Some(range) = take(&ranges[own].0, first) {
+                work(range);
             }
             for other in (1..threads).map(|i| &ranges[(own + i) % threads].0) {
-                while let Some(i) = take(other, |r| (r.end - 1, r.start..r.end - 1)) {
-                    work(i);
+                while let Some(range) = take(other, last) {
+                    work(range);
                 }
+            }
+        });
+    }
+
+    /// Calls `work(i, columns, part)` for parts of `y`, on all threads, and returns when all is done: `part` is
+    /// some columns of the `i`th of the matrices that lie side by side in it, see [`Cut`].
+    /// # Panics
+    /// When `work` does, or the widths are not those of `y`.
+    pub fn columns(
+        &self,
+        y: ColsMut<'_>,
+        cut: Cut<'_>,
+        work: impl Fn(usize, Range<usize>, ColsMut<'_>) + Sync,
+    ) {
+        let Cut { widths, unit, most } = cut;
+        let width: usize = widths.iter().sum();
+        assert_eq!(width, y.cols(), "widths side by side, columns");
+        let units = |width: usize| width.div_ceil(unit);
+        let y = y.shared();
+        self.ranges(widths.iter().map(|w| units(*w)).sum(), most, |range| {
+            let (mut first, mut left) = (0, 0);
+            for (i, &width) in widths.iter().enumerate() {
+                let of = |unit_of: usize| (unit_of.saturating_sub(first) * unit).min(width);
+                let cols = of(range.start)..of(range.end);
+                if !cols.is_empty() {
+                    #[allow(unsafe_code, reason = "which columns are whose is known here only")]
+                    // SAFETY: the ranges of `Team::ranges` are disjoint, `of` does not descend, and the columns
+                    // of a matrix are those of no other; so no two parts have one in common.
+                    let part = unsafe { y.part(left + cols.start..left + cols.end) };
+                    work(i, cols, part);
+                }
+                first += units(width);
+                left += width;
             }
         });
     }
@@ -148,13 +217,12 @@ impl Team<'_> {
         });
     }
 
-    /// Into how many pieces work that could be cut into `units` should be cut: enough for threads that
-    /// finish early to take over from those that are late, few enough to keep each piece long.
+    /// Into how many pieces work that could be cut into `units` should be cut.
     #[must_use]
     pub fn pieces(&self, units: usize) -> usize {
         match self.threads {
             1 => 1,
-            n => units.min(n * 32),
+            n => units.min(n * PIECES),
         }
     }
 }
@@ -165,17 +233,20 @@ fn pack(range: Range<usize>) -> u64 {
     (range.start as u64) << 32 | range.end as u64
 }
 
-/// Takes one piece of a range that is not empty: `split` gives it and what is left.
-fn take(range: &AtomicU64, split: impl Fn(Range<usize>) -> (usize, Range<usize>)) -> Option<usize> {
+/// Takes some of a range that is not empty: `split` gives that and what is left.
+fn take(
+    range: &AtomicU64,
+    split: impl Fn(Range<usize>) -> (Range<usize>, Range<usize>),
+) -> Option<Range<usize>> {
     let mut seen = range.load(Ordering::Relaxed);
     loop {
         let now = (seen >> 32) as usize..seen as u32 as usize;
         if now.is_empty() {
             return None;
         }
-        let (piece, left) = split(now);
+        let (taken, left) = split(now);
         match range.compare_exchange_weak(seen, pack(left), Ordering::Relaxed, Ordering::Relaxed) {
-            Ok(_) => return Some(piece),
+            Ok(_) => return Some(taken),
             Err(changed) => seen = changed,
         }
     }

@@ -2,6 +2,7 @@
 
 use phidias_quant::{bf16, f16};
 use std::marker::PhantomData;
+use std::ops::Range;
 
 /// Elements of a dense matrix or of a key/value block, as stored.
 #[derive(Clone, Copy, Debug)]
@@ -33,7 +34,7 @@ impl<'a> Elements<'a> {
 
     /// The elements in `range`.
     #[must_use]
-    pub fn slice(&self, range: std::ops::Range<usize>) -> Elements<'a> {
+    pub fn slice(&self, range: Range<usize>) -> Elements<'a> {
         match *self {
             Self::F32(s) => Elements::F32(&s[range]),
             Self::F16(s) => Elements::F16(&s[range]),
@@ -141,6 +142,12 @@ impl<'a> ColsMut<'a> {
         (Self { cols: at, ..self }, right)
     }
 
+    /// The same columns, for several threads to take parts of.
+    #[must_use]
+    pub fn shared(self) -> SharedCols<'a> {
+        SharedCols(self)
+    }
+
     /// Ranges of `width` columns; the last one may be narrower.
     /// # Panics
     /// When `width` is zero.
@@ -179,6 +186,35 @@ impl<'a> ColsMut<'a> {
         // borrow of `self` keeps a second slice of this view from existing.
         unsafe {
             std::slice::from_raw_parts_mut(self.first.wrapping_add(row * self.stride), self.cols)
+        }
+    }
+}
+
+/// Columns of which several threads take parts as they go.
+#[derive(Debug)]
+pub struct SharedCols<'a>(ColsMut<'a>);
+
+// SAFETY: all it gives away are parts, and who takes them promises that no two overlap.
+unsafe impl Sync for SharedCols<'_> {}
+
+impl SharedCols<'_> {
+    /// Some of the columns.
+    /// # Panics
+    /// When there are fewer.
+    /// # Safety
+    /// Parts that live at the same time have no column in common.
+    #[must_use]
+    pub unsafe fn part(&self, cols: Range<usize>) -> ColsMut<'_> {
+        let all = &self.0;
+        assert!(
+            cols.start <= cols.end && cols.end <= all.cols,
+            "columns {cols:?} of {}",
+            all.cols
+        );
+        ColsMut {
+            first: all.first.wrapping_add(cols.start),
+            cols: cols.len(),
+            ..*all
         }
     }
 }

@@ -80,6 +80,32 @@ pub struct TileMut<'a> {
     pub magics: &'a mut [f32],
 }
 
+impl<'a> TileMut<'a> {
+    /// Blocks of each row.
+    #[must_use]
+    pub fn blocks(&self) -> usize {
+        self.starts.len() / self.rows.max(1)
+    }
+
+    /// Pieces of `blocks` blocks of every row, front to back; the last one may have fewer.
+    /// # Panics
+    /// When `blocks` is zero.
+    pub fn pieces(self, blocks: usize) -> impl Iterator<Item = TileMut<'a>> {
+        let (rows, zero) = (self.rows, self.zero);
+        let piece = blocks * rows;
+        (self.quants.chunks_mut(piece * BLOCK))
+            .zip(self.starts.chunks_mut(piece))
+            .zip(self.magics.chunks_mut(piece))
+            .map(move |((quants, starts), magics)| TileMut {
+                rows,
+                zero,
+                quants,
+                starts,
+                magics,
+            })
+    }
+}
+
 /// One block of one row as plain numbers: what the definition of the GEMM reads.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Block<'a> {

@@ -182,8 +182,16 @@ pub trait Ops<B: Backend> {
     /// Several matrices of one input; their outputs lie side by side.
     fn linears(&self, ws: &[Linear], x: &B::Input, y: &mut B::Buffer);
 
-    /// The gated projections of an MLP: `[tokens, cols]` to `[tokens, inner]`.
-    fn gated_linear(&self, w: &GateUp, x: &B::Input, y: &mut B::Buffer);
+    /// The gated projections of an MLP as `next` takes them: `[tokens, cols]` to `[tokens, inner]`; `gated` is
+    /// to work with.
+    fn gated_input(
+        &self,
+        w: &GateUp,
+        x: &B::Input,
+        next: &Matrix,
+        gated: &mut B::Buffer,
+        out: &mut B::Input,
+    );
 
     /// `y = activation(x w^T + bias)`
     fn activated_linear(&self, w: &Linear, activation: Activation, x: &B::Input, y: &mut B::Buffer);

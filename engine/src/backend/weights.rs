@@ -63,13 +63,18 @@ impl GateUp {
         }
     }
 
+    /// All its matrices, with their biases.
+    pub fn linears(&self) -> impl Iterator<Item = &Linear> {
+        let (first, second) = match self {
+            Self::Stacked(both) | Self::Interleaved { both, .. } => (both, None),
+            Self::Pair { gate, up } => (gate, Some(up)),
+        };
+        std::iter::once(first).chain(second)
+    }
+
     /// All its matrices.
     pub fn matrices(&self) -> impl Iterator<Item = &Matrix> {
-        let second = match self {
-            Self::Pair { up, .. } => Some(&up.weight),
-            Self::Stacked(_) | Self::Interleaved { .. } => None,
-        };
-        std::iter::once(self.matrix()).chain(second)
+        self.linears().map(|linear| &linear.weight)
     }
 
     /// Outputs.

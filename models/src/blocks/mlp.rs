@@ -42,8 +42,8 @@ impl Mlp {
         y: &mut B::Buffer,
         s: &mut Scratch<B>,
     ) {
-        ops.gated_linear(&self.gate_up, x, &mut s.gated);
-        ops.input(&s.gated, &self.down_proj.weight, &mut s.input);
+        let next = &self.down_proj.weight;
+        ops.gated_input(&self.gate_up, x, next, &mut s.gated, &mut s.input);
         ops.linear(&self.down_proj, &s.input, y);
     }
 }

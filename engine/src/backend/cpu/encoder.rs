@@ -32,8 +32,9 @@ impl CpuOps<'_> {
         let kernels = self.kernels;
         assert_columns(x.cols, &w.weight);
         y.reshape(x.rows(), w.weight.rows());
-        let parts = self.split(y.columns_mut(), PANEL_ROWS);
-        self.team.each_part(parts, |(rows, mut y)| {
+        let widths = [w.weight.rows()];
+        let cut = self.cut(x.rows(), &widths, PANEL_ROWS);
+        self.team.columns(y.columns_mut(), cut, |_, rows, mut y| {
             multiply(kernels, w, rows, x, y.reborrow());
             (0..y.rows()).for_each(|t| activation.apply(kernels, y.row(t)));
         });

@@ -429,12 +429,12 @@ mod tests {
             .collect();
         let alone = |expert: &Expert, x: &[f32]| -> Vec<f32> {
             let x = buffer(1, hidden, |i| x[i]);
-            let (mut input, mut gated, mut y) = Default::default();
+            let (mut input, mut gated, mut inner, mut y) = Default::default();
             cpu(1).enter(|ops| {
                 ops.input(&x, expert.gate_up.matrix(), &mut input);
-                ops.gated_linear(&expert.gate_up, &input, &mut gated);
-                ops.input(&gated, &expert.down_proj.weight, &mut input);
-                ops.linear(&expert.down_proj, &input, &mut y);
+                let (x, next) = (&input, &expert.down_proj);
+                ops.gated_input(&expert.gate_up, x, &next.weight, &mut gated, &mut inner);
+                ops.linear(next, &inner, &mut y);
             });
             y.row(0).to_vec()
         };

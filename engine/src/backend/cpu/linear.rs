@@ -1,9 +1,11 @@
 //! Matrices times activations, alone, side by side, and gated.
 
 use super::{CpuOps, GateUp, Input, InputKind, add, assert_columns};
-use crate::tensor::{Buffer, Linear, MatrixView};
+use crate::pool::{Cut, PIECES};
+use crate::tensor::{Buffer, Linear, Matrix, MatrixView};
 use phidias_kernels::cpu::Kernels;
 use phidias_kernels::view::ColsMut;
+use phidias_quant::BLOCK;
 use phidias_quant::activations::TILE;
 use phidias_quant::packed::PANEL_ROWS;
 use std::ops::Range;
@@ -58,6 +60,16 @@ impl GateUp {
         }
     }
 
+    /// Outputs `out` of a row of both projections, `[2 * inner]`.
+    fn activate(&self, kernels: &Kernels, row: &[f32], out: Range<usize>, y: &mut [f32]) {
+        if let Self::Interleaved { limit, .. } = self {
+            kernels.gegelu(&row[2 * out.start..2 * out.end], *limit, y);
+        } else {
+            let (gate, up) = row.split_at(self.inner());
+            kernels.silu_mul(&gate[out.clone()], &up[out], y);
+        }
+    }
+
     /// Whether any panels of its outputs can be computed alone: the rows of both begin with one.
     fn divides(&self) -> bool {
         match self {
@@ -72,64 +84,111 @@ impl CpuOps<'_> {
     /// # Panics
     /// When `x` was not made for a matrix like `w`.
     pub fn linear(&self, w: &Linear, x: &Input, y: &mut Buffer) {
-        self.linears(std::slice::from_ref(w), x, y);
+        self.linears([w], x, y);
     }
 
     /// Several matrices of one input; their outputs lie side by side.
     /// # Panics
     /// When `x` was not made for matrices like those of `ws`.
-    pub fn linears(&self, ws: &[Linear], x: &Input, y: &mut Buffer) {
+    pub fn linears<'w>(
+        &self,
+        ws: impl IntoIterator<Item = &'w Linear>,
+        x: &Input,
+        y: &mut Buffer,
+    ) {
+        let ws: Vec<_> = ws.into_iter().collect();
+        let widths: Vec<_> = ws.iter().map(|w| w.weight.rows()).collect();
+        ws.iter().for_each(|w| assert_columns(x.cols, &w.weight));
+        y.reshape(x.rows(), widths.iter().sum());
         let kernels = self.kernels;
-        let rows = |w: &Linear| w.weight.rows();
-        y.reshape(x.rows(), ws.iter().map(rows).sum());
-        let mut rest = y.columns_mut();
-        let mut parts = Vec::new();
-        for w in ws {
-            assert_columns(x.cols, &w.weight);
-            let (own, right) = rest.split_at(rows(w));
-            rest = right;
-            let pieces = self.split(own, PANEL_ROWS);
-            parts.extend(pieces.into_iter().map(|(rows, y)| (w, rows, y)));
-        }
-        self.team
-            .each_part(parts, |(w, rows, y)| multiply(kernels, w, rows, x, y));
+        let cut = self.cut(x.rows(), &widths, PANEL_ROWS);
+        self.team.columns(y.columns_mut(), cut, |i, rows, y| {
+            multiply(kernels, ws[i], rows, x, y);
+        });
     }
 
-    /// The gated projections of an MLP: `[tokens, cols]` to `[tokens, inner]`.
+    /// The gated projections of an MLP as `next` takes them: `[tokens, cols]` to `[tokens, inner]`; `gated` is
+    /// to work with.
     /// # Panics
-    /// When `x` was not made for matrices like those of `w`, or one matrix has an odd number of rows.
-    pub fn gated_linear(&self, w: &GateUp, x: &Input, y: &mut Buffer) {
+    /// When `x` was not made for a matrix like those of `w`, or one matrix has an odd number of rows.
+    pub fn gated_input(
+        &self,
+        w: &GateUp,
+        x: &Input,
+        next: &Matrix,
+        gated: &mut Buffer,
+        out: &mut Input,
+    ) {
         let kernels = self.kernels;
         assert_columns(x.cols, w.matrix());
         let (n, inner) = (x.rows(), w.inner());
-        y.reshape(n, inner);
-        if let GateUp::Stacked(both) = w
-            && !w.divides()
-        {
-            // The rows of `up` do not begin with a panel: both at once, then the gate.
-            let mut projected = Buffer::default();
-            self.linear(both, x, &mut projected);
-            let parts = (y.data_mut().chunks_exact_mut(inner))
-                .zip(projected.data().chunks_exact(2 * inner));
-            self.team.each_part(parts.collect(), |(y, row)| {
-                let (gate, up) = row.split_at(inner);
-                kernels.silu_mul(gate, up, y);
+        assert_columns(inner, next);
+        if n > TILE && w.divides() {
+            gated.reshape(n, inner);
+            let widths = [inner];
+            let cut = self.cut(n, &widths, GateUp::rows_at_once(n));
+            (self.team).columns(gated.columns_mut(), cut, |_, rows, y| {
+                w.compute(kernels, rows, x, y);
             });
+            self.input(gated, next, out);
             return;
         }
-        let parts = self.split(y.columns_mut(), GateUp::rows_at_once(n));
-        self.team
-            .each_part(parts, |(rows, y)| w.compute(kernels, rows, x, y));
+        // A few tokens wait for memory, which is fastest where it is read as one run: all of the gate, then all
+        // of the other projection.
+        self.linears(w.linears(), x, gated);
+        out.reshape(next, n);
+        match &mut out.kind {
+            InputKind::Floats(y) => {
+                let widths = [inner];
+                let cut = self.cut(n, &widths, BLOCK);
+                self.team.columns(y.columns_mut(), cut, |_, cols, mut y| {
+                    for t in 0..n {
+                        w.activate(kernels, gated.row(t), cols.clone(), y.row(t));
+                    }
+                });
+            }
+            InputKind::Quantized(quantized) => {
+                let mut parts = Vec::new();
+                for (i, tile) in quantized.tiles_mut().enumerate() {
+                    let blocks = self.share_of_blocks(inner);
+                    let pieces = tile.pieces(blocks).enumerate();
+                    parts.extend(pieces.map(|(p, tile)| (i * TILE, p * blocks * BLOCK, tile)));
+                }
+                self.team.each_part(parts, |(first, column, mut tile)| {
+                    let width = (inner - column).min(tile.blocks() * BLOCK);
+                    let mut row = vec![0.0; width];
+                    for t in 0..tile.rows {
+                        let cols = column..column + width;
+                        w.activate(kernels, gated.row(first + t), cols, &mut row);
+                        kernels.quantize(&row, &mut tile, t);
+                    }
+                });
+            }
+        }
     }
 
-    /// Divides the weight rows that make the columns of `y` in pieces of whole `unit`s.
-    pub(super) fn split<'y>(
-        &self,
-        y: ColsMut<'y>,
-        unit: usize,
-    ) -> Vec<(Range<usize>, ColsMut<'y>)> {
-        let pieces = self.team.pieces(y.cols().div_ceil(unit));
-        split(y, unit, pieces)
+    /// How to divide the outputs of matrices of these widths.
+    pub(super) fn cut<'w>(&self, tokens: usize, widths: &'w [usize], unit: usize) -> Cut<'w> {
+        // Many tokens meet a part of the weights several times, which had better stay in the cache.
+        let most = if tokens <= TILE {
+            usize::MAX
+        } else {
+            let units: usize = widths.iter().map(|w| w.div_ceil(unit)).sum();
+            units.div_ceil(PIECES * self.team.threads()).max(1)
+        };
+        Cut {
+            widths,
+            unit,
+            most,
+        }
+    }
+
+    /// Blocks of a row that one thread quantizes: not so few that handing them out takes longer.
+    pub(super) fn share_of_blocks(&self, cols: usize) -> usize {
+        const FEWEST: usize = 16;
+        (cols.div_ceil(BLOCK))
+            .div_ceil(self.team.threads())
+            .max(FEWEST)
     }
 }
 

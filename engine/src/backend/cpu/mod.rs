@@ -325,8 +325,15 @@ impl Ops<Cpu> for CpuOps<'_> {
         self.linears(ws, x, y);
     }
 
-    fn gated_linear(&self, w: &GateUp, x: &Input, y: &mut Buffer) {
-        self.gated_linear(w, x, y);
+    fn gated_input(
+        &self,
+        w: &GateUp,
+        x: &Input,
+        next: &Matrix,
+        gated: &mut Buffer,
+        out: &mut Input,
+    ) {
+        self.gated_input(w, x, next, gated, out);
     }
 
     fn activated_linear(&self, w: &Linear, activation: Activation, x: &Input, y: &mut Buffer) {

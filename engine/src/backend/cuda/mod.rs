@@ -419,7 +419,15 @@ impl Ops<Cuda> for CudaOps<'_> {
         });
     }
 
-    fn gated_linear(&self, w: &GateUp, x: &DeviceInput, y: &mut Rows) {
+    fn gated_input(
+        &self,
+        w: &GateUp,
+        x: &DeviceInput,
+        next: &Matrix,
+        gated: &mut Rows,
+        out: &mut DeviceInput,
+    ) {
+        let y = &mut *gated;
         let (rows, inner) = (x.rows(), w.inner());
         y.reshape(self, rows, inner);
         match (w, self.cuda.resident.gated(w)) {
@@ -434,6 +442,7 @@ impl Ops<Cuda> for CudaOps<'_> {
                 linear::gated_linear(device, &gated, x.activations(), rows, y.span())
             }),
         }
+        self.input(gated, next, out);
     }
 
     fn activated_linear(&self, w: &Linear, activation: Activation, x: &DeviceInput, y: &mut Rows) {
