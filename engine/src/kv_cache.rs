@@ -23,6 +23,7 @@ use half::slice::HalfFloatSliceExt;
 use phidias_kernels::cpu::{Cached, KEY_PANEL};
 use phidias_kernels::view::Elements;
 use phidias_quant::{bf16, f16};
+use smallvec::SmallVec;
 use std::ops::Range;
 
 /// What keys and values are stored as.
@@ -131,6 +132,16 @@ impl KvShape {
     fn heads_of(&self, mask: &Mask, part: usize) -> Range<usize> {
         let count = self.part_heads(mask) * (self.heads / self.kv_heads);
         part * count..(part + 1) * count
+    }
+
+    /// Blocks of a layer with that mask, to be read.
+    fn blocks<'a>(&self, mask: &Mask, blocks: &'a [Vec<Option<Part>>]) -> Blocks<'a> {
+        Blocks {
+            blocks,
+            rows: mask.block(),
+            heads: self.part_heads(mask),
+            head_dim: self.head_dim,
+        }
     }
 
     /// Bytes of a part.
@@ -275,6 +286,7 @@ impl HeadStore<'_> {
         }
     }
 
+    /// All of it.
     fn cached(&self) -> Cached<'_> {
         match self {
             Self::F32(s) => Cached::Floats(Elements::F32(s)),
@@ -283,6 +295,43 @@ impl HeadStore<'_> {
             Self::Int8(quants, steps) => Cached::I8 { quants, steps },
         }
     }
+}
+
+/// `elements` and the steps of `rows` of what is cached, from its row `first` on.
+fn rows(
+    cached: Cached<'_>,
+    first: usize,
+    head_dim: usize,
+    elements: usize,
+    rows: usize,
+) -> Cached<'_> {
+    let range = first * head_dim..first * head_dim + elements;
+    match cached {
+        Cached::Floats(floats) => Cached::Floats(floats.slice(range)),
+        Cached::I8 { quants, steps } => Cached::I8 {
+            quants: &quants[range],
+            steps: &steps[first..][..rows],
+        },
+    }
+}
+
+/// Of keys and values that begin with row `first`, the first `positions`: keys in whole panels, values of bytes
+/// in whole pairs, laid out as the head of the module says.
+fn positions<'c>(
+    [keys, values]: [Cached<'c>; 2],
+    first: usize,
+    head_dim: usize,
+    positions: usize,
+) -> [Cached<'c>; 2] {
+    let padded = positions.next_multiple_of(KEY_PANEL);
+    let pairs = match values {
+        Cached::I8 { .. } => positions.next_multiple_of(2),
+        Cached::Floats(_) => positions,
+    };
+    [
+        rows(keys, first, head_dim, padded * head_dim, padded),
+        rows(values, first, head_dim, pairs * head_dim, padded),
+    ]
 }
 
 /// Reads one row back.
@@ -319,17 +368,13 @@ impl Store {
         })
     }
 
-    /// Of the rows from `first` on: `elements` and the steps of `rows`.
-    fn rows(&self, first: usize, head_dim: usize, elements: usize, rows: usize) -> Cached<'_> {
-        let range = first * head_dim..first * head_dim + elements;
+    /// All of it.
+    fn cached(&self) -> Cached<'_> {
         match self {
-            Self::F32(s) => Cached::Floats(Elements::F32(&s[range])),
-            Self::F16(s) => Cached::Floats(Elements::F16(&s[range])),
-            Self::Bf16(s) => Cached::Floats(Elements::Bf16(&s[range])),
-            Self::Int8(s, steps) => Cached::I8 {
-                quants: &s[range],
-                steps: &steps[first..][..rows],
-            },
+            Self::F32(s) => Cached::Floats(Elements::F32(s)),
+            Self::F16(s) => Cached::Floats(Elements::F16(s)),
+            Self::Bf16(s) => Cached::Floats(Elements::Bf16(s)),
+            Self::Int8(quants, steps) => Cached::I8 { quants, steps },
         }
     }
 
@@ -380,10 +425,11 @@ const HELD: &str = "no query sees what was dropped";
 pub struct HeadMut<'a> {
     /// Positions in a block.
     block: usize,
+    head_dim: usize,
     /// The block of `blocks[0]`.
     first: usize,
-    /// keys, values
-    blocks: Vec<(HeadStore<'a>, HeadStore<'a>)>,
+    /// keys, values; a token, and mostly a few, lie in one block.
+    blocks: SmallVec<[(HeadStore<'a>, HeadStore<'a>); 1]>,
 }
 
 impl HeadMut<'_> {
@@ -392,6 +438,42 @@ impl HeadMut<'_> {
         let (keys, values) = &mut self.blocks[position / self.block - self.first];
         keys.write(Order::Keys, position % self.block, key);
         values.write(Order::Values, position % self.block, value);
+    }
+
+    /// [`Blocks::block`] of a block that the head was taken for.
+    #[must_use]
+    pub fn block(&self, block: usize, count: usize) -> [Cached<'_>; 2] {
+        let (keys, values) = &self.blocks[block - self.first];
+        positions([keys.cached(), values.cached()], 0, self.head_dim, count)
+    }
+}
+
+/// Blocks of one layer, to be read: the first ones, or all.
+#[derive(Clone, Copy, Debug)]
+pub struct Blocks<'a> {
+    blocks: &'a [Vec<Option<Part>>],
+    /// Positions in a block.
+    rows: usize,
+    /// KV heads in a part.
+    heads: usize,
+    head_dim: usize,
+}
+
+impl<'a> Blocks<'a> {
+    /// Whether block `block` is one of them.
+    #[must_use]
+    pub fn has(&self, block: usize) -> bool {
+        block < self.blocks.len()
+    }
+
+    /// Keys and values of a block and head: the first `count` positions of it, keys in whole panels, values of
+    /// bytes in whole pairs, laid out as the head of the module says.
+    #[must_use]
+    pub fn block(&self, head: usize, block: usize, count: usize) -> [Cached<'a>; 2] {
+        let part = self.blocks[block][head / self.heads].as_ref().expect(HELD);
+        let first = head % self.heads * self.rows;
+        let all = [part.keys.cached(), part.values.cached()];
+        positions(all, first, self.head_dim, count)
     }
 }
 
@@ -518,20 +600,33 @@ impl KvCache {
         }
     }
 
-    /// The heads of one layer, each to be written at `positions`, which must have been reserved.
-    pub fn heads_mut(&mut self, layer: usize, positions: Range<usize>) -> Vec<HeadMut<'_>> {
-        let d = self.shape.head_dim;
-        let layer = &mut self.layers[layer];
-        let rows = layer.mask.block();
+    /// The blocks of one layer.
+    #[must_use]
+    pub fn blocks(&self, layer: usize) -> Blocks<'_> {
+        let Layer { mask, blocks, .. } = &self.layers[layer];
+        self.shape.blocks(mask, blocks)
+    }
+
+    /// One layer, to be written at `positions`, which must have been reserved: the blocks before theirs, and
+    /// each head with its part of theirs.
+    pub fn open(
+        &mut self,
+        layer: usize,
+        positions: Range<usize>,
+    ) -> (Blocks<'_>, Vec<HeadMut<'_>>) {
+        let Layer { mask, blocks, .. } = &mut self.layers[layer];
+        let (d, rows) = (self.shape.head_dim, mask.block());
         let (first, end) = (positions.start / rows, positions.end.div_ceil(rows));
+        let (earlier, rest) = blocks.split_at_mut(first);
         let mut heads: Vec<_> = (0..self.shape.kv_heads)
             .map(|_| HeadMut {
                 block: rows,
+                head_dim: d,
                 first,
-                blocks: Vec::with_capacity(end - first),
+                blocks: SmallVec::new(),
             })
             .collect();
-        for block in &mut layer.blocks[first..end] {
+        for block in &mut rest[..end - first] {
             let mut heads = heads.iter_mut();
             for part in block {
                 let Part { keys, values } = part.as_mut().expect(HELD);
@@ -541,7 +636,7 @@ impl KvCache {
                 }
             }
         }
-        heads
+        (self.shape.blocks(mask, earlier), heads)
     }
 
     /// All positions up to `len` are complete in every layer now.
@@ -553,38 +648,12 @@ impl KvCache {
         self.len = len;
     }
 
-    /// Keys and values of block `block` of one layer and head: the first `positions` of it, keys in
-    /// whole panels, values of bytes in whole pairs, laid out as the head of the module says.
-    #[must_use]
-    pub fn block(
-        &self,
-        layer: usize,
-        head: usize,
-        block: usize,
-        positions: usize,
-    ) -> (Cached<'_>, Cached<'_>) {
-        let d = self.shape.head_dim;
-        let padded = positions.next_multiple_of(KEY_PANEL);
-        let values = match self.kind {
-            KvType::Int8 => positions.next_multiple_of(2),
-            KvType::F32 | KvType::F16 | KvType::Bf16 => positions,
-        };
-        let layer = &self.layers[layer];
-        let heads = self.shape.part_heads(&layer.mask);
-        let part = layer.blocks[block][head / heads].as_ref().expect(HELD);
-        let first = head % heads * layer.mask.block();
-        (
-            part.keys.rows(first, d, padded * d, padded),
-            part.values.rows(first, d, values * d, padded),
-        )
-    }
-
     /// Key and value of one position as f32, `[head_dim]` each.
     #[must_use]
     pub fn read(&self, layer: usize, head: usize, position: usize) -> (Vec<f32>, Vec<f32>) {
         let size = self.shape.layers[layer].block();
         let (block, r) = (position / size, position % size);
-        let (keys, values) = self.block(layer, head, block, r + 1);
+        let [keys, values] = self.blocks(layer).block(head, block, r + 1);
         let d = self.shape.head_dim;
         let (mut key, mut value) = (vec![0.0; d], vec![0.0; d]);
         read(keys, Order::Keys, r, &mut key);
@@ -665,7 +734,7 @@ mod tests {
                     let v: Vec<f32> = k.iter().map(|k| -k).collect();
                     // bf16 keeps eight bits: use values it represents.
                     let k: Vec<f32> = k.iter().map(|k| bf16::from_f32(*k).to_f32()).collect();
-                    let heads = cache.heads_mut(layer, p..p + 1);
+                    let heads = cache.open(layer, p..p + 1).1;
                     for ((mut head, k), v) in heads.into_iter().zip(k.chunks(4)).zip(v.chunks(4)) {
                         head.write(p, k, v);
                     }
@@ -683,7 +752,7 @@ mod tests {
                 assert!((key[i % 4] - want).abs() <= bound, "{kind:?} {i}");
                 assert!((value[i % 4] + want).abs() <= bound + 0.26, "{kind:?} {i}");
             }
-            let (keys, values) = cache.block(1, 2, 1, 3);
+            let [keys, values] = cache.blocks(1).block(2, 1, 3);
             let panel = match (keys, values) {
                 (Cached::Floats(k), Cached::Floats(v)) => (k.len(), v.len()),
                 (Cached::I8 { quants, steps }, Cached::I8 { quants: v, .. }) => {
@@ -696,7 +765,7 @@ mod tests {
             let rows = if kind == KvType::Int8 { 4 } else { 3 };
             assert_eq!(panel, (KEY_PANEL * 4, rows * 4));
             cache.update_keys(|_, head| head.iter_mut().for_each(|v| *v *= 2.0));
-            let Cached::Floats(Elements::F32(panel)) = cache.block(0, 0, 0, 2).0 else {
+            let Cached::Floats(Elements::F32(panel)) = cache.blocks(0).block(0, 0, 2)[0] else {
                 continue;
             };
             // Element by element, sixteen keys each: 0, 1/8 .. of position 0, 100/8 .. of position 1.
@@ -714,7 +783,7 @@ mod tests {
         let mut cache = KvCache::new(shape(), KvType::Int8);
         cache.reserve(1).unwrap();
         let rows = [[0.0; 4], [1e-40; 4], [f32::NAN, 1.0, 1.0, 1.0]];
-        for (mut head, row) in cache.heads_mut(0, 0..1).into_iter().zip(rows) {
+        for (mut head, row) in cache.open(0, 0..1).1.into_iter().zip(rows) {
             head.write(0, &row, &row);
         }
         assert_eq!(cache.read(0, 0, 0).0, [0.0; 4]);
@@ -756,7 +825,7 @@ mod tests {
         cache.reserve(positions.end).unwrap();
         for p in positions.clone() {
             for layer in 0..2 {
-                for mut head in cache.heads_mut(layer, p..p + 1) {
+                for mut head in cache.open(layer, p..p + 1).1 {
                     head.write(p, &[p as f32; 4], &[layer as f32; 4]);
                 }
             }

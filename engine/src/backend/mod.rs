@@ -196,27 +196,23 @@ pub trait Ops<B: Backend> {
     /// `y = activation(x w^T + bias)`
     fn activated_linear(&self, w: &Linear, activation: Activation, x: &B::Input, y: &mut B::Buffer);
 
-    /// Rotates the queries of each row of `qkv` in place, and stores its key, rotated, and its value in a
-    /// layer of the cache, which has room. What becomes of the keys in `qkv` is left open.
-    fn rope_and_store(
+    /// Rotates the queries of each row of `qkv`, stores its key, rotated, and its value in a layer of the cache,
+    /// which has room, and gives what the queries find there as `next` takes it: `[tokens, heads * head_dim]`.
+    /// `y` is to work with; what becomes of `qkv` is left open.
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "what goes in, what is kept, what comes out"
+    )]
+    fn attention_input(
         &self,
         qkv: &mut B::Buffer,
         heads: Heads,
         tokens: &B::Tokens,
         cache: &mut B::Cache,
-        layer: usize,
-    );
-
-    /// Attention of the queries in `qkv` over a layer of the cache, which holds their keys and values
-    /// already; `y` is `[tokens, heads * head_dim]`.
-    fn attention(
-        &self,
-        qkv: &B::Buffer,
-        heads: Heads,
-        tokens: &B::Tokens,
-        cache: &B::Cache,
         seen: Seen,
+        next: &Matrix,
         y: &mut B::Buffer,
+        out: &mut B::Input,
     );
 
     /// Attention of every token with every token of its sequence. `qkv` holds sequences of `tokens` rows one

@@ -66,9 +66,9 @@ impl Attention {
             scale: self.scale,
         };
         ops.linears(&self.qkv_proj, x, &mut s.qkv);
-        ops.rope_and_store(&mut s.qkv, heads, tokens, cache, layer);
-        ops.attention(&s.qkv, heads, tokens, cache, seen, &mut s.heads);
-        ops.input(&s.heads, &self.o_proj.weight, &mut s.input);
+        let next = &self.o_proj.weight;
+        let (qkv, heads_out, input) = (&mut s.qkv, &mut s.heads, &mut s.input);
+        ops.attention_input(qkv, heads, tokens, cache, seen, next, heads_out, input);
         ops.linear(&self.o_proj, &s.input, y);
     }
 }

@@ -1,12 +1,14 @@
 //! Rotation, the KV cache and attention.
 
-use super::super::{Heads, Mask, Rotations};
-use super::CpuOps;
-use crate::kv_cache::KvCache;
+use super::super::{Heads, Mask, Rotations, Seen, Tokens};
+use super::{CpuOps, Input, InputKind, assert_columns};
+use crate::kv_cache::{Blocks, HeadMut, KvCache};
 use crate::mask::BLOCK;
-use crate::tensor::Buffer;
+use crate::tensor::{Buffer, Matrix};
 use phidias_kernels::cpu::{AttentionState, AttentionTask, Cached, Kernels, THEN};
 use phidias_kernels::view::ColsMut;
+use phidias_quant::BLOCK as QUANTIZED;
+use phidias_quant::activations::{TILE, TileMut};
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -32,20 +34,11 @@ impl CpuOps<'_> {
         first: usize,
     ) {
         let kernels = self.kernels;
-        let n = qkv.rows();
-        let parts = (heads.divide(qkv.columns_mut()).into_iter())
-            .zip(cache.heads_mut(layer, first..first + n));
-        self.team.each_part(
-            parts.collect(),
-            |([mut queries, mut keys, mut values], mut head)| {
-                for t in 0..n {
-                    let (cos, sin) = (rotations.cos.row(t), rotations.sin.row(t));
-                    kernels.rope(queries.row(t), cos, sin);
-                    kernels.rope(keys.row(t), cos, sin);
-                    head.write(first + t, keys.row(t), values.row(t));
-                }
-            },
-        );
+        let (_, stores) = cache.open(layer, first..first + qkv.rows());
+        let parts = heads.divide(qkv.columns_mut()).into_iter().zip(stores);
+        self.team.each_part(parts.collect(), |(mut columns, mut store)| {
+            rotate_and_store(kernels, rotations, first, &mut columns, &mut store);
+        });
     }
 
     /// Attention of the queries in `qkv`, the first at position `first`, over the cache of a layer
@@ -70,8 +63,7 @@ impl CpuOps<'_> {
         y.reshape(n, heads.queries());
         let layer = LayerCache {
             heads,
-            cache,
-            layer,
+            blocks: cache.blocks(layer),
             first,
             mask,
             scale,
@@ -80,7 +72,7 @@ impl CpuOps<'_> {
         let (mut tiles, mut outs) = (Vec::new(), Vec::new());
         let (mut rest, mut from) = (y.data_mut(), first);
         while from < first + n {
-            let end = layer.tile_end(from).min(first + n);
+            let end = tile_end(heads, mask, from).min(first + n);
             let (rows, others) = rest.split_at_mut((end - from) * heads.queries());
             let columns = ColsMut::new(rows, end - from, heads.queries());
             let parts = columns.chunks(group * heads.head_dim);
@@ -101,7 +93,7 @@ impl CpuOps<'_> {
                     scratch.state.reset(tile.rows(group), heads.head_dim);
                     for (i, &block) in tile.blocks.iter().enumerate() {
                         let then = layer.then(tile, i + 1, next);
-                        layer.attend(kernels, tile, block, 0, then, scratch);
+                        layer.attend(kernels, tile, block, None, 0, then, scratch);
                     }
                     layer.finish(&scratch.state, &mut out);
                 });
@@ -126,7 +118,7 @@ impl CpuOps<'_> {
                 scratch.state.reset(rows * blocks.len(), heads.head_dim);
                 for (i, &block) in blocks.iter().enumerate() {
                     let then = layer.then(tile, *first + i + 1, None);
-                    layer.attend(kernels, tile, block, i * rows, then, scratch);
+                    layer.attend(kernels, tile, block, None, i * rows, then, scratch);
                 }
                 std::mem::swap(&mut scratch.state, state);
             });
@@ -144,6 +136,146 @@ impl CpuOps<'_> {
             }
             layer.finish(&merged, &mut out);
         }
+    }
+}
+
+impl CpuOps<'_> {
+    /// [`CpuOps::rope_and_store`], then [`CpuOps::attention`], of which the result is given as `next` takes it; `y` is
+    /// to work with.
+    /// # Panics
+    /// When `next` does not have the columns of the query heads.
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "one operation, every argument of its own type"
+    )]
+    pub fn attention_input(
+        &self,
+        qkv: &mut Buffer,
+        heads: Heads,
+        tokens: &Tokens,
+        cache: &mut KvCache,
+        seen: Seen,
+        next: &Matrix,
+        y: &mut Buffer,
+        out: &mut Input,
+    ) {
+        let Seen { layer, mask, scale } = seen;
+        let (n, first, rotations) = (qkv.rows(), tokens.first, &tokens.rotations);
+        assert_columns(heads.queries(), next);
+        if !self.stays_with_its_head(heads, mask, first..first + n) {
+            self.rope_and_store(qkv, heads, rotations, cache, layer, first);
+            self.attention(qkv, heads, cache, layer, first, mask, scale, y);
+            self.input(y, next, out);
+            return;
+        }
+        // A few tokens: what belongs to a KV head is done by one thread at once, and handed out once.
+        let kernels = self.kernels;
+        let (group, d) = (heads.group(), heads.head_dim);
+        let (blocks, stores) = cache.open(layer, first..first + n);
+        let layer = LayerCache {
+            heads,
+            blocks,
+            first,
+            mask,
+            scale,
+        };
+        out.reshape(next, n);
+        let outs: Vec<_> = match &mut out.kind {
+            InputKind::Floats(buffer) => {
+                let columns = buffer.columns_mut().chunks(group * d);
+                columns.into_iter().map(HeadInput::Floats).collect()
+            }
+            InputKind::Quantized(quantized) => {
+                let tiles = quantized.tiles_mut();
+                let pieces = tiles.flat_map(|tile| tile.pieces(group * d / QUANTIZED));
+                pieces.map(HeadInput::Quantized).collect()
+            }
+        };
+        let parts = (heads.divide(qkv.columns_mut()).into_iter())
+            .zip(stores)
+            .zip(outs)
+            .enumerate();
+        self.team.each_part(
+            parts.collect(),
+            |(kv_head, ((mut columns, mut store), out))| {
+                rotate_and_store(kernels, rotations, first, &mut columns, &mut store);
+                let tile = layer.tile(kv_head, first..first + n);
+                let another = kv_head + 1 < heads.kv_heads && !mask.differs_by_head();
+                let next = another.then(|| layer.tile(kv_head + 1, first..first + n));
+                SCRATCH.with_borrow_mut(|scratch| {
+                    let [queries, ..] = &mut columns;
+                    scratch.queries.clear();
+                    for g in 0..group {
+                        for t in 0..n {
+                            let head = &queries.row(t)[g * d..][..d];
+                            scratch.queries.extend_from_slice(head);
+                        }
+                    }
+                    scratch.state.reset(tile.rows(group), d);
+                    for (i, &block) in tile.blocks.iter().enumerate() {
+                        let then = layer.then(&tile, i + 1, next.as_ref());
+                        layer.attend(kernels, &tile, block, Some(&store), 0, then, scratch);
+                    }
+                    match out {
+                        HeadInput::Floats(mut out) => layer.finish(&scratch.state, &mut out),
+                        HeadInput::Quantized(mut tile) => {
+                            let row = &mut scratch.row;
+                            row.resize(group * d, 0.0);
+                            for t in 0..n {
+                                for (g, head) in row.chunks_exact_mut(d).enumerate() {
+                                    scratch.state.finish(g * n + t, head);
+                                }
+                                kernels.quantize(row, &mut tile, t);
+                            }
+                        }
+                    }
+                });
+            },
+        );
+    }
+
+    /// Whether one thread had better do all that belongs to a KV head and these few tokens: when they are one
+    /// tile of queries and of activations, and there are heads enough for all threads or little to read.
+    fn stays_with_its_head(&self, heads: Heads, mask: Mask, positions: Range<usize>) -> bool {
+        let rows = heads.group() * heads.head_dim;
+        let blocks = mask.blocks(0..heads.heads, positions.clone()).count();
+        positions.len() <= TILE
+            && rows.is_multiple_of(QUANTIZED)
+            && tile_end(heads, mask, positions.start) >= positions.end
+            && (heads.kv_heads >= 4 * self.team.threads() || blocks < 2)
+    }
+}
+
+/// A part of the input of the next matrix: what the queries of a KV head give.
+enum HeadInput<'i> {
+    Floats(ColsMut<'i>),
+    Quantized(TileMut<'i>),
+}
+
+/// Rotates what the heads of one KV head have in the rows of tokens, the first at position `first`, and stores
+/// keys and values.
+fn rotate_and_store(
+    kernels: &Kernels,
+    rotations: &Rotations,
+    first: usize,
+    [queries, keys, values]: &mut [ColsMut<'_>; 3],
+    store: &mut HeadMut<'_>,
+) {
+    for t in 0..queries.rows() {
+        let (cos, sin) = (rotations.cos.row(t), rotations.sin.row(t));
+        kernels.rope(queries.row(t), cos, sin);
+        kernels.rope(keys.row(t), cos, sin);
+        store.write(first + t, keys.row(t), values.row(t));
+    }
+}
+
+/// Where the tile of queries that begins at position `from` ends. Where blocks of the mask matter, it lies in one.
+fn tile_end(heads: Heads, mask: Mask, from: usize) -> usize {
+    if mask.differs_by_head() {
+        let rows = HEAD_ROWS.min(mask.block());
+        (from / rows + 1) * rows
+    } else {
+        from + (QUERY_ROWS / heads.group()).max(1)
     }
 }
 
@@ -165,8 +297,8 @@ impl QueryTile {
 /// One layer of the cache, and how it is looked at.
 struct LayerCache<'a> {
     heads: Heads,
-    cache: &'a KvCache,
-    layer: usize,
+    /// Those that no thread writes.
+    blocks: Blocks<'a>,
     /// Position of row 0 of the queries.
     first: usize,
     mask: Mask,
@@ -174,17 +306,6 @@ struct LayerCache<'a> {
 }
 
 impl LayerCache<'_> {
-    /// Where the tile that begins at position `from` ends. Where blocks of the mask matter, it lies in one.
-    fn tile_end(&self, from: usize) -> usize {
-        let group = self.heads.group();
-        if self.mask.differs_by_head() {
-            let rows = HEAD_ROWS.min(self.mask.block());
-            (from / rows + 1) * rows
-        } else {
-            from + (QUERY_ROWS / group).max(1)
-        }
-    }
-
     /// The query heads of a KV head.
     fn group_of(&self, kv_head: usize) -> Range<usize> {
         let group = self.heads.group();
@@ -213,12 +334,16 @@ impl LayerCache<'_> {
         }
     }
 
-    /// Keys and values of a block, as far as the tile's queries can see it.
-    fn stored(&self, tile: &QueryTile, block: usize) -> [Cached<'_>; 2] {
+    /// Positions of a block that the tile's queries can see.
+    fn positions(&self, tile: &QueryTile, block: usize) -> usize {
         let size = self.mask.block();
-        let stored = (tile.positions.end - block * size).min(size);
-        let (keys, values) = (self.cache).block(self.layer, tile.kv_head, block, stored);
-        [keys, values]
+        (tile.positions.end - block * size).min(size)
+    }
+
+    /// What of it is in a block that no thread writes.
+    fn stored(&self, tile: &QueryTile, block: usize) -> Option<[Cached<'_>; 2]> {
+        let held = self.blocks.has(block);
+        held.then(|| (self.blocks).block(tile.kv_head, block, self.positions(tile, block)))
     }
 
     /// What is read when block `i` of the tile is next, and after its last one the tile `next`.
@@ -227,7 +352,8 @@ impl LayerCache<'_> {
         let others = (next.into_iter()).flat_map(|next| next.blocks.iter().map(move |b| (next, b)));
         let read = own
             .chain(others)
-            .flat_map(|(tile, block)| self.stored(tile, *block));
+            .filter_map(|(tile, block)| self.stored(tile, *block))
+            .flatten();
         let mut then = [Cached::default(); THEN];
         for (then, read) in then.iter_mut().zip(read) {
             *then = read;
@@ -235,20 +361,27 @@ impl LayerCache<'_> {
         then
     }
 
-    /// Adds a block to the state of the tile's queries, which begin at row `first` of `scratch.state`.
-    /// Heads that see nothing of it are left out.
+    /// Adds a block to the state of the tile's queries, which begin at row `first` of `scratch.state`. It is read
+    /// from `own` when it is not one of those that no thread writes. Heads that see nothing of it are left out.
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "what is read, by whom, and where it goes"
+    )]
     fn attend(
         &self,
         kernels: &Kernels,
         tile: &QueryTile,
         block: usize,
+        own: Option<&HeadMut<'_>>,
         first: usize,
         then: [Cached<'_>; THEN],
         scratch: &mut Scratch,
     ) {
         let d = self.heads.head_dim;
         let base = block * self.mask.block();
-        let [keys, values] = self.stored(tile, block);
+        let [keys, values] = (self.stored(tile, block))
+            .or_else(|| Some(own?.block(block, self.positions(tile, block))))
+            .expect("a block that is held, or written by this thread");
         let visible = &mut scratch.visible;
         visible.clear();
         for head in self.group_of(tile.kv_head) {
@@ -303,6 +436,8 @@ struct Scratch {
     queries: Vec<f32>,
     visible: Vec<Range<usize>>,
     state: AttentionState,
+    /// What a token's queries give.
+    row: Vec<f32>,
 }
 
 thread_local! {

@@ -340,28 +340,18 @@ impl Ops<Cpu> for CpuOps<'_> {
         self.activated_linear(w, activation, x, y);
     }
 
-    fn rope_and_store(
+    fn attention_input(
         &self,
         qkv: &mut Buffer,
         heads: Heads,
         tokens: &Tokens,
         cache: &mut KvCache,
-        layer: usize,
-    ) {
-        self.rope_and_store(qkv, heads, &tokens.rotations, cache, layer, tokens.first);
-    }
-
-    fn attention(
-        &self,
-        qkv: &Buffer,
-        heads: Heads,
-        tokens: &Tokens,
-        cache: &KvCache,
         seen: Seen,
+        next: &Matrix,
         y: &mut Buffer,
+        out: &mut Input,
     ) {
-        let Seen { layer, mask, scale } = seen;
-        self.attention(qkv, heads, cache, layer, tokens.first, mask, scale, y);
+        self.attention_input(qkv, heads, tokens, cache, seen, next, y, out);
     }
 
     fn full_attention(

@@ -456,31 +456,23 @@ impl Ops<Cuda> for CudaOps<'_> {
         });
     }
 
-    fn rope_and_store(
+    fn attention_input(
         &self,
         qkv: &mut Rows,
         heads: Heads,
         tokens: &DeviceTokens,
         cache: &mut DeviceCache,
-        layer: usize,
-    ) {
-        self.run(|device, _| {
-            let rotations = tokens.rotations();
-            let cache = cache.layer(layer);
-            attention::rope_and_store(device, qkv.span(), heads, rotations, cache, tokens.first())
-        });
-    }
-
-    fn attention(
-        &self,
-        qkv: &Rows,
-        heads: Heads,
-        tokens: &DeviceTokens,
-        cache: &DeviceCache,
         seen: Seen,
+        next: &Matrix,
         y: &mut Rows,
+        out: &mut DeviceInput,
     ) {
         y.reshape(self, qkv.rows(), heads.queries());
+        self.run(|device, _| {
+            let rotations = tokens.rotations();
+            let (layer, first) = (cache.layer(seen.layer), tokens.first());
+            attention::rope_and_store(device, qkv.span(), heads, rotations, layer, first)
+        });
         self.run(|device, _| {
             attention::attention(
                 device,
@@ -494,6 +486,7 @@ impl Ops<Cuda> for CudaOps<'_> {
                 y.span(),
             )
         });
+        self.input(y, next, out);
     }
 
     fn full_attention(&self, qkv: &Rows, heads: Heads, tokens: usize, scale: f32, y: &mut Rows) {
