@@ -11,6 +11,7 @@
 //! All of it reads files that somebody else wrote. Whatever they hold, the answer is a
 //! [`TextError`] that names the file, what was expected and what was found.
 
+mod bounds;
 mod chat;
 mod conversation;
 mod detokenizer;
@@ -23,7 +24,7 @@ mod tokenizer;
 pub use chat::{Builtin, ChatTemplate, GenerationPrompt, Message, Role};
 pub use conversation::{Conversation, PLACEHOLDER};
 pub use detokenizer::Detokenizer;
-pub use error::TextError;
+pub use error::{TemplateLimit, TextError};
 pub use image_tags::{Segment, encode_with_images};
 pub use tokenizer::{Bos, MAX_TEXT_BYTES, Special, Tokenizer};
 
