@@ -315,6 +315,21 @@ fn bad_usage_is_exit_code_2() {
             fail(home.path(), 2, &arguments, &[flag, value, expected]);
         }
     }
+    for (arguments, words) in [
+        (&["run"][..], "no prompt"),
+        (&["run", "-", "-p", "x"], "cannot stand beside -p or -f"),
+        (&["run", "a", "b"], "'b' after the model: expected -"),
+        (
+            &["logits", "--tokens", "-1", "--out", "x"],
+            "'-1' is no token id",
+        ),
+        (
+            &["logits", "--tokens", "1,,2", "--out", "x"],
+            "'' is no token id",
+        ),
+    ] {
+        fail(home.path(), 2, arguments, &[words]);
+    }
     let twice = ["--logit-bias", "5=1", "--logit-bias", "5=2"];
     for command in [
         &["run", "no/such/model", "-p", "x"][..],
@@ -387,6 +402,30 @@ fn failures_are_exit_code_1_and_say_what_was_found() {
     fs::create_dir(at("empty")).unwrap();
     fs::write(at("short"), "A tale.").unwrap();
     let h = home.path();
+    let long = at("short") + "/below";
+    for arguments in [
+        &["logits", "-p", "x", "--out", &at("no/file")][..],
+        &[
+            "bench",
+            "--kernels",
+            "--rough-peaks",
+            "--plot",
+            &at("no/file"),
+        ],
+    ] {
+        let ran = run(h, arguments);
+        assert_eq!(ran.code, Some(1), "{arguments:?}");
+        let last = ran.err.lines().last().unwrap();
+        let expected = format!("error: {}: no folder {}", at("no/file"), at("no"));
+        assert_eq!(last, expected, "{arguments:?}");
+    }
+    let model = fixture("phi3-medium-128k-tiny").display().to_string();
+    for arguments in [
+        &["quantize", &model, &long, "--format", "q4"][..],
+        &["synth", "phi-3.5-mini", &long],
+    ] {
+        fail(h, 1, arguments, &[&at("short"), "not a directory"]);
+    }
     fail(
         h,
         1,
@@ -402,8 +441,6 @@ fn failures_are_exit_code_1_and_say_what_was_found() {
         &["bytes: not UTF-8", "at 3"],
     );
     fail(h, 1, &["run", "-f", &at("missing")], &["missing"]);
-    fail(h, 1, &["run"], &["no prompt"]);
-    fail(h, 1, &["run", "-", "-p", "x"], &["stdin"]);
     fail(
         h,
         1,

@@ -8,6 +8,7 @@ use phidias::WeightFormat;
 use phidias::engine::Isa;
 use phidias::engine::kv_cache::KvType;
 use phidias::engine::sampling::{ParamError, SamplingParams};
+use std::io;
 use std::path::PathBuf;
 
 /// Phi-3 / 3.5 language models on ordinary CPUs.
@@ -31,7 +32,8 @@ impl Arguments {
         if std::env::var_os("PHIDIAS_ISA").is_some_and(|isa| isa.is_empty()) {
             command = command.mut_arg("isa", |isa| isa.env(Resettable::Reset));
         }
-        let matches = command.get_matches_mut();
+        let matches = command.try_get_matches_from_mut(std::env::args_os());
+        let matches = matches.unwrap_or_else(|error| leave(&error));
         let arguments = Self::from_arg_matches(&matches).and_then(|arguments| {
             arguments.check().map_err(|reason| {
                 let name = matches.subcommand_name().expect("one is required");
@@ -40,11 +42,14 @@ impl Arguments {
             })?;
             Ok(arguments)
         });
-        arguments.unwrap_or_else(|error| error.exit())
+        arguments.unwrap_or_else(|error| leave(&error))
     }
 
     /// What no single value says.
     fn check(&self) -> Result<(), String> {
+        if let Command::Run(args) = &self.command {
+            super::run::check(args)?;
+        }
         let (Command::Run(Run { sampling, .. }) | Command::Chat(Chat { sampling, .. })) =
             &self.command
         else {
@@ -55,6 +60,18 @@ impl Arguments {
             ..SamplingParams::default()
         })
     }
+}
+
+/// Prints the help that was asked for, or what is wrong, and ends the process.
+fn leave(error: &clap::Error) -> ! {
+    let code = match error.print() {
+        Err(cause) if !error.use_stderr() && cause.kind() != io::ErrorKind::BrokenPipe => {
+            super::console::say(format_args!("error: stdout: {cause}"));
+            1
+        }
+        _ => error.exit_code(),
+    };
+    std::process::exit(code)
 }
 
 #[derive(Debug, Subcommand)]
@@ -310,6 +327,8 @@ pub struct Logits {
         long,
         value_name = "IDS",
         value_delimiter = ',',
+        allow_negative_numbers = true,
+        value_parser = token,
         required_unless_present = "prompt"
     )]
     pub tokens: Vec<u32>,
@@ -475,6 +494,16 @@ fn depth(text: &str) -> Result<usize, String> {
 
 fn repetitions(text: &str) -> Result<usize, String> {
     number(text, 1, MAX_REPETITIONS)
+}
+
+fn token(text: &str) -> Result<u32, String> {
+    let id = text.parse();
+    id.map_err(|_| {
+        format!(
+            "'{text}' is no token id; expected numbers from 0 to {}",
+            u32::MAX
+        )
+    })
 }
 
 fn whole(text: &str) -> Result<usize, String> {
