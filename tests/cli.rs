@@ -320,6 +320,10 @@ fn bad_usage_is_exit_code_2() {
         (&["run", "-", "-p", "x"], "cannot stand beside -p or -f"),
         (&["run", "a", "b"], "'b' after the model: expected -"),
         (
+            &["eval", "--text", "x", "--ctx", "1"],
+            "expected at least 2",
+        ),
+        (
             &["logits", "--tokens", "-1", "--out", "x"],
             "'-1' is no token id",
         ),
@@ -453,6 +457,10 @@ fn failures_are_exit_code_1_and_say_what_was_found() {
         &["run", "-p", "x", "--ctx", "100000000"],
         &["context of 100000000", "expected 1 to"],
     );
+    for command in [&["run", "-p", "x"][..], &["chat"]] {
+        let arguments = [command, &["--logit-bias", "99999=1"]].concat();
+        fail(h, 1, &arguments, &["token ids below 4096, found 99999"]);
+    }
     fail(
         h,
         1,

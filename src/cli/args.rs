@@ -50,6 +50,14 @@ impl Arguments {
         if let Command::Run(args) = &self.command {
             super::run::check(args)?;
         }
+        if let Command::Eval(Eval { running, .. }) = &self.command
+            && running.ctx == Some(1)
+        {
+            return Err(
+                "--ctx 1: expected at least 2, a token and the one that it is predicted from"
+                    .into(),
+            );
+        }
         let (Command::Run(Run { sampling, .. }) | Command::Chat(Chat { sampling, .. })) =
             &self.command
         else {

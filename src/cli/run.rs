@@ -33,7 +33,7 @@ pub fn run(args: &Run, global: &Global) -> Result<()> {
         .pictures
         .open(&setup, &model, Room::of(&model, &args.running))?;
     let segments = pictures::segments(&model, &prompt, args.raw, &pictures)?;
-    let mut options = generate_options(&model, &args.sampling, setup.console);
+    let mut options = generate_options(&model, &args.sampling, setup.console)?;
     options.sampling.logprobs = args.logprobs;
     let mut session = setup.session(&model, &args.running, PictureMemory::of(&pictures))?;
     let ids = pictures::attach(&setup, &mut session, segments, pictures)?;

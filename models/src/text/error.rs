@@ -188,6 +188,22 @@ pub enum TextError {
         limit: usize,
     },
 
+    /// A tokenizer whose own replacements make a text too long.
+    #[error(
+        "{origin}: its normalizer makes a text up to {growth} times longer: one of {bytes} bytes could go \
+         beyond {limit} bytes"
+    )]
+    GrownTooLong {
+        /// The tokenizer.
+        origin: String,
+        /// The text's length.
+        bytes: usize,
+        /// How many times longer it may become.
+        growth: f64,
+        /// The limit.
+        limit: usize,
+    },
+
     /// The `tokenizers` library could not encode a text.
     #[error("{origin}: cannot encode the text: {reason}")]
     Encode {

@@ -17,6 +17,7 @@ mod conversation;
 mod detokenizer;
 mod error;
 mod files;
+mod growth;
 mod image_tags;
 pub(crate) mod tiktoken;
 mod tokenizer;
