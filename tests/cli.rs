@@ -753,6 +753,35 @@ fn hidden_keys_are_planned_dropped_and_not_missed() {
     }
 }
 
+/// Figures of damaged weights would be none.
+#[test]
+fn eval_names_the_model_whose_logits_are_no_numbers() {
+    let home = home();
+    let damaged = home.path().join("damaged");
+    fs::create_dir(&damaged).unwrap();
+    let good = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/fable");
+    for name in [
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "model.safetensors",
+    ] {
+        fs::copy(good.join(name), damaged.join(name)).unwrap();
+    }
+    let weights = damaged.join("model.safetensors");
+    let mut bytes = fs::read(&weights).unwrap();
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    bytes[8 + header..].fill(0xff); // NaN
+    fs::write(&weights, bytes).unwrap();
+    let text = home.path().join("text");
+    fs::write(&text, "Once upon a time").unwrap();
+    let [text, good, bad] = [&text, &good, &damaged].map(|path| path.to_str().unwrap());
+    let words = [bad, "after token 0 of the text", "expected finite numbers"];
+    fail(home.path(), 1, &["eval", bad, "--text", text], &words);
+    let against = ["eval", good, "--text", text, "--against", bad];
+    fail(home.path(), 1, &against, &words);
+}
+
 #[test]
 fn eval_compares_formats() {
     let home = home();
