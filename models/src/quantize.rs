@@ -378,7 +378,7 @@ mod tests {
         let error = new_folder(&out, |temporary| {
             Err(Error::Io {
                 path: temporary.join("model.safetensors"),
-                source: std::io::ErrorKind::StorageFull.into(),
+                source: io::ErrorKind::StorageFull.into(),
             })
         });
         assert!(

@@ -306,7 +306,7 @@ impl ChatTemplate {
         let source =
             bounds::prepared(&source).map_err(|(line, limit)| TextError::TemplateBeyond {
                 origin: origin.into(),
-                line,
+                line: Some(line),
                 limit,
             })?;
         let stack = STACK_AT_LEAST + source.len() * STACK_PER_BYTE;
@@ -383,7 +383,7 @@ impl ChatTemplate {
         let (output, rendered) = match receiver.recv_timeout(patience) {
             Ok(result) => result,
             Err(RecvTimeoutError::Timeout) => {
-                return Err(self.beyond(0, TemplateLimit::Time(patience)));
+                return Err(self.beyond(None, TemplateLimit::Time(patience)));
             }
             Err(RecvTimeoutError::Disconnected) => match rendering.join() {
                 Ok(()) => unreachable!("it sends before it ends"),
@@ -464,7 +464,7 @@ impl ChatTemplate {
             };
         }
         if let Some(&Beyond(limit)) = causes.find_map(|e| e.downcast_ref()) {
-            return self.beyond(line, limit);
+            return self.beyond(error.line(), limit);
         }
         if error.kind() == ErrorKind::OutOfFuel {
             return TextError::TemplateOutOfFuel { origin, fuel: FUEL };
@@ -476,7 +476,7 @@ impl ChatTemplate {
         }
     }
 
-    fn beyond(&self, line: usize, limit: TemplateLimit) -> TextError {
+    fn beyond(&self, line: Option<usize>, limit: TemplateLimit) -> TextError {
         TextError::TemplateBeyond {
             origin: self.origin.clone(),
             line,
@@ -726,8 +726,11 @@ mod tests {
             let source = format!("{begin}{}{end}", link.repeat(links));
             match ChatTemplate::new(source, "here", None, None) {
                 Ok(_) | Err(TextError::TemplateSyntax { .. }) => {}
-                Err(TextError::TemplateBeyond { line: 1, limit, .. })
-                    if limit == TemplateLimit::TagBytes(bounds::MAX_TAG_BYTES) => {}
+                Err(TextError::TemplateBeyond {
+                    line: Some(1),
+                    limit,
+                    ..
+                }) if limit == TemplateLimit::TagBytes(bounds::MAX_TAG_BYTES) => {}
                 Err(error) => panic!("{begin}{link}{link}{end}: {error}"),
             }
             // As long as a tag can be, as often as it fits into a template.
@@ -790,7 +793,7 @@ mod tests {
 
     fn beyond(source: &str) -> (usize, TemplateLimit) {
         match render(source) {
-            Err(TextError::TemplateBeyond { line, limit, .. }) => (line, limit),
+            Err(TextError::TemplateBeyond { line, limit, .. }) => (line.unwrap(), limit),
             other => panic!("{source}: {other:?}"),
         }
     }

@@ -310,12 +310,12 @@ pub enum TextError {
     },
 
     /// A chat template went beyond another bound.
-    #[error("{origin}: chat template, line {line}: {limit}")]
+    #[error("{origin}: chat template{}: {limit}", .line.map_or(String::new(), |line| format!(", line {line}")))]
     TemplateBeyond {
         /// Where the template comes from.
         origin: String,
-        /// Line of the template, from 1; 0 where it is not known.
-        line: usize,
+        /// Line of the template, from 1, where it is known.
+        line: Option<usize>,
         /// The bound.
         limit: TemplateLimit,
     },

@@ -624,7 +624,7 @@ mod tests {
     /// The longest text that may be encoded at all is not too long for the family's own.
     #[test]
     fn replacements_of_the_family_are_not_refused() {
-        for tokenizer in [fixture::mini(), fixture::vision()] {
+        for tokenizer in [mini(), vision()] {
             let shared = &tokenizer.shared;
             assert!(shared.growth * MAX_TEXT_BYTES as f64 <= MAX_NORMALIZED_BYTES as f64);
             let decoder = serde_json::to_value(shared.inner.get_decoder()).unwrap();
