@@ -613,20 +613,49 @@ fn code(
     let Some(folder) = cache else {
         return compile();
     };
+    let made = format!("{}-sm_{capability}", source.file());
     let driver = driver.to_string();
-    let texts = [source.text(), Source::COMMON, &driver].into_iter();
+    let texts = [source.text(), Source::COMMON, &driver];
+    match nvrtc::version() {
+        Ok(version) => cached(folder, &file_name(&made, &texts, &version), compile),
+        // What any compiler made will do, where there is none now.
+        Err(error) => {
+            let begins = file_name(&made, &texts, "");
+            kept_by_any(folder, begins.trim_end_matches(".bin")).ok_or(error)
+        }
+    }
+}
+
+/// The file of what a compiler makes: of the same texts another one makes something else.
+fn file_name(made: &str, texts: &[&str], compiler: &str) -> String {
     // The zero between them keeps what is the end of one from being the beginning of the next.
-    let bytes = texts
+    let bytes = (texts.iter().copied())
         .chain(nvrtc::OPTIONS)
         .flat_map(|text| text.bytes().chain([0]));
-    let name = format!("{}-sm_{capability}-{:016x}.bin", source.file(), hash(bytes));
-    cached(folder, &name, compile)
+    format!("{made}-{:016x}-nvrtc_{compiler}.bin", hash(bytes))
 }
 
 /// FNV-1a: it tells versions of a text apart, and a file that is whole from one that is not.
 fn hash(bytes: impl IntoIterator<Item = u8>) -> u64 {
     let mix = |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01B3);
     bytes.into_iter().fold(0xCBF2_9CE4_8422_2325, mix)
+}
+
+/// What a file has, if it is whole: it begins with a checksum.
+fn kept(path: &Path) -> Option<Vec<u8>> {
+    let file = std::fs::read(path).ok()?;
+    let (sum, code) = file.split_first_chunk::<8>()?;
+    (hash(code.iter().copied()) == u64::from_le_bytes(*sum)).then(|| code.to_vec())
+}
+
+/// What a whole file has whose name begins so.
+fn kept_by_any(folder: &Path, begins: &str) -> Option<Vec<u8>> {
+    let mut paths: Vec<_> = (std::fs::read_dir(folder).ok()?.flatten())
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with(begins))
+        .map(|entry| entry.path())
+        .collect();
+    paths.sort();
+    paths.iter().find_map(|path| kept(path))
 }
 
 /// What the file has, or what `make` makes, which is kept in the file, behind a checksum. A file that is
@@ -637,11 +666,8 @@ fn cached(
     make: impl FnOnce() -> Result<Vec<u8>, DeviceError>,
 ) -> Result<Vec<u8>, DeviceError> {
     let path = folder.join(name);
-    if let Ok(file) = std::fs::read(&path)
-        && let Some((sum, code)) = file.split_first_chunk::<8>()
-        && hash(code.iter().copied()) == u64::from_le_bytes(*sum)
-    {
-        return Ok(code.to_vec());
+    if let Some(code) = kept(&path) {
+        return Ok(code);
     }
     let code = make()?;
     // Under its name it appears when it is whole, so that another process never reads half of it.
@@ -712,6 +738,31 @@ mod tests {
         };
         assert_eq!(cached(&inside, "c", || Err(no.clone())), Err(no));
         assert!(!inside.join("c").exists());
+    }
+
+    #[test]
+    fn another_compiler_or_text_is_another_file_and_without_one_any_will_do() {
+        let names = [
+            file_name("a.cu-sm_90", &["one", "two"], "13.0"),
+            file_name("a.cu-sm_90", &["one", "two"], "13.1"),
+            file_name("a.cu-sm_80", &["one", "two"], "13.0"),
+            file_name("a.cu-sm_90", &["onet", "wo"], "13.0"),
+        ];
+        let folder = tempfile::tempdir().expect("a folder");
+        for (name, i) in names.iter().zip(0u8..) {
+            // None of them is found under the name of another.
+            let made = cached(folder.path(), name, || Ok(vec![i]));
+            assert_eq!(made, Ok(vec![i]), "{name}");
+        }
+        let begins = file_name("a.cu-sm_90", &["one", "two"], "");
+        let begins = begins.trim_end_matches(".bin");
+        assert_eq!(kept_by_any(folder.path(), begins), Some(vec![0]));
+        // One that is not whole is passed over.
+        std::fs::write(folder.path().join(&names[0]), b"torn").expect("written");
+        assert_eq!(kept_by_any(folder.path(), begins), Some(vec![1]));
+        std::fs::remove_file(folder.path().join(&names[1])).expect("removed");
+        assert_eq!(kept_by_any(folder.path(), begins), None);
+        assert_eq!(kept_by_any(&folder.path().join("none"), begins), None);
     }
 
     #[test]
