@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::fmt;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::ptr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -35,7 +35,7 @@ struct Inner {
     /// Whether kernels may begin while the one before ends.
     overlaps: bool,
     functions: HashMap<Kernel, sys::CUfunction>,
-    modules: Vec<sys::CUmodule>,
+    modules: Vec<Module>,
     stream: Arc<CudaStream>,
     context: Arc<CudaContext>,
     turns: Turns,
@@ -49,6 +49,19 @@ struct Inner {
 unsafe impl Send for Inner {}
 // SAFETY: as above.
 unsafe impl Sync for Inner {}
+
+/// A loaded source. It is dropped where its device is bound, after the last work on it.
+struct Module(sys::CUmodule);
+
+// SAFETY: as above.
+unsafe impl Send for Module {}
+
+impl Drop for Module {
+    fn drop(&mut self) {
+        // SAFETY: loaded here, not used again.
+        let _ = unsafe { result::module::unload(self.0) };
+    }
+}
 
 impl fmt::Debug for Gpu {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -127,11 +140,16 @@ fn driver_version() -> Result<i32, DeviceError> {
         .map_err(|error| failure("cuDriverGetVersion", error))?;
     if version < OLDEST_DRIVER {
         return Err(DeviceError::OldDriver {
-            found: format!("{}.{}", version / 1000, version % 1000 / 10),
+            found: version_name(version),
             expected: "12.8",
         });
     }
     Ok(version)
+}
+
+/// A version as CUDA writes it: 13.0 of 13000.
+fn version_name(version: i32) -> String {
+    format!("{}.{}", version / 1000, version % 1000 / 10)
 }
 
 fn text(error: DriverError) -> String {
@@ -176,50 +194,66 @@ impl Inner {
         driver: i32,
         cache: Option<&Path>,
     ) -> Result<(), DeviceError> {
-        let codes: Vec<_> = thread::scope(|scope| {
-            let one = |source| scope.spawn(move || code(source, capability, driver, cache));
+        let inner = &*self;
+        let modules: Vec<_> = thread::scope(|scope| {
+            let one = |source| scope.spawn(move || inner.code(source, capability, driver, cache));
             let running: Vec<_> = Source::ALL.iter().copied().map(one).collect();
             let joined = running.into_iter().map(|thread| thread.join());
             joined
-                .map(|code| code.expect("compiling does not panic"))
+                .map(|module| module.expect("compiling does not panic"))
                 .collect()
         });
-        for (source, code) in Source::ALL.iter().copied().zip(codes) {
-            let module = match self.module(&code?) {
-                Ok(module) => module,
-                // Kept by somebody else, or not what this driver takes: made anew once.
-                Err(_) => {
-                    let code = nvrtc::compile(source, target(capability)?)?;
-                    self.module(&code)
-                        .map_err(|e| failure("cuModuleLoadData", e))?
-                }
-            };
-            self.modules.push(module);
+        for (source, module) in Source::ALL.iter().copied().zip(modules) {
+            let module = module?;
             for &name in source.kernels() {
                 let kernel = Kernel { source, name };
-                let function = self.function(module, name);
+                let function = self.function(&module, name);
                 let function = function.map_err(|e| DeviceError::Launch {
                     kernel: name,
                     reason: text(e),
                 })?;
                 self.functions.insert(kernel, function);
             }
+            self.modules.push(module);
         }
         Ok(())
     }
 
-    fn module(&self, code: &[u8]) -> Result<sys::CUmodule, DriverError> {
+    /// The module of a source: from the cache, or compiled and kept there.
+    fn code(
+        &self,
+        source: Source,
+        capability: u32,
+        driver: i32,
+        cache: Option<&Path>,
+    ) -> Result<Module, DeviceError> {
+        let driver = version_name(driver);
+        let made = format!("{}-sm_{capability}", source.file());
+        let texts = [source.text(), Source::COMMON, &driver];
+        let files = Files::new(cache, &made, &texts, nvrtc::version().ok().as_deref());
+        let make = || nvrtc::compile(source, target(capability)?);
+        let refused = |error| DeviceError::Refused {
+            file: source.file(),
+            target: target(capability).map_or_else(|e| e.to_string(), Target::name),
+            compiler: nvrtc::version().unwrap_or_else(|e| e.to_string()),
+            driver: driver.clone(),
+            reason: text(error),
+        };
+        files.load(make, |code| self.module(code), refused)
+    }
+
+    fn module(&self, code: &[u8]) -> Result<Module, DriverError> {
         self.context.bind_to_thread()?;
         // SAFETY: the image is machine code or the text of PTX with its final zero, as the compiler gave it.
-        unsafe { result::module::load_data(code.as_ptr().cast()) }
+        unsafe { result::module::load_data(code.as_ptr().cast()) }.map(Module)
     }
 
     /// A kernel that may have all the shared memory there is.
-    fn function(&self, module: sys::CUmodule, name: &str) -> Result<sys::CUfunction, DriverError> {
+    fn function(&self, module: &Module, name: &str) -> Result<sys::CUfunction, DriverError> {
         let name = CString::new(name).expect("a name");
-        // SAFETY: the module was just loaded, and is kept as long as its functions.
+        // SAFETY: the module is loaded, and is kept as long as its functions.
         unsafe {
-            let function = result::module::get_function(module, name)?;
+            let function = result::module::get_function(module.0, name)?;
             let own = CUfunction_attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
             let own = result::function::get_function_attribute(function, own)?;
             let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
@@ -287,12 +321,9 @@ impl Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
+        // The modules are dropped next, while the device is bound.
         if let Ok(stream) = self.bind() {
             let _ = self.wait(stream);
-            for &module in &self.modules {
-                // SAFETY: loaded here; all work is done.
-                let _ = unsafe { result::module::unload(module) };
-            }
         }
     }
 }
@@ -602,30 +633,6 @@ fn target(capability: u32) -> Result<Target, DeviceError> {
     )
 }
 
-/// The code of a source: from the cache, or compiled and kept there.
-fn code(
-    source: Source,
-    capability: u32,
-    driver: i32,
-    cache: Option<&Path>,
-) -> Result<Vec<u8>, DeviceError> {
-    let compile = || nvrtc::compile(source, target(capability)?);
-    let Some(folder) = cache else {
-        return compile();
-    };
-    let made = format!("{}-sm_{capability}", source.file());
-    let driver = driver.to_string();
-    let texts = [source.text(), Source::COMMON, &driver];
-    match nvrtc::version() {
-        Ok(version) => cached(folder, &file_name(&made, &texts, &version), compile),
-        // What any compiler made will do, where there is none now.
-        Err(error) => {
-            let begins = file_name(&made, &texts, "");
-            kept_by_any(folder, begins.trim_end_matches(".bin")).ok_or(error)
-        }
-    }
-}
-
 /// The file of what a compiler makes: of the same texts another one makes something else.
 fn file_name(made: &str, texts: &[&str], compiler: &str) -> String {
     // The zero between them keeps what is the end of one from being the beginning of the next.
@@ -648,39 +655,66 @@ fn kept(path: &Path) -> Option<Vec<u8>> {
     (hash(code.iter().copied()) == u64::from_le_bytes(*sum)).then(|| code.to_vec())
 }
 
-/// What a whole file has whose name begins so.
-fn kept_by_any(folder: &Path, begins: &str) -> Option<Vec<u8>> {
-    let mut paths: Vec<_> = (std::fs::read_dir(folder).ok()?.flatten())
-        .filter(|entry| entry.file_name().to_string_lossy().starts_with(begins))
-        .map(|entry| entry.path())
-        .collect();
-    paths.sort();
-    paths.iter().find_map(|path| kept(path))
+/// Where the code of a source is kept.
+struct Files {
+    /// What may be loaded, the best first.
+    known: Vec<PathBuf>,
+    /// Where what is compiled goes.
+    own: Option<PathBuf>,
 }
 
-/// What the file has, or what `make` makes, which is kept in the file, behind a checksum. A file that is
-/// not whole is made anew; one that cannot be written is done without.
-fn cached(
-    folder: &Path,
-    name: &str,
-    make: impl FnOnce() -> Result<Vec<u8>, DeviceError>,
-) -> Result<Vec<u8>, DeviceError> {
-    let path = folder.join(name);
-    if let Some(code) = kept(&path) {
-        return Ok(code);
+impl Files {
+    /// In the folder `cache`, of a source of those `texts`. Without a compiler what any of them made will do.
+    fn new(cache: Option<&Path>, made: &str, texts: &[&str], compiler: Option<&str>) -> Self {
+        let own = |compiler| cache.map(|folder| folder.join(file_name(made, texts, compiler)));
+        if let Some(compiler) = compiler {
+            let own = own(compiler);
+            return Self {
+                known: own.iter().cloned().collect(),
+                own,
+            };
+        }
+        let begins = file_name(made, texts, "");
+        let begins = begins.trim_end_matches(".bin");
+        let entries = cache.and_then(|folder| std::fs::read_dir(folder).ok());
+        let mut known: Vec<_> = (entries.into_iter().flatten().flatten())
+            .filter(|entry| entry.file_name().to_string_lossy().starts_with(begins))
+            .map(|entry| entry.path())
+            .collect();
+        known.sort();
+        Self { known, own: None }
     }
-    let code = make()?;
-    // Under its name it appears when it is whole, so that another process never reads half of it.
-    let keep = || {
-        std::fs::create_dir_all(folder)?;
-        let mut file = tempfile::NamedTempFile::new_in(folder)?;
-        file.write_all(&hash(code.iter().copied()).to_le_bytes())?;
-        file.write_all(&code)?;
-        file.persist(&path)?;
-        Ok::<_, std::io::Error>(())
-    };
-    let _ = keep();
-    Ok(code)
+
+    /// The first known file that is whole and that `load` takes; else what `make` makes, which takes the
+    /// place of the file when `load` has taken it. A file that cannot be written is done without.
+    fn load<M, E>(
+        &self,
+        make: impl FnOnce() -> Result<Vec<u8>, DeviceError>,
+        load: impl Fn(&[u8]) -> Result<M, E>,
+        refused: impl FnOnce(E) -> DeviceError,
+    ) -> Result<M, DeviceError> {
+        let known = self.known.iter().filter_map(|path| kept(path));
+        if let Some(loaded) = known.into_iter().find_map(|code| load(&code).ok()) {
+            return Ok(loaded);
+        }
+        let code = make()?;
+        let loaded = load(&code).map_err(refused)?;
+        if let Some(own) = &self.own {
+            let _ = keep(own, &code);
+        }
+        Ok(loaded)
+    }
+}
+
+/// Writes a file that appears under its name when it is whole, so that another process never reads half of it.
+fn keep(path: &Path, code: &[u8]) -> std::io::Result<()> {
+    let folder = path.parent().unwrap_or(Path::new(""));
+    std::fs::create_dir_all(folder)?;
+    let mut file = tempfile::NamedTempFile::new_in(folder)?;
+    file.write_all(&hash(code.iter().copied()).to_le_bytes())?;
+    file.write_all(code)?;
+    file.persist(path)?;
+    Ok(())
 }
 
 #[cfg(test)]
@@ -713,56 +747,116 @@ mod tests {
         }
     }
 
+    /// Loads from `cache` what a compiler of that version makes of one text: `made`, or nothing when there is
+    /// no compiler. What begins with `x` is refused.
+    fn load(cache: &Path, compiler: Option<&str>, made: Option<&str>) -> Result<String, DeviceError> {
+        let make = || match made {
+            Some(made) => Ok(made.as_bytes().to_vec()),
+            None => Err(NO_COMPILER),
+        };
+        let load = |code: &[u8]| match String::from_utf8(code.to_vec()).expect("text") {
+            code if code.starts_with('x') => Err(code),
+            code => Ok(code),
+        };
+        let refused = |code: String| DeviceError::Driver {
+            call: "loading",
+            reason: code,
+        };
+        Files::new(Some(cache), "a.cu-sm_90", &["text"], compiler).load(make, load, refused)
+    }
+
+    const NO_COMPILER: DeviceError = DeviceError::NoCompiler {
+        library: "libnvrtc",
+    };
+
     #[test]
     fn compiled_code_is_kept_and_a_broken_file_is_made_anew() {
         let folder = tempfile::tempdir().expect("a folder");
         let inside = folder.path().join("not there yet");
-        let made = |bytes: &[u8]| Ok(bytes.to_vec());
-        let never = || -> Result<Vec<u8>, DeviceError> { panic!("it is in the file") };
-        assert_eq!(cached(&inside, "a", || made(b"one")), Ok(b"one".to_vec()));
-        assert_eq!(cached(&inside, "a", never), Ok(b"one".to_vec()));
-        let path = inside.join("a");
+        let load = |folder, made| load(folder, Some("13.0"), Some(made));
+        assert_eq!(load(&inside, "one"), Ok("one".to_owned()));
+        // Nothing is compiled when it is in the file.
+        assert_eq!(load(&inside, "two"), Ok("one".to_owned()));
+        let path = inside.join(file_name("a.cu-sm_90", &["text"], "13.0"));
         let whole = std::fs::read(&path).expect("kept");
         for broken in [&[] as &[u8], &whole[..5], &whole[..whole.len() - 1]] {
             std::fs::write(&path, broken).expect("written");
-            assert_eq!(cached(&inside, "a", || made(b"one")), Ok(b"one".to_vec()));
+            assert_eq!(load(&inside, "one"), Ok("one".to_owned()));
             assert_eq!(std::fs::read(&path).expect("kept"), whole);
         }
         // Nothing else is left in the folder.
         assert_eq!(std::fs::read_dir(&inside).expect("a folder").count(), 1);
         // A folder that cannot be: a file is in its place.
-        assert_eq!(cached(&path, "b", || made(b"two")), Ok(b"two".to_vec()));
-        // What cannot be made leaves no file.
-        let no = DeviceError::NoCompiler {
-            library: "libnvrtc",
-        };
-        assert_eq!(cached(&inside, "c", || Err(no.clone())), Err(no));
-        assert!(!inside.join("c").exists());
+        assert_eq!(load(&path, "two"), Ok("two".to_owned()));
     }
 
     #[test]
-    fn another_compiler_or_text_is_another_file_and_without_one_any_will_do() {
+    fn a_file_that_the_driver_refuses_is_replaced_once() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let load = |made| load(folder.path(), Some("13.0"), made);
+        let path = folder
+            .path()
+            .join(file_name("a.cu-sm_90", &["text"], "13.0"));
+        keep(&path, b"x of another driver").expect("written");
+        // What is refused when it was just compiled is one error, names what it was, and is not kept.
+        let refused = DeviceError::Driver {
+            call: "loading",
+            reason: "x again".to_owned(),
+        };
+        assert_eq!(load(Some("x again")), Err(refused));
+        assert_eq!(kept(&path).as_deref(), Some(&b"x of another driver"[..]));
+        assert_eq!(load(None), Err(NO_COMPILER));
+        assert_eq!(load(Some("one")), Ok("one".to_owned()));
+        assert_eq!(load(None), Ok("one".to_owned()));
+        assert_eq!(std::fs::read_dir(&folder).expect("a folder").count(), 1);
+    }
+
+    #[test]
+    fn another_compiler_or_text_is_another_file() {
         let names = [
             file_name("a.cu-sm_90", &["one", "two"], "13.0"),
             file_name("a.cu-sm_90", &["one", "two"], "13.1"),
             file_name("a.cu-sm_80", &["one", "two"], "13.0"),
             file_name("a.cu-sm_90", &["onet", "wo"], "13.0"),
+            file_name("b.cu-sm_90", &["one", "two"], "13.0"),
         ];
+        let different: std::collections::HashSet<_> = names.iter().collect();
+        assert_eq!(different.len(), names.len(), "{names:?}");
+    }
+
+    #[test]
+    fn without_a_compiler_what_any_of_them_made_will_do() {
         let folder = tempfile::tempdir().expect("a folder");
-        for (name, i) in names.iter().zip(0u8..) {
+        let load = |compiler, made| load(folder.path(), compiler, made);
+        assert_eq!(load(None, None), Err(NO_COMPILER));
+        for version in ["12.9", "13.0", "13.1"] {
             // None of them is found under the name of another.
-            let made = cached(folder.path(), name, || Ok(vec![i]));
-            assert_eq!(made, Ok(vec![i]), "{name}");
+            assert_eq!(load(Some(version), Some(version)), Ok(version.to_owned()));
         }
-        let begins = file_name("a.cu-sm_90", &["one", "two"], "");
-        let begins = begins.trim_end_matches(".bin");
-        assert_eq!(kept_by_any(folder.path(), begins), Some(vec![0]));
-        // One that is not whole is passed over.
-        std::fs::write(folder.path().join(&names[0]), b"torn").expect("written");
-        assert_eq!(kept_by_any(folder.path(), begins), Some(vec![1]));
-        std::fs::remove_file(folder.path().join(&names[1])).expect("removed");
-        assert_eq!(kept_by_any(folder.path(), begins), None);
-        assert_eq!(kept_by_any(&folder.path().join("none"), begins), None);
+        let path = |version| {
+            let name = file_name("a.cu-sm_90", &["text"], version);
+            folder.path().join(name)
+        };
+        assert_eq!(load(None, None), Ok("12.9".to_owned()));
+        // One that is not whole, or is refused, is passed over.
+        std::fs::write(path("12.9"), b"torn").expect("written");
+        keep(&path("13.0"), b"x").expect("written");
+        assert_eq!(load(None, None), Ok("13.1".to_owned()));
+    }
+
+    #[test]
+    fn what_is_refused_is_told_in_one_sentence() {
+        let error = DeviceError::Refused {
+            file: "linear.cu",
+            target: "sm_90".to_owned(),
+            compiler: "13.1".to_owned(),
+            driver: version_name(12080),
+            reason: "no".to_owned(),
+        };
+        assert_eq!(
+            error.to_string(),
+            "the CUDA driver, for CUDA 12.8, refuses linear.cu as NVRTC 13.1 has just compiled it for sm_90: no"
+        );
     }
 
     #[test]
