@@ -291,6 +291,9 @@ pub trait Device: Send + Sync + Debug {
     /// When the device is lost.
     fn free_memory(&self) -> Result<usize, DeviceError>;
 
+    /// What memory is given out in: an allocation takes the next multiple of so many bytes.
+    fn piece(&self) -> usize;
+
     /// `bytes` bytes, of any contents, at an address that is a multiple of 256; at least one.
     /// # Errors
     /// [`DeviceError::OutOfMemory`]; when the device is lost, or records.

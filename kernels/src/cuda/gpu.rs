@@ -22,6 +22,8 @@ const OLDEST_DRIVER: i32 = 12080;
 const LEAST_CAPABILITY: u32 = 80;
 /// From 9.0 on a kernel may begin while the one before ends.
 const OVERLAP_CAPABILITY: u32 = 90;
+/// What the driver takes memory in. Small allocations may share one: so much each is the most they take.
+const PIECE: usize = 2 << 20;
 /// Arguments that a kernel has at most.
 const MOST_ARGUMENTS: usize = 64;
 
@@ -340,6 +342,10 @@ impl Device for Gpu {
     fn free_memory(&self) -> Result<usize, DeviceError> {
         let (_turn, _) = self.0.enter()?;
         self.0.free_memory()
+    }
+
+    fn piece(&self) -> usize {
+        PIECE
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64, DeviceError> {
@@ -749,7 +755,11 @@ mod tests {
 
     /// Loads from `cache` what a compiler of that version makes of one text: `made`, or nothing when there is
     /// no compiler. What begins with `x` is refused.
-    fn load(cache: &Path, compiler: Option<&str>, made: Option<&str>) -> Result<String, DeviceError> {
+    fn load(
+        cache: &Path,
+        compiler: Option<&str>,
+        made: Option<&str>,
+    ) -> Result<String, DeviceError> {
         let make = || match made {
             Some(made) => Ok(made.as_bytes().to_vec()),
             None => Err(NO_COMPILER),

@@ -25,10 +25,11 @@ mod peaks;
 mod weights;
 
 pub use buffers::{
-    DeviceCandidates, DeviceExperts, DeviceInput, DeviceLoads, DeviceRoutes, DeviceTokens, Rows,
+    DeviceCandidates, DeviceExperts, DeviceInput, DeviceLoads, DeviceRoutes, DeviceTokens, ROOM,
+    Rows,
 };
 pub use cache::{DeviceCache, KvTypeRefused};
-pub use weights::{Part, Resident, Width};
+pub use weights::{Part, Resident, Width, matrix_bytes, places_bytes};
 
 use super::{
     Activation, Backend, DeviceFailed, Expert, GateUp, Heads, LayerRouting, Norm, Ops, Seen, Tokens,
@@ -106,10 +107,17 @@ impl Cuda {
         })
     }
 
-    /// Bytes that [`Cuda::new`] takes, and the candidates of `rows` rows of logits.
+    /// Bytes that [`Cuda::new`] takes.
     #[must_use]
-    pub fn bytes(heads: Heads, context: usize, rows: usize) -> usize {
-        attention::Scratch::bytes(heads, context, FEW_TOKENS) + DeviceCandidates::bytes(rows, MOST)
+    pub fn bytes(heads: Heads, context: usize) -> usize {
+        attention::Scratch::bytes(heads, context, FEW_TOKENS)
+    }
+
+    /// Bytes of what a pass of `tokens` tokens leaves on the device beside its activations: the tokens, and
+    /// the candidates of `rows` rows of logits.
+    #[must_use]
+    pub fn pass_bytes(heads: Heads, tokens: usize, rows: usize) -> usize {
+        DeviceTokens::bytes(tokens, heads.head_dim / 2) + DeviceCandidates::bytes(rows, MOST)
     }
 
     /// What of `heads` the kernels cannot take, and what they expect.

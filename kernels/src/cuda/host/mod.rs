@@ -73,6 +73,7 @@ pub struct HostDevice(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     order: Order,
+    piece: usize,
     turns: Turns,
     state: Mutex<State>,
     deferred: Deferred,
@@ -102,9 +103,17 @@ impl HostDevice {
     /// # Errors
     /// [`DeviceError::Host`] where there is no C++ compiler. Its name is taken from `CXX`, if set.
     pub fn new(order: Order) -> Result<Self, DeviceError> {
+        Self::with_pieces(order, 1)
+    }
+
+    /// One that gives memory out in pieces of so many bytes, as a GPU does.
+    /// # Errors
+    /// As [`HostDevice::new`].
+    pub fn with_pieces(order: Order, piece: usize) -> Result<Self, DeviceError> {
         compiler()?;
         Ok(Self(Arc::new(Inner {
             order,
+            piece,
             turns: Turns::default(),
             state: Mutex::default(),
             deferred: Deferred::default(),
@@ -170,7 +179,7 @@ impl Inner {
     fn free_now(&self, address: u64) {
         let mut state = self.state();
         let bytes = state.allocations.remove(&address).expect("an allocation");
-        state.used -= bytes;
+        state.used -= bytes.next_multiple_of(self.piece);
         // SAFETY: `allocate` made this address of an allocation of this layout.
         unsafe { dealloc((address as *mut u8).sub(MARGIN), layout(bytes)) }
     }
@@ -225,6 +234,10 @@ impl Device for HostDevice {
         Ok(LIMITS.memory - self.0.state().used)
     }
 
+    fn piece(&self) -> usize {
+        self.0.piece
+    }
+
     fn allocate(&self, bytes: usize) -> Result<u64, DeviceError> {
         let _turn = self.0.turns.unrecorded("an allocation")?;
         let mut state = self.0.state();
@@ -234,7 +247,8 @@ impl Device for HostDevice {
             free,
             total: LIMITS.memory,
         };
-        if bytes > free {
+        let taken = bytes.next_multiple_of(self.0.piece);
+        if taken > free {
             return Err(out_of_memory);
         }
         let layout = layout(bytes);
@@ -247,7 +261,7 @@ impl Device for HostDevice {
             std::ptr::write_bytes(at, GUARD, layout.size());
             at.add(MARGIN) as u64
         };
-        state.used += bytes;
+        state.used += taken;
         state.allocations.insert(address, bytes);
         Ok(address)
     }
