@@ -38,6 +38,7 @@ struct Inner {
     overlaps: bool,
     functions: HashMap<Kernel, sys::CUfunction>,
     modules: Vec<Module>,
+    staging: Staging,
     stream: Arc<CudaStream>,
     context: Arc<CudaContext>,
     turns: Turns,
@@ -62,6 +63,51 @@ impl Drop for Module {
     fn drop(&mut self) {
         // SAFETY: loaded here, not used again.
         let _ = unsafe { result::module::unload(self.0) };
+    }
+}
+
+/// Memory of the host that the GPU reads by itself: an upload from there need not be waited for. A token's is
+/// one, and waiting takes longer than its copy.
+struct Staging {
+    at: *mut u8,
+    ring: Mutex<Ring>,
+}
+
+impl Staging {
+    fn new() -> Result<Self, DriverError> {
+        // SAFETY: it is filled before it is read.
+        let at = unsafe { result::malloc_host(Ring::BYTES, 0) }?.cast();
+        let ring = Mutex::default();
+        Ok(Self { at, ring })
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        // SAFETY: allocated here; as for modules.
+        let _ = unsafe { result::free_host(self.at.cast()) };
+    }
+}
+
+/// The places in it: each is used once between two waits for the stream.
+#[derive(Default)]
+struct Ring {
+    taken: usize,
+}
+
+impl Ring {
+    const BYTES: usize = 64 << 10;
+    /// What is more is not staged: many tokens at once, weights.
+    const MOST: usize = 16 << 10;
+    const BOUNDARY: usize = 64;
+
+    /// Where the next so many bytes, at most [`Ring::MOST`], begin; and whether the stream is to be waited
+    /// for first, since they have been used before.
+    fn place(&mut self, bytes: usize) -> (usize, bool) {
+        let again = self.taken + bytes > Self::BYTES;
+        let first = if again { 0 } else { self.taken };
+        self.taken = (first + bytes).next_multiple_of(Self::BOUNDARY);
+        (first, again)
     }
 }
 
@@ -121,6 +167,7 @@ impl Gpu {
             overlaps: capability >= OVERLAP_CAPABILITY,
             functions: HashMap::new(),
             modules: Vec::new(),
+            staging: Staging::new().map_err(failed("cuMemHostAlloc"))?,
             stream,
             context,
             turns: Turns::default(),
@@ -373,10 +420,27 @@ impl Device for Gpu {
         if from.is_empty() {
             return Ok(());
         }
-        // SAFETY: inside an allocation by contract; `from` lives until the wait is over.
-        unsafe { result::memcpy_htod_async(to, from, stream) }
-            .map_err(self.0.failed("cuMemcpyHtoDAsync"))?;
-        self.0.wait(stream)
+        let failed = self.0.failed("cuMemcpyHtoDAsync");
+        if from.len() > Ring::MOST {
+            // SAFETY: inside an allocation by contract; `from` lives until the wait is over.
+            unsafe { result::memcpy_htod_async(to, from, stream) }.map_err(failed)?;
+            return self.0.wait(stream);
+        }
+        let staging = &self.0.staging;
+        let mut ring = staging.ring.lock().unwrap_or_else(PoisonError::into_inner);
+        let (first, again) = ring.place(from.len());
+        if again {
+            self.0.wait(stream)?;
+        }
+        // SAFETY: the place is inside the staging memory. No copy reads it any more: those since the last wait
+        // have other places, and the ring is locked until this one is asked for. `to` is inside an allocation
+        // by contract.
+        unsafe {
+            let place = staging.at.add(first);
+            ptr::copy_nonoverlapping(from.as_ptr(), place, from.len());
+            let staged = std::slice::from_raw_parts(place, from.len());
+            result::memcpy_htod_async(to, staged, stream).map_err(failed)
+        }
     }
 
     unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<(), DeviceError> {
@@ -852,6 +916,44 @@ mod tests {
         std::fs::write(path("12.9"), b"torn").expect("written");
         keep(&path("13.0"), b"x").expect("written");
         assert_eq!(load(None, None), Ok("13.1".to_owned()));
+    }
+
+    #[test]
+    fn staged_bytes_are_not_overwritten_before_a_wait() {
+        let mut ring = Ring::default();
+        let mut used: Vec<std::ops::Range<usize>> = Vec::new();
+        let mut waits = 0;
+        // Those of a token, those of guesses, all sizes around the boundaries, the largest.
+        let sizes = [
+            1024,
+            4608,
+            1,
+            63,
+            64,
+            65,
+            Ring::MOST - 1,
+            Ring::MOST,
+            Ring::MOST,
+        ];
+        for bytes in sizes.iter().copied().cycle().take(1000) {
+            let (first, again) = ring.place(bytes);
+            if again {
+                used.clear();
+                waits += 1;
+            }
+            let place = first..first + bytes;
+            assert!(place.end <= Ring::BYTES, "{place:?}");
+            let free = |other: &std::ops::Range<usize>| {
+                other.end <= place.start || place.end <= other.start
+            };
+            assert!(used.iter().all(free), "{place:?} of {used:?}");
+            used.push(place);
+        }
+        // Tokens alone wait once in 64.
+        assert!(waits > 0);
+        let mut ring = Ring::default();
+        let waits = (0..640).filter(|_| ring.place(1024).1).count();
+        assert_eq!(waits, 9);
     }
 
     #[test]
