@@ -18,7 +18,7 @@ use common::{
 use phidias::engine::Cancel;
 use phidias::engine::generate::{Detokenize, Event, Next, Outcome, Sequence, generate};
 use phidias::engine::kernels::cuda::sample::candidate_values;
-use phidias::engine::kernels::cuda::{Device, HostDevice, Memory, Order, Traffic};
+use phidias::engine::kernels::cuda::{Device, HostDevice, HostMemory, Memory, Order, Traffic};
 use phidias::engine::kv_cache::KvType;
 use phidias::engine::sampling::{MOST, SamplingParams};
 use phidias::models::session::memory_plan;
@@ -80,7 +80,10 @@ fn each_device(mut check: impl FnMut(&Arc<dyn Device>, &Path)) {
 /// in pieces, as a GPU gives it out.
 fn where_bytes_are_counted(list: &[PathBuf], check: impl Fn(&Arc<dyn Device>, &Path)) {
     for piece in [1, 2 << 20] {
-        let Ok(host) = HostDevice::with_pieces(Order::Forward, piece) else {
+        // Little of it: some is taken to leave the rest.
+        let bytes = 256 << 20;
+        let memory = HostMemory { bytes, piece };
+        let Ok(host) = HostDevice::with_memory(Order::Forward, memory) else {
             return;
         };
         let host: Arc<dyn Device> = Arc::new(host);
