@@ -276,16 +276,16 @@ impl Inner {
         driver: i32,
         cache: Option<&Path>,
     ) -> Result<Module, DeviceError> {
-        let driver = version_name(driver);
         let made = format!("{}-sm_{capability}", source.file());
-        let texts = [source.text(), Source::COMMON, &driver];
+        let number = driver.to_string();
+        let texts = [source.text(), Source::COMMON, &number];
         let files = Files::new(cache, &made, &texts, nvrtc::version().ok().as_deref());
         let make = || nvrtc::compile(source, target(capability)?);
         let refused = |error| DeviceError::Refused {
             file: source.file(),
             target: target(capability).map_or_else(|e| e.to_string(), Target::name),
             compiler: nvrtc::version().unwrap_or_else(|e| e.to_string()),
-            driver: driver.clone(),
+            driver: version_name(driver),
             reason: text(error),
         };
         files.load(make, |code| self.module(code), refused)
@@ -430,7 +430,8 @@ impl Device for Gpu {
         let mut ring = staging.ring.lock().unwrap_or_else(PoisonError::into_inner);
         let (first, again) = ring.place(from.len());
         if again {
-            self.0.wait(stream)?;
+            let waited = self.0.wait(stream);
+            waited.inspect_err(|_| ring.taken = Ring::BYTES)?;
         }
         // SAFETY: the place is inside the staging memory. No copy reads it any more: those since the last wait
         // have other places, and the ring is locked until this one is asked for. `to` is inside an allocation
