@@ -1476,6 +1476,53 @@ mod device {
         assert!(!auto.err.contains("GPU"), "{}", auto.err);
     }
 
+    /// What is planned is planned where it will run: the line that `run` prints, before anything is copied.
+    #[test]
+    fn a_model_is_inspected_for_the_device_it_will_run_on() {
+        let home = home();
+        let inspect = |device, more: &[&str]| {
+            let words = ["inspect", "--device", device, "--ctx", "64"];
+            run(home.path(), &[&words[..], more].concat())
+        };
+        let refused = inspect("cuda", &[]);
+        assert_eq!((refused.code, &*refused.out), (Some(1), ""));
+        let error = refused.err.lines().last().unwrap();
+        assert!(
+            error.starts_with("error: --device cuda: no CUDA "),
+            "{error}"
+        );
+        let plan = |device, more: &[&str]| {
+            let told = inspect(device, &[more, &["--json"]].concat());
+            let object: Value = serde_json::from_str(&told.out).unwrap();
+            object["plan"].clone()
+        };
+        assert_eq!(plan("auto", &[]), plan("cpu", &[]));
+        assert_eq!(plan("cpu", &[])["device"], Value::Null);
+        if !there_is_a_host_device() {
+            return;
+        }
+        let words = ["run", "-p", "Hi", "--raw", "-n", "1", "--ctx", "64"];
+        let ran = run(home.path(), &[&words[..], &["--device", "host"]].concat());
+        let planned = ran.err.lines().find_map(|l| l.strip_prefix("memory: "));
+        let planned = planned.unwrap_or_else(|| panic!("{}", ran.err));
+        let told = inspect("host", &[]).out;
+        let line = format!(" on host device, threads forward: {planned}\n");
+        assert!(told.contains(&line), "{line}{told}");
+        let plan = plan("host", &[]);
+        assert_eq!(plan["device"], "host device, threads forward");
+        assert_eq!(plan["fits"], true);
+        // The memory of the device, of which nothing is taken.
+        assert_eq!(plan["available"], 8u64 << 30);
+        for (more, want) in [
+            (&["--kv", "int8"][..], "f16 or f32, not int8"),
+            (&["--drop-hidden-keys"], "keeps the whole cache"),
+        ] {
+            let refused = inspect("host", more);
+            let said = refused.err.contains(want) && refused.err.contains("--device cpu");
+            assert!(refused.code == Some(1) && said, "{}", refused.err);
+        }
+    }
+
     #[test]
     fn logits_of_a_device_are_those_of_the_cpu() {
         if !there_is_a_host_device() {

@@ -222,7 +222,7 @@ impl Setup {
     pub fn admit(&self, model: &Model, plan: &MemoryPlan, running: &Running) -> Result<bool> {
         if let Some(device) = device::of(model) {
             if running.drop_hidden_keys {
-                bail!("--drop-hidden-keys: {device} keeps the whole cache; --device cpu can drop");
+                bail!(device::keeps_all(&device));
             }
             return Ok(true);
         }

@@ -211,6 +211,26 @@ pub trait Ops<B: Backend> {
         y: &mut B::Buffer,
     );
 
+    /// [`Ops::attention`] whose result `w` takes: in `out`, and in `y` as well where it is not made at once.
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "two operations, which a device does at once"
+    )]
+    fn attention_input(
+        &self,
+        qkv: &B::Buffer,
+        heads: Heads,
+        tokens: &B::Tokens,
+        cache: &B::Cache,
+        seen: Seen,
+        w: &Matrix,
+        y: &mut B::Buffer,
+        out: &mut B::Input,
+    ) {
+        self.attention(qkv, heads, tokens, cache, seen, y);
+        self.input(y, w, out);
+    }
+
     /// Attention of every token with every token of its sequence. `qkv` holds sequences of `tokens` rows one
     /// after the other; `y` is `[rows, heads * head_dim]`.
     fn full_attention(

@@ -97,6 +97,19 @@ unsafe fn load(folder: &Path) -> bool {
         })
 }
 
+/// Its version, as CUDA numbers them: `13.0`.
+/// # Errors
+/// [`DeviceError::NoCompiler`]; [`DeviceError::Driver`] when it does not say.
+pub fn version() -> Result<String, DeviceError> {
+    find()?;
+    let (mut major, mut minor): (c_int, c_int) = (0, 0);
+    // SAFETY: the library is there; it writes two integers.
+    unsafe { sys::nvrtcVersion(&raw mut major, &raw mut minor) }
+        .result()
+        .map_err(|e| failure("nvrtcVersion", e))?;
+    Ok(format!("{major}.{minor}"))
+}
+
 /// The compute capabilities, times 10, that the compiler can compile for, in rising order.
 /// # Errors
 /// [`DeviceError::NoCompiler`]; [`DeviceError::Driver`] when it does not say.

@@ -67,8 +67,17 @@ impl Attention {
         };
         ops.linears(&self.qkv_proj, x, &mut s.qkv);
         ops.rope_and_store(&mut s.qkv, heads, tokens, cache, layer);
-        ops.attention(&s.qkv, heads, tokens, cache, seen, &mut s.heads);
-        ops.input(&s.heads, &self.o_proj.weight, &mut s.input);
+        let (w, qkv) = (&self.o_proj.weight, &s.qkv);
+        ops.attention_input(
+            qkv,
+            heads,
+            tokens,
+            cache,
+            seen,
+            w,
+            &mut s.heads,
+            &mut s.input,
+        );
         ops.linear(&self.o_proj, &s.input, y);
     }
 }
