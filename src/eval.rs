@@ -81,7 +81,8 @@ fn windows(tokens: usize, size: usize) -> Vec<Window> {
 /// session of another model (or format) with the same vocabulary. `progress` hears of tokens done
 /// and in all.
 /// # Errors
-/// What the tokenizer and the sessions report; [`Error::NoTokens`] for an empty text.
+/// What the tokenizer and the sessions report; [`Error::NoTokens`] for an empty text,
+/// [`Error::NotFinite`] for damaged weights.
 pub fn evaluate(
     session: &mut Session,
     mut against: Option<&mut Session>,
@@ -103,6 +104,7 @@ pub fn evaluate(
         return Err(Error::NoTokens);
     }
     let vocab = model.config().vocab_size;
+    let other_model = against.as_ref().map(|session| session.model().clone());
     let (mut tokens, mut nll) = (0usize, 0.0f64);
     let (mut divergences, mut agreements) = (Vec::new(), 0usize);
     for window in windows(ids.len(), size) {
@@ -121,19 +123,37 @@ pub fn evaluate(
             })?;
         }
         let mut others = other.chunks_exact(vocab);
+        let not_finite = |model: &phidias_models::Model, row: usize| Error::NotFinite {
+            path: model.path().to_owned(),
+            position: window.range.start + row + 1 - usize::from(bos.is_some()),
+        };
+        let mut damage = None;
         session.truncate(0);
         session.extend_all(&input, |row, logits| {
             if !scored(row) {
                 return;
             }
             let log_z = log_sum_exp(logits);
+            if !log_z.is_finite() {
+                damage.get_or_insert_with(|| not_finite(&model, row));
+                return;
+            }
             nll += log_z - f64::from(logits[input[row + 1] as usize]);
             tokens += 1;
             if let Some(p) = others.next() {
-                divergences.push(divergence(p, logits, log_z));
+                match divergence(p, logits, log_z) {
+                    Some(nats) => divergences.push(nats),
+                    None => {
+                        let other = other_model.as_deref().expect("it gave the row");
+                        damage.get_or_insert_with(|| not_finite(other, row));
+                    }
+                }
                 agreements += usize::from(argmax(p) == argmax(logits));
             }
         })?;
+        if let Some(damage) = damage {
+            return Err(damage);
+        }
         progress(window.range.end, ids.len());
     }
     divergences.sort_by(f64::total_cmp);
@@ -159,15 +179,18 @@ fn log_sum_exp(logits: &[f32]) -> f64 {
         .ln()
 }
 
-/// KL(p || q) of two rows of logits; `q_log_z` is the log of q's normaliser.
-fn divergence(p: &[f32], q: &[f32], q_log_z: f64) -> f64 {
+/// KL(p || q) of two rows of logits; `q_log_z` is the log of q's normaliser. `None` where p is not finite.
+fn divergence(p: &[f32], q: &[f32], q_log_z: f64) -> Option<f64> {
     let p_log_z = log_sum_exp(p);
+    if !p_log_z.is_finite() {
+        return None;
+    }
     let terms = p.iter().zip(q).map(|(p, q)| {
         let log_p = f64::from(*p) - p_log_z;
         log_p.exp() * (log_p - (f64::from(*q) - q_log_z))
     });
     // Rounding may leave a tiny negative sum where both are equal.
-    terms.sum::<f64>().max(0.0)
+    Some(terms.sum::<f64>().max(0.0))
 }
 
 fn argmax(values: &[f32]) -> usize {
@@ -198,12 +221,13 @@ mod tests {
     #[test]
     fn divergence_is_zero_for_equal_rows_and_known_otherwise() {
         let p = [0.0, 3f32.ln()]; // 1/4, 3/4
-        assert_eq!(divergence(&p, &p, log_sum_exp(&p)), 0.0);
+        assert_eq!(divergence(&p, &p, log_sum_exp(&p)), Some(0.0));
+        assert_eq!(divergence(&[f32::NAN, 0.0], &p, log_sum_exp(&p)), None);
         let q = [0.0, 0.0]; // 1/2, 1/2
         let want = 0.25 * (0.25f64 / 0.5).ln() + 0.75 * (0.75f64 / 0.5).ln();
-        assert!((divergence(&p, &q, log_sum_exp(&q)) - want).abs() < 1e-7);
+        assert!((divergence(&p, &q, log_sum_exp(&q)).unwrap() - want).abs() < 1e-7);
         // Ids that are no tokens have the lowest float and no part in it.
         let [p, q] = [p, q].map(|row| [row[0], f32::MIN, row[1]]);
-        assert!((divergence(&p, &q, log_sum_exp(&q)) - want).abs() < 1e-7);
+        assert!((divergence(&p, &q, log_sum_exp(&q)).unwrap() - want).abs() < 1e-7);
     }
 }

@@ -5,7 +5,6 @@
 
 mod cli;
 
-use clap::Parser;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -15,7 +14,7 @@ fn main() -> ExitCode {
             report(panic);
         }
     }));
-    let arguments = cli::args::Arguments::parse();
+    let arguments = cli::args::Arguments::read();
     match cli::run(arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if cli::console::is_closed_pipe(&error) => ExitCode::SUCCESS,

@@ -129,9 +129,32 @@ fn a_folder_that_is_no_model() {
     let path = folder.path().to_string_lossy();
     let error = refused(folder.path(), None, &[&path, WEIGHTS, INDEX, "not a model"]);
     assert!(
-        matches!(error, Error::Checkpoint(CheckpointError::NoWeights { .. })),
+        matches!(
+            error,
+            Error::Checkpoint(CheckpointError::NoWeights { foreign: None, .. })
+        ),
         "{error:?}"
     );
+    for name in ["model.q4.gguf", "a.bin"] {
+        fs::write(folder.path().join(name), "weights").unwrap();
+        let only = "only safetensors files are read";
+        refused(folder.path(), None, &[name, only, "not a model"]);
+    }
+}
+
+#[test]
+fn weights_that_are_no_file() {
+    let folder = TempDir::new().unwrap();
+    fs::write(folder.path().join("config.json"), config().to_string()).unwrap();
+    let weights = folder.path().join(WEIGHTS);
+    fs::create_dir(&weights).unwrap();
+    refused(folder.path(), None, &[WEIGHTS, "is a directory"]);
+    #[cfg(unix)]
+    {
+        fs::remove_dir(&weights).unwrap();
+        std::os::unix::fs::symlink("/nowhere/blob", &weights).unwrap();
+        refused(folder.path(), None, &[WEIGHTS, "No such file"]);
+    }
 }
 
 #[test]

@@ -274,6 +274,9 @@ fn bad_usage_is_exit_code_2() {
         &["run", "-p", "x", "--format", "q3"],
         &["run", "-p", "x", "--kv", "int2"],
         &["run", "-p", "x", "--logit-bias", "5"],
+        &["run", "-p", "x", "--logit-bias", "5=inf"],
+        &["chat", "--logit-bias", "5=NaN"],
+        &["run", "-p", "x", "--stop", ""],
         &["run", "-p", "x", "--lookup", "32"],
         &["run", "-p", "x", "--lookup", "-1"],
         &["chat", "--lookup", "99999999999999999999"],
@@ -284,6 +287,64 @@ fn bad_usage_is_exit_code_2() {
         &["eval"],
     ] {
         assert_eq!(run(home.path(), arguments).code, Some(2), "{arguments:?}");
+    }
+    // None of them looks at the model first.
+    for (flag, value, expected) in [
+        ("--temp", "-1", "a finite number, at least 0"),
+        ("--temp", "inf", "a finite number, at least 0"),
+        ("--temp", "warm", "a number"),
+        ("--top-k", "-1", "0 to"),
+        ("--seed", "-1", "0 to"),
+        ("--max-tokens", "-1", "0 to"),
+        ("--ctx", "0", "1 to"),
+        ("--threads", "-1", "1 to"),
+        ("--top-p", "0", "a number above 0, at most 1"),
+        ("--top-p", "2", "a number above 0, at most 1"),
+        ("--top-p", "NaN", "a number above 0, at most 1"),
+        ("--min-p", "-0.1", "a number from 0 to 1"),
+        ("--repeat-penalty", "0", "a finite number above 0"),
+        ("--frequency-penalty", "-2.5", "a number from -2 to 2"),
+        ("--presence-penalty", "3", "a number from -2 to 2"),
+        ("--logit-bias", "5=inf", "a finite number, or -inf"),
+    ] {
+        for command in [
+            &["run", "no/such/model", "-p", "x"][..],
+            &["chat", "no/such/model"],
+        ] {
+            let arguments = [command, &[flag, value]].concat();
+            fail(home.path(), 2, &arguments, &[flag, value, expected]);
+        }
+    }
+    for (arguments, words) in [
+        (&["run"][..], "no prompt"),
+        (&["run", "-", "-p", "x"], "cannot stand beside -p or -f"),
+        (&["run", "a", "b"], "'b' after the model: expected -"),
+        (
+            &["eval", "--text", "x", "--ctx", "1"],
+            "expected at least 2",
+        ),
+        (
+            &["logits", "--tokens", "-1", "--out", "x"],
+            "'-1' is no token id",
+        ),
+        (
+            &["logits", "--tokens", "1,,2", "--out", "x"],
+            "'' is no token id",
+        ),
+    ] {
+        fail(home.path(), 2, arguments, &[words]);
+    }
+    let twice = ["--logit-bias", "5=1", "--logit-bias", "5=2"];
+    for command in [
+        &["run", "no/such/model", "-p", "x"][..],
+        &["chat", "no/such/model"],
+    ] {
+        let expected = [
+            "logit_bias",
+            "expected each token once, found token 5 twice",
+            "Usage",
+        ];
+        fail(home.path(), 2, &[command, &twice].concat(), &expected);
     }
     let isa = ran(phidias(home.path())
         .args(["run", "-p", "x"])
@@ -310,6 +371,34 @@ fn bad_usage_is_exit_code_2() {
 }
 
 #[test]
+fn an_empty_variable_is_one_that_is_not_set() {
+    let home = home();
+    let words = ["run", "-p", "Hi", "--raw", "-n", "5", "--temp", "0"];
+    let plain = run(home.path(), &words);
+    let empty = ran(phidias(home.path())
+        .args(words)
+        .env("PHIDIAS_ISA", "")
+        .env("PHIDIAS_CACHE", "")
+        .output()
+        .unwrap());
+    assert_eq!(
+        (empty.code, empty.out),
+        (Some(0), plain.out),
+        "{}",
+        empty.err
+    );
+    // The one that is named still counts.
+    let named = ran(phidias(home.path())
+        .args(words)
+        .args(["--isa", "scalar"])
+        .env("PHIDIAS_ISA", "")
+        .output()
+        .unwrap());
+    assert_eq!(named.code, Some(0), "{}", named.err);
+    assert!(named.err.contains("scalar"), "{}", named.err);
+}
+
+#[test]
 fn failures_are_exit_code_1_and_say_what_was_found() {
     let home = home();
     let at = |name: &str| home.path().join(name).to_str().unwrap().to_owned();
@@ -317,6 +406,30 @@ fn failures_are_exit_code_1_and_say_what_was_found() {
     fs::create_dir(at("empty")).unwrap();
     fs::write(at("short"), "A tale.").unwrap();
     let h = home.path();
+    let long = at("short") + "/below";
+    for arguments in [
+        &["logits", "-p", "x", "--out", &at("no/file")][..],
+        &[
+            "bench",
+            "--kernels",
+            "--rough-peaks",
+            "--plot",
+            &at("no/file"),
+        ],
+    ] {
+        let ran = run(h, arguments);
+        assert_eq!(ran.code, Some(1), "{arguments:?}");
+        let last = ran.err.lines().last().unwrap();
+        let expected = format!("error: {}: no folder {}", at("no/file"), at("no"));
+        assert_eq!(last, expected, "{arguments:?}");
+    }
+    let model = fixture("phi3-medium-128k-tiny").display().to_string();
+    for arguments in [
+        &["quantize", &model, &long, "--format", "q4"][..],
+        &["synth", "phi-3.5-mini", &long],
+    ] {
+        fail(h, 1, arguments, &[&at("short"), "not a directory"]);
+    }
     fail(
         h,
         1,
@@ -332,8 +445,6 @@ fn failures_are_exit_code_1_and_say_what_was_found() {
         &["bytes: not UTF-8", "at 3"],
     );
     fail(h, 1, &["run", "-f", &at("missing")], &["missing"]);
-    fail(h, 1, &["run"], &["no prompt"]);
-    fail(h, 1, &["run", "-", "-p", "x"], &["stdin"]);
     fail(
         h,
         1,
@@ -346,18 +457,10 @@ fn failures_are_exit_code_1_and_say_what_was_found() {
         &["run", "-p", "x", "--ctx", "100000000"],
         &["context of 100000000", "expected 1 to"],
     );
-    fail(
-        h,
-        1,
-        &["run", "-p", "x", "--temp", "-1"],
-        &["temperature", "-1"],
-    );
-    fail(
-        h,
-        1,
-        &["run", "-p", "x", "--top-p", "NaN"],
-        &["top_p", "NaN"],
-    );
+    for command in [&["run", "-p", "x"][..], &["chat"]] {
+        let arguments = [command, &["--logit-bias", "99999=1"]].concat();
+        fail(h, 1, &arguments, &["token ids below 4096, found 99999"]);
+    }
     fail(
         h,
         1,
@@ -648,6 +751,35 @@ fn hidden_keys_are_planned_dropped_and_not_missed() {
         let dropping = [&format[..], &["--drop-hidden-keys"]].concat();
         assert!(logits("all", &format) == logits("dropped", &dropping));
     }
+}
+
+/// Figures of damaged weights would be none.
+#[test]
+fn eval_names_the_model_whose_logits_are_no_numbers() {
+    let home = home();
+    let damaged = home.path().join("damaged");
+    fs::create_dir(&damaged).unwrap();
+    let good = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/fable");
+    for name in [
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "model.safetensors",
+    ] {
+        fs::copy(good.join(name), damaged.join(name)).unwrap();
+    }
+    let weights = damaged.join("model.safetensors");
+    let mut bytes = fs::read(&weights).unwrap();
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    bytes[8 + header..].fill(0xff); // NaN
+    fs::write(&weights, bytes).unwrap();
+    let text = home.path().join("text");
+    fs::write(&text, "Once upon a time").unwrap();
+    let [text, good, bad] = [&text, &good, &damaged].map(|path| path.to_str().unwrap());
+    let words = [bad, "after token 0 of the text", "expected finite numbers"];
+    fail(home.path(), 1, &["eval", bad, "--text", text], &words);
+    let against = ["eval", good, "--text", text, "--against", bad];
+    fail(home.path(), 1, &against, &words);
 }
 
 #[test]
@@ -1342,6 +1474,53 @@ mod device {
         let auto = succeed(home.path(), &[&asked[..], &["auto"]].concat());
         assert!(auto.err.contains(" kernels, "), "{}", auto.err);
         assert!(!auto.err.contains("GPU"), "{}", auto.err);
+    }
+
+    /// What is planned is planned where it will run: the line that `run` prints, before anything is copied.
+    #[test]
+    fn a_model_is_inspected_for_the_device_it_will_run_on() {
+        let home = home();
+        let inspect = |device, more: &[&str]| {
+            let words = ["inspect", "--device", device, "--ctx", "64"];
+            run(home.path(), &[&words[..], more].concat())
+        };
+        let refused = inspect("cuda", &[]);
+        assert_eq!((refused.code, &*refused.out), (Some(1), ""));
+        let error = refused.err.lines().last().unwrap();
+        assert!(
+            error.starts_with("error: --device cuda: no CUDA "),
+            "{error}"
+        );
+        let plan = |device, more: &[&str]| {
+            let told = inspect(device, &[more, &["--json"]].concat());
+            let object: Value = serde_json::from_str(&told.out).unwrap();
+            object["plan"].clone()
+        };
+        assert_eq!(plan("auto", &[]), plan("cpu", &[]));
+        assert_eq!(plan("cpu", &[])["device"], Value::Null);
+        if !there_is_a_host_device() {
+            return;
+        }
+        let words = ["run", "-p", "Hi", "--raw", "-n", "1", "--ctx", "64"];
+        let ran = run(home.path(), &[&words[..], &["--device", "host"]].concat());
+        let planned = ran.err.lines().find_map(|l| l.strip_prefix("memory: "));
+        let planned = planned.unwrap_or_else(|| panic!("{}", ran.err));
+        let told = inspect("host", &[]).out;
+        let line = format!(" on host device, threads forward: {planned}\n");
+        assert!(told.contains(&line), "{line}{told}");
+        let plan = plan("host", &[]);
+        assert_eq!(plan["device"], "host device, threads forward");
+        assert_eq!(plan["fits"], true);
+        // The memory of the device, of which nothing is taken.
+        assert_eq!(plan["available"], 8u64 << 30);
+        for (more, want) in [
+            (&["--kv", "int8"][..], "f16 or f32, not int8"),
+            (&["--drop-hidden-keys"], "keeps the whole cache"),
+        ] {
+            let refused = inspect("host", more);
+            let said = refused.err.contains(want) && refused.err.contains("--device cpu");
+            assert!(refused.code == Some(1) && said, "{}", refused.err);
+        }
     }
 
     #[test]

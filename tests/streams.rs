@@ -302,7 +302,10 @@ fn a_stderr_that_is_full_or_closed_is_no_failure() {
     // A failure is one by its exit code at least.
     let mut command = phidias(home.path());
     let full = File::create("/dev/full").unwrap();
-    let status = command.args(["run", "nowhere"]).stderr(full).status();
+    let status = command
+        .args(["run", "nowhere", "-p", "x"])
+        .stderr(full)
+        .status();
     assert_eq!(status.unwrap().code(), Some(1));
 }
 
@@ -320,6 +323,9 @@ fn a_stdout_that_is_full_is_named() {
         &["inspect"],
         &["inspect", "--json"],
         &["eval", "--text", text],
+        &["--help"],
+        &["run", "--help"],
+        &["--version"],
         &["bench", "-p", "8", "-r", "1", "--rough-peaks"],
     ] {
         let mut command = phidias(home.path());

@@ -63,6 +63,19 @@ fn every_source_compiles_and_has_the_kernels_that_are_launched() {
     }
 }
 
+#[test]
+fn the_compiler_says_its_version() {
+    if !compiler_is_here() {
+        return;
+    }
+    let version = nvrtc::version().expect("a compiler that is here");
+    let numbers: Vec<u32> = (version.split('.'))
+        .map(|number| number.parse().expect("a number"))
+        .collect();
+    // The oldest that knows what the kernels use.
+    assert!(numbers.len() == 2 && numbers[0] >= 12, "{version}");
+}
+
 /// A kernel that may begin while the one before ends waits for it before it touches memory, and not once later;
 /// of memory that kernels write nothing is read through the read-only path, of which loads might be moved
 /// before the wait: only `linear.cu` has such loads, of weights. Before 9.0 nothing overlaps.

@@ -1,17 +1,23 @@
 //! A model on a GPU: its weights are copied there once, and all its sessions run there.
 
+use crate::config::Config;
 use crate::error::Error;
 use crate::format::WeightFormat;
-use crate::model::Model;
+use crate::model::{Model, Source};
 use crate::running::{LOGIT_ROWS, Runner, Running};
 use crate::session::SessionOptions;
 use crate::transformer::{FeedForward, Transformer};
+use crate::weights::{EMBED, Role};
 use phidias_engine::Cancel;
-use phidias_engine::backend::cuda::{Cuda, DeviceCache, Part, Resident, Width};
+use phidias_engine::backend::cuda::{
+    Cuda, DeviceCache, Part, ROOM, Resident, Width, matrix_bytes, places_bytes,
+};
 use phidias_engine::backend::{GateUp, HeadOrder, Norm};
 use phidias_engine::kernels::cuda::{Device, experts};
 use phidias_engine::memory::MemoryPlan;
 use phidias_engine::tensor::Linear;
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 
 /// The parts of a model that its operations need on a device.
@@ -91,14 +97,11 @@ impl<'m> Parts<'m> {
 }
 
 impl Model {
-    /// Everything that goes to a device. In f32 nothing is rounded that the CPU does not round.
+    /// Everything that goes to a device.
     fn parts(&self) -> Parts<'_> {
         let mut parts = Parts {
             list: Vec::new(),
-            width: match self.format() {
-                WeightFormat::F32 => Width::Widened,
-                _ => Width::Stored,
-            },
+            width: width(self.format()),
         };
         parts.transformer(self.transformer());
         if let Ok((vision, _)) = self.vision() {
@@ -118,16 +121,10 @@ impl Model {
         cancel: &Cancel,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<(), Error> {
-        let heads = self.config().heads(HeadOrder::Parts);
-        let encoder = (self.vision().ok()).map(|(vision, _)| vision.clip().config().heads());
-        for heads in [heads].into_iter().chain(encoder) {
-            Cuda::check(heads).map_err(|reason| Error::DeviceHeads {
-                path: self.path().to_owned(),
-                reason,
-            })?;
-        }
+        check_heads(self.config(), self.path())?;
         let parts = self.parts();
-        let (needed, free) = (Part::bytes_of(&parts.list), free(&device)?);
+        let needed = Part::bytes_of(&parts.list, &*device);
+        let free = free(&device)?;
         if needed > free {
             let device = device.name();
             return Err(Error::DeviceWeights {
@@ -149,22 +146,8 @@ impl Model {
         options: &SessionOptions,
         plan: MemoryPlan,
     ) -> Result<MemoryPlan, Error> {
-        let kind = options.kv_type.unwrap_or(self.format().default_kv_type());
-        let heads = self.config().heads(HeadOrder::Parts);
-        let kv_cache = DeviceCache::bytes_of(&self.config().kv_shape(), kind, plan.context)?;
-        let (config, format, context) = (self.config(), self.format(), plan.context);
-        let pictures = &options.pictures;
-        let counted = config.moe.map_or(0, |moe| {
-            config.num_hidden_layers * experts::load_bytes(moe.experts)
-        });
-        Ok(MemoryPlan {
-            weights: resident.bytes(),
-            kv_cache,
-            activations: plan.activations + counted + Cuda::bytes(heads, context, LOGIT_ROWS),
-            pictures: pictures.on_device(config, format, context, plan.activations),
-            context: plan.context,
-            ..MemoryPlan::default()
-        })
+        let (device, weights) = (&**resident.device(), resident.bytes());
+        on_device(device, weights, self.config(), self.format(), options, plan)
     }
 
     /// A session's share of the device.
@@ -191,6 +174,138 @@ impl Model {
         let exact = self.format() == WeightFormat::F32;
         let cuda = Cuda::new(Arc::clone(resident), heads, context, exact)?;
         Ok(Box::new(Running::new(cuda, cache)))
+    }
+}
+
+/// Buffers of a decoder's pass, at most: four of the residual stream, three of attention, two of an MLP, six
+/// of a mixture, four of the head, the tokens, and both projections where they cannot be gated at once.
+const BUFFERS: usize = 21;
+/// Buffers of the encoder and the projector of pictures.
+const PICTURE_BUFFERS: usize = 12;
+
+/// # Errors
+/// Heads that the kernels do not have.
+fn check_heads(config: &Config, path: &Path) -> Result<(), Error> {
+    let encoder = config.vision.as_ref().map(|vision| vision.clip.heads());
+    for heads in [config.heads(HeadOrder::Parts)].into_iter().chain(encoder) {
+        Cuda::check(heads).map_err(|reason| Error::DeviceHeads {
+            path: path.to_owned(),
+            reason,
+        })?;
+    }
+    Ok(())
+}
+
+/// What a session of `plan` takes on a device that holds `weights` bytes of its model. Each allocation counts
+/// as whole pieces.
+fn on_device(
+    device: &dyn Device,
+    weights: usize,
+    config: &Config,
+    format: WeightFormat,
+    options: &SessionOptions,
+    plan: MemoryPlan,
+) -> Result<MemoryPlan, Error> {
+    let context = plan.context;
+    let pieces = |bytes: usize| {
+        bytes
+            .checked_next_multiple_of(device.piece())
+            .unwrap_or(bytes)
+    };
+    let buffers = |count: usize| count * device.piece().max(ROOM);
+    let kind = options.kv_type.unwrap_or(format.default_kv_type());
+    let kv_cache = DeviceCache::bytes_of(&config.kv_shape(), kind, context)?;
+    let heads = config.heads(HeadOrder::Parts);
+    let chunk = options.chunk.clamp(1, context);
+    let mixture = config.moe.map_or(0, |moe| {
+        let routes = experts::Routes::words(chunk, moe.experts) * size_of::<u32>();
+        routes + config.num_hidden_layers * pieces(experts::load_bytes(moe.experts))
+    });
+    // Panels of packed rows are of 16: both projections of others are computed before the gate.
+    let both = match config.intermediate_size.is_multiple_of(16) {
+        true => 0,
+        false => 2 * config.intermediate_size * chunk * size_of::<f32>(),
+    };
+    let pass = Cuda::pass_bytes(heads, chunk, LOGIT_ROWS) + mixture + both + buffers(BUFFERS);
+    let pictures = (options.pictures).on_device(config, format, context, plan.activations);
+    Ok(MemoryPlan {
+        weights,
+        kv_cache: pieces(kv_cache),
+        activations: plan.activations + pass + pieces(Cuda::bytes(heads, context)),
+        pictures: match pictures {
+            0 => 0,
+            pictures => pictures + buffers(PICTURE_BUFFERS),
+        },
+        context,
+        ..MemoryPlan::default()
+    })
+}
+
+/// The name of an expert's tensor without the expert's number: that of the tensors of all experts.
+fn without_expert(name: &str) -> String {
+    let parts = name.split('.');
+    let named: Vec<_> = parts
+        .scan("", |before, part| {
+            let number = std::mem::replace(before, part) == "experts";
+            Some(if number { "*" } else { part })
+        })
+        .collect();
+    named.join(".")
+}
+
+/// What matrices become. In f32 nothing is rounded that the CPU does not round.
+fn width(format: WeightFormat) -> Width {
+    match format {
+        WeightFormat::F32 => Width::Widened,
+        _ => Width::Stored,
+    }
+}
+
+impl Source {
+    /// What a session on a device takes there when it runs in `format`, as the model would say that is put
+    /// there; `plan` is [`memory_plan`](crate::session::memory_plan)'s.
+    /// # Errors
+    /// A type of cache, or heads, that devices do not have.
+    pub fn plan_on(
+        &self,
+        device: &dyn Device,
+        format: WeightFormat,
+        options: &SessionOptions,
+        plan: MemoryPlan,
+    ) -> Result<MemoryPlan, Error> {
+        check_heads(&self.config, self.checkpoint.path())?;
+        let weights = places_bytes(self.parts(format).into_values(), device);
+        on_device(device, weights, &self.config, format, options, plan)
+    }
+
+    /// Bytes of everything that goes to a device: what [`Model::parts`] lists, from shapes alone. The
+    /// experts' matrices of one kind are one.
+    fn parts(&self, format: WeightFormat) -> BTreeMap<String, usize> {
+        let width = width(format);
+        let mut parts = BTreeMap::new();
+        for (spec, dtype) in self.tensors_in(format) {
+            let elements: usize = spec.shape.iter().product();
+            let matrix = |width| {
+                let rows = spec.shape[0];
+                matrix_bytes(dtype, rows, elements / rows, width)
+            };
+            let bytes = match spec.role {
+                Role::Matrix | Role::Expert => matrix(width),
+                Role::Router | Role::Patch => matrix(Width::Widened),
+                Role::Embedding if spec.name == EMBED => matrix(width),
+                // Positions and separators are added on the host.
+                Role::Embedding => continue,
+                Role::Norm | Role::Bias => elements * size_of::<f32>(),
+            };
+            let name = match spec.role {
+                Role::Expert => without_expert(&spec.name),
+                _ => spec.name,
+            };
+            *parts.entry(name).or_insert(0) += bytes;
+        }
+        let unused = 2 * self.config.unused_ids.len() * size_of::<u32>();
+        parts.insert("unused ids".to_owned(), unused);
+        parts
     }
 }
 

@@ -73,6 +73,8 @@ pub enum Error {
     TokenId { id: u32, vocab: usize },
     #[error("no tokens")]
     NoTokens,
+    #[error("{}: logits after token {position} of the text: expected finite numbers, found others", path.display())]
+    NotFinite { path: PathBuf, position: usize },
     #[error("cancelled")]
     Cancelled,
     #[error(transparent)]

@@ -258,22 +258,8 @@ impl Source {
     pub(crate) fn entries(&self, format: WeightFormat) -> Option<Vec<Entry>> {
         let mut changed = false;
         let mut entries = Vec::new();
-        let mut specs = self.config.specs();
-        if self.config.tie_word_embeddings && format.packed().is_some() {
-            let shape = vec![self.config.vocab_size, self.config.hidden_size];
-            specs.push(Spec {
-                name: HEAD.into(),
-                shape,
-                role: Role::Matrix,
-            });
-        }
-        for spec in specs {
-            let tied = spec.name == HEAD && self.config.tie_word_embeddings;
-            let source = if tied {
-                EMBED.to_owned()
-            } else {
-                spec.name.clone()
-            };
+        for spec in self.specs_in(format) {
+            let source = self.stored_as(&spec).to_owned();
             let stored = self.checkpoint.get(&source).map(|t| t.dtype());
             let treatment = treatment(spec.role, stored, format);
             changed |= treatment != Treatment::Keep;
@@ -284,6 +270,49 @@ impl Source {
             });
         }
         changed.then_some(entries)
+    }
+
+    /// The tensors of a model that runs in `format`: a tied head that is packed is one of its own.
+    fn specs_in(&self, format: WeightFormat) -> Vec<Spec> {
+        let mut specs = self.config.specs();
+        if self.config.tie_word_embeddings && format.packed().is_some() {
+            let shape = vec![self.config.vocab_size, self.config.hidden_size];
+            specs.push(Spec {
+                name: HEAD.into(),
+                shape,
+                role: Role::Matrix,
+            });
+        }
+        specs
+    }
+
+    /// The name of the tensor that one is made from.
+    fn stored_as<'s>(&self, spec: &'s Spec) -> &'s str {
+        match spec.name == HEAD && self.config.tie_word_embeddings {
+            true => EMBED,
+            false => &spec.name,
+        }
+    }
+
+    /// The tensors of a model that runs in `format`, and what their elements are then.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn tensors_in(&self, format: WeightFormat) -> Vec<(Spec, DType)> {
+        let packed = self.stored_format().packed().is_some();
+        let specs = self.specs_in(format).into_iter();
+        let dtype = |spec: &Spec| {
+            if packed {
+                return Some(self.checkpoint.get(&spec.name)?.dtype());
+            }
+            let stored = self.checkpoint.get(self.stored_as(spec))?.dtype();
+            Some(match treatment(spec.role, Some(stored), format) {
+                Treatment::Keep => stored,
+                Treatment::Pack(format) => DType::Packed(format),
+                Treatment::Cast(dtype) => dtype,
+            })
+        };
+        specs
+            .filter_map(|spec| dtype(&spec).map(|dtype| (spec, dtype)))
+            .collect()
     }
 }
 

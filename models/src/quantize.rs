@@ -10,8 +10,8 @@ use phidias_engine::checkpoint::{Checkpoint, CheckpointError};
 use phidias_engine::huge::HugeWriter;
 use phidias_engine::machine::free_disk;
 use phidias_engine::pool::Pool;
-use std::fs;
 use std::path::Path;
+use std::{fs, io};
 
 /// A source smaller than this is quantized in memory at every start; a file would save nothing.
 pub(crate) const CACHE_FROM_BYTES: usize = 32 << 20;
@@ -111,15 +111,33 @@ pub(crate) fn write_file(
         path: folder.to_owned(),
         source,
     };
-    fs::create_dir_all(folder).map_err(io)?;
+    make_folder(folder)?;
     check_room(folder, file, plan.bytes() as u64)?;
     let mut temporary = not_private(tempfile::Builder::new().prefix(".quantizing-"), 0o666)
         .tempfile_in(folder)
+        .map_err(unnamed)
         .map_err(io)?;
     let mut out = HugeWriter::new(temporary.as_file_mut());
     plan.write(&mut out, file, pool, cancel, progress)?;
     temporary.persist(file).map_err(|e| io(e.error))?;
     Ok(())
+}
+
+/// A folder, with those that it is in.
+fn make_folder(folder: &Path) -> Result<(), Error> {
+    fs::create_dir_all(folder).map_err(|source| Error::Io {
+        path: folder.to_owned(),
+        // A file that exists is what the system says here.
+        source: match folder.is_file() {
+            true => io::ErrorKind::NotADirectory.into(),
+            false => source,
+        },
+    })
+}
+
+/// The error without the temporary name, which would tell the user nothing.
+fn unnamed(error: io::Error) -> io::Error {
+    error.kind().into()
 }
 
 /// Temporary files are private; this one becomes a model, which others may read where the user's
@@ -252,12 +270,10 @@ pub fn new_folder(out: &Path, fill: impl FnOnce(&Path) -> Result<(), Error>) -> 
         path: out.to_owned(),
         source,
     };
-    fs::create_dir_all(parent).map_err(|source| Error::Io {
-        path: parent.to_owned(),
-        source,
-    })?;
+    make_folder(parent)?;
     let temporary = not_private(tempfile::Builder::new().prefix(".phidias-"), 0o777)
         .tempdir_in(parent)
+        .map_err(unnamed)
         .map_err(io)?;
     // The temporary name would tell the user nothing.
     let final_name = |path: &Path| match path.strip_prefix(temporary.path()) {
@@ -362,7 +378,7 @@ mod tests {
         let error = new_folder(&out, |temporary| {
             Err(Error::Io {
                 path: temporary.join("model.safetensors"),
-                source: std::io::ErrorKind::StorageFull.into(),
+                source: io::ErrorKind::StorageFull.into(),
             })
         });
         assert!(

@@ -1,10 +1,14 @@
 //! The command line as types.
 
 use super::pictures::Pictures;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::builder::{NonEmptyStringValueParser, Resettable};
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use phidias::WeightFormat;
 use phidias::engine::Isa;
 use phidias::engine::kv_cache::KvType;
+use phidias::engine::sampling::{ParamError, SamplingParams};
+use std::io;
 use std::path::PathBuf;
 
 /// Phi-3 / 3.5 language models on ordinary CPUs.
@@ -18,6 +22,64 @@ pub struct Arguments {
     pub command: Command,
     #[command(flatten)]
     pub global: Global,
+}
+
+impl Arguments {
+    /// What the program was called with. Ends the process at bad usage, and after `--help`.
+    pub fn read() -> Self {
+        let mut command = Self::command();
+        // An empty variable is one that is not set.
+        if std::env::var_os("PHIDIAS_ISA").is_some_and(|isa| isa.is_empty()) {
+            command = command.mut_arg("isa", |isa| isa.env(Resettable::Reset));
+        }
+        let matches = command.try_get_matches_from_mut(std::env::args_os());
+        let matches = matches.unwrap_or_else(|error| leave(&error));
+        let arguments = Self::from_arg_matches(&matches).and_then(|arguments| {
+            arguments.check().map_err(|reason| {
+                let name = matches.subcommand_name().expect("one is required");
+                let command = command.find_subcommand_mut(name).expect("it was parsed");
+                command.error(ErrorKind::ValueValidation, reason)
+            })?;
+            Ok(arguments)
+        });
+        arguments.unwrap_or_else(|error| leave(&error))
+    }
+
+    /// What no single value says.
+    fn check(&self) -> Result<(), String> {
+        if let Command::Run(args) = &self.command {
+            super::run::check(args)?;
+        }
+        if let Command::Eval(Eval { running, .. }) = &self.command
+            && running.ctx == Some(1)
+        {
+            return Err(
+                "--ctx 1: expected at least 2, a token and the one that it is predicted from"
+                    .into(),
+            );
+        }
+        let (Command::Run(Run { sampling, .. }) | Command::Chat(Chat { sampling, .. })) =
+            &self.command
+        else {
+            return Ok(());
+        };
+        in_range(&SamplingParams {
+            logit_bias: sampling.logit_bias.clone(),
+            ..SamplingParams::default()
+        })
+    }
+}
+
+/// Prints the help that was asked for, or what is wrong, and ends the process.
+fn leave(error: &clap::Error) -> ! {
+    let code = match error.print() {
+        Err(cause) if !error.use_stderr() && cause.kind() != io::ErrorKind::BrokenPipe => {
+            super::console::say(format_args!("error: stdout: {cause}"));
+            1
+        }
+        _ => error.exit_code(),
+    };
+    std::process::exit(code)
 }
 
 #[derive(Debug, Subcommand)]
@@ -44,6 +106,7 @@ pub enum Command {
 
 /// Options of every command.
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Options of every command")]
 pub struct Global {
     /// Instruction set of the kernels [default: the best this CPU has]
     #[arg(
@@ -58,7 +121,7 @@ pub struct Global {
     #[arg(long, global = true, value_enum, default_value_t = Device::Auto)]
     pub device: Device,
     /// Threads [default: physical cores, within the affinity mask and the cgroup's quota]
-    #[arg(long, global = true, value_name = "N", value_parser = threads)]
+    #[arg(long, global = true, value_name = "N", allow_negative_numbers = true, value_parser = threads)]
     pub threads: Option<usize>,
     /// Read the weights into memory of this process instead of mapping their file: a slower start and no
     /// sharing, but faster answers where the system keeps files in small pages
@@ -93,7 +156,7 @@ pub struct Running {
     #[arg(long, value_name = "F")]
     pub format: Option<WeightFormat>,
     /// Most tokens of prompt and answer together [default: the model's, at most 8192]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = positive)]
     pub ctx: Option<usize>,
     /// What the KV cache stores: f32, f16, bf16 or int8 [default: f16; f32 with --format f32]
     #[arg(long, value_name = "TYPE", value_parser = kv_type)]
@@ -145,29 +208,32 @@ pub struct Sampling {
         short = 'n',
         long = "max-tokens",
         value_name = "N",
+        allow_negative_numbers = true,
+        value_parser = whole,
         default_value_t = 1024
     )]
     pub max_tokens: usize,
     /// Temperature; 0 takes the likeliest token each time
-    #[arg(long, value_name = "T", allow_negative_numbers = true)]
+    #[arg(long, value_name = "T", allow_negative_numbers = true, value_parser = parameter(|p| &mut p.temperature))]
     pub temp: Option<f32>,
     /// Choose among the K likeliest tokens; 0: all
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", allow_negative_numbers = true, value_parser = whole)]
     pub top_k: Option<usize>,
     /// Choose among the likeliest tokens up to this probability together
-    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    #[arg(long, value_name = "P", allow_negative_numbers = true, value_parser = parameter(|p| &mut p.top_p))]
     pub top_p: Option<f32>,
     /// Choose among tokens of at least this share of the likeliest one's probability
-    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    #[arg(long, value_name = "P", allow_negative_numbers = true, value_parser = parameter(|p| &mut p.min_p))]
     pub min_p: Option<f32>,
     /// Divide the logits of tokens seen before by this; 1: off
-    #[arg(long, value_name = "R", allow_negative_numbers = true)]
+    #[arg(long, value_name = "R", allow_negative_numbers = true, value_parser = parameter(|p| &mut p.repeat_penalty))]
     pub repeat_penalty: Option<f32>,
     /// Subtract this for each time a token was seen; 0: off
     #[arg(
         long,
         value_name = "R",
         allow_negative_numbers = true,
+        value_parser = parameter(|p| &mut p.frequency_penalty),
         default_value_t = 0.0
     )]
     pub frequency_penalty: f32,
@@ -176,21 +242,22 @@ pub struct Sampling {
         long,
         value_name = "R",
         allow_negative_numbers = true,
+        value_parser = parameter(|p| &mut p.presence_penalty),
         default_value_t = 0.0
     )]
     pub presence_penalty: f32,
     /// Seed of the random choices [default: another one each time, printed]
-    #[arg(long, value_name = "S")]
+    #[arg(long, value_name = "S", allow_negative_numbers = true, value_parser = seed)]
     pub seed: Option<u64>,
     /// End the answer before this text; may be given several times
-    #[arg(long, value_name = "STR")]
+    #[arg(long, value_name = "STR", value_parser = NonEmptyStringValueParser::new())]
     pub stop: Vec<String>,
     /// Add B to the logit of token ID; may be given several times
     #[arg(long, value_name = "ID=B", value_parser = logit_bias)]
     pub logit_bias: Vec<(u32, f32)>,
     /// Where the last tokens have stood before in prompt or answer, guess up to N tokens that follow
     /// and check them in one pass: the same answer, sooner when it repeats something; 0: off
-    #[arg(long, value_name = "N", default_value_t = 0, value_parser = lookup)]
+    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true, value_parser = lookup)]
     pub lookup: usize,
 }
 
@@ -214,7 +281,7 @@ pub struct Run {
     #[arg(long)]
     pub json: bool,
     /// With --json: log-probabilities of each token and of the N likeliest ones
-    #[arg(long, value_name = "N", requires = "json")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = whole, requires = "json")]
     pub logprobs: Option<usize>,
     #[command(flatten)]
     pub statistics: Statistics,
@@ -268,6 +335,8 @@ pub struct Logits {
         long,
         value_name = "IDS",
         value_delimiter = ',',
+        allow_negative_numbers = true,
+        value_parser = token,
         required_unless_present = "prompt"
     )]
     pub tokens: Vec<u32>,
@@ -316,10 +385,10 @@ pub struct Synth {
     #[arg(long, value_name = "F", default_value = "bf16")]
     pub format: WeightFormat,
     /// Fewer layers than the published model
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = positive)]
     pub layers: Option<usize>,
     /// Seed of the weights
-    #[arg(long, value_name = "S", default_value_t = 0)]
+    #[arg(long, value_name = "S", allow_negative_numbers = true, value_parser = seed, default_value_t = 0)]
     pub seed: u64,
 }
 
@@ -435,6 +504,29 @@ fn repetitions(text: &str) -> Result<usize, String> {
     number(text, 1, MAX_REPETITIONS)
 }
 
+fn token(text: &str) -> Result<u32, String> {
+    let id = text.parse();
+    id.map_err(|_| {
+        format!(
+            "'{text}' is no token id; expected numbers from 0 to {}",
+            u32::MAX
+        )
+    })
+}
+
+fn whole(text: &str) -> Result<usize, String> {
+    number(text, 0, usize::MAX)
+}
+
+fn positive(text: &str) -> Result<usize, String> {
+    number(text, 1, usize::MAX)
+}
+
+fn seed(text: &str) -> Result<u64, String> {
+    let seed = text.parse();
+    seed.map_err(|_| format!("expected 0 to {}", u64::MAX))
+}
+
 fn number(text: &str, min: usize, max: usize) -> Result<usize, String> {
     let number = text.parse().ok().filter(|n| (min..=max).contains(n));
     number.ok_or_else(|| format!("expected {min} to {max}"))
@@ -446,9 +538,38 @@ fn lookup(text: &str) -> Result<usize, String> {
     count.ok_or_else(|| format!("expected 0 to {max}"))
 }
 
+/// A number in the range that the sampler accepts.
+fn parameter(
+    field: fn(&mut SamplingParams) -> &mut f32,
+) -> impl Fn(&str) -> Result<f32, String> + Clone + Send + Sync {
+    move |text| {
+        let value = text.parse().map_err(|_| "expected a number".to_owned())?;
+        let mut params = SamplingParams::default();
+        *field(&mut params) = value;
+        in_range(&params).map(|()| value)
+    }
+}
+
+fn in_range(params: &SamplingParams) -> Result<(), String> {
+    params
+        .validate(ANY_VOCABULARY)
+        .map_err(|error| match error {
+            ParamError::OutOfRange { expected, .. } => format!("expected {expected}"),
+            error => error.to_string(),
+        })
+}
+
+/// As many tokens as ids can name: what a model has of them is known when it is open.
+const ANY_VOCABULARY: usize = u32::MAX as usize;
+
 fn logit_bias(text: &str) -> Result<(u32, f32), String> {
     let parsed = text
         .split_once('=')
         .and_then(|(id, bias)| Some((id.parse().ok()?, bias.parse().ok()?)));
-    parsed.ok_or_else(|| format!("'{text}': expected ID=B, such as 13=-2.5"))
+    let bias = parsed.ok_or_else(|| "expected ID=B, such as 13=-2.5".to_owned())?;
+    in_range(&SamplingParams {
+        logit_bias: vec![bias],
+        ..SamplingParams::default()
+    })
+    .map(|()| bias)
 }

@@ -39,7 +39,7 @@ pub fn chat(args: &Chat, global: &Global) -> Result<()> {
     if let Some(system) = &args.system {
         conversation.system(Some(system.clone()))?;
     }
-    let options = generate_options(&model, &args.sampling, setup.console);
+    let options = generate_options(&model, &args.sampling, setup.console)?;
     // Pictures may come in any turn, up to the largest that the model takes.
     let pictures = match model.vision() {
         Ok((_, processor)) => PictureMemory::Anytime {

@@ -192,6 +192,11 @@ pub fn is_closed_pipe(error: &Error) -> bool {
     })
 }
 
+/// `1 token`, `2 tokens`.
+pub fn count(n: usize, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
+}
+
 /// The error and its causes, each said once: many errors name their cause in their own text.
 pub fn describe(error: &Error) -> String {
     let mut text = String::new();

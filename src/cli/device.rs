@@ -3,9 +3,21 @@
 use super::args::{Device as Asked, Global};
 use super::console::Console;
 use anyhow::{Result, bail};
-use phidias::Model;
 use phidias::engine::Cancel;
 use phidias::engine::kv_cache::KvType;
+use phidias::engine::memory::MemoryPlan;
+use phidias::models::Source;
+use phidias::{Model, SessionOptions, WeightFormat};
+
+/// A model's memory on a device, before it is there.
+pub struct Planned {
+    /// The device.
+    pub name: String,
+    /// What the model will take there.
+    pub plan: MemoryPlan,
+    /// What is free there.
+    pub free: usize,
+}
 
 /// Where to compute, as far as the command line says.
 #[cfg(feature = "cuda")]
@@ -96,6 +108,45 @@ impl Devices {
     }
 }
 
+#[cfg(feature = "cuda")]
+impl Devices {
+    /// What a model will take on the device; `plan` is that of the CPU. `None` where that is what will compute,
+    /// for the same reasons as in [`Devices::place`].
+    pub fn planned(
+        &self,
+        source: &Source,
+        format: WeightFormat,
+        options: &SessionOptions,
+        plan: MemoryPlan,
+        console: Console,
+    ) -> Result<Option<Planned>> {
+        use phidias::Error;
+        let Some(device) = self.find(console)? else {
+            return Ok(None);
+        };
+        let (name, free) = (device.name(), device.free_memory()?);
+        let planned = source.plan_on(&*device, format, options, plan);
+        let unused = match planned {
+            Ok(plan) if self.asked == Asked::Auto && plan.weights > free => Error::DeviceWeights {
+                device: name,
+                needed: plan.weights,
+                free,
+            },
+            Ok(_) if options.drop_hidden => bail!(keeps_all(&name)),
+            Ok(plan) => return Ok(Some(Planned { name, plan, free })),
+            Err(error @ Error::DeviceHeads { .. }) if self.asked == Asked::Auto => error,
+            Err(error) => return Err(or_cpu(error)),
+        };
+        console.note(format_args!("the GPU is not used: {unused}"));
+        Ok(None)
+    }
+}
+
+/// Why keys are not dropped on a device.
+pub fn keeps_all(device: &str) -> String {
+    format!("--drop-hidden-keys: {device} keeps the whole cache; --device cpu can drop")
+}
+
 /// The device that a model was put on.
 #[cfg(feature = "cuda")]
 pub fn of(model: &Model) -> Option<String> {
@@ -133,6 +184,17 @@ impl Devices {
 
     pub fn place(&self, _: &mut Model, _: Console, _: &Cancel) -> Result<()> {
         Ok(())
+    }
+
+    pub fn planned(
+        &self,
+        _: &Source,
+        _: WeightFormat,
+        _: &SessionOptions,
+        _: MemoryPlan,
+        _: Console,
+    ) -> Result<Option<Planned>> {
+        Ok(None)
     }
 }
 

@@ -46,7 +46,15 @@ pub fn temporary_beside(file: &Path) -> io::Result<NamedTempFile> {
         builder.permissions(fs::Permissions::from_mode(0o666));
     }
     let parent = file.parent().filter(|p| !p.as_os_str().is_empty());
-    builder.tempfile_in(parent.unwrap_or(Path::new(".")))
+    let parent = parent.unwrap_or(Path::new("."));
+    if !parent.exists() {
+        let message = format!("no folder {}", parent.display());
+        return Err(io::Error::new(io::ErrorKind::NotFound, message));
+    }
+    // The temporary name in the error would tell the user nothing.
+    builder
+        .tempfile_in(parent)
+        .map_err(|error| error.kind().into())
 }
 
 /// Whether `file` is a pipe or a device: it is written to, since renaming over it would replace it.

@@ -2,6 +2,7 @@
 
 use super::args::{Global, Inspect};
 use super::console::Stdout;
+use super::device::Planned;
 use super::open::{Setup, beyond_memory, open_source, refusal};
 use anyhow::Result;
 use phidias::WeightFormat;
@@ -15,24 +16,32 @@ use std::io::{self, Write};
 
 /// Shows a model.
 pub fn inspect(args: &Inspect, global: &Global) -> Result<()> {
-    let setup = Setup::new(global)?;
+    let setup = Setup::to_run(global, &args.running)?;
     let origin = setup.locate(args.model.as_deref())?;
     let source = open_source(&origin)?;
     let name = origin.folder().unwrap_or(source.checkpoint.path());
     let name = name.display().to_string();
     let (format, weights) = source.planned(args.running.format)?;
-    let plan = memory_plan(
-        &source.config,
-        format,
-        weights,
-        &setup.session_options(&args.running),
-    )?;
+    let options = setup.session_options(&args.running);
+    let plan = memory_plan(&source.config, format, weights, &options)?;
+    let planned = (setup.devices).planned(&source, format, &options, plan, setup.console)?;
+    let (device, plan, machine) = match planned {
+        Some(Planned { name, plan, free }) => {
+            let machine = Machine {
+                memory_available: Some(free as u64),
+                ..Machine::default()
+            };
+            (Some(name), plan, machine)
+        }
+        None => (None, plan, Machine::detect()),
+    };
     let seen = Seen {
         name,
         source: &source,
         format,
+        device,
         plan,
-        machine: Machine::detect(),
+        machine,
     };
     if args.json {
         writeln!(Stdout, "{:#}", seen.json())?;
@@ -48,7 +57,10 @@ struct Seen<'a> {
     name: String,
     source: &'a Source,
     format: WeightFormat,
+    /// What it will run on, where that is not the CPU.
+    device: Option<String>,
     plan: MemoryPlan,
+    /// Whose memory that takes.
     machine: Machine,
 }
 
@@ -65,6 +77,7 @@ impl Seen<'_> {
             name,
             source,
             format,
+            device,
             plan,
             machine,
         } = self;
@@ -96,6 +109,7 @@ impl Seen<'_> {
             "num_local_experts": c.moe.map(|moe| moe.experts),
             "num_experts_per_tok": c.moe.map(|_| PICKS),
             "plan": {
+                "device": device,
                 "context": plan.context,
                 "weights": plan.weights,
                 "pageable": plan.pageable.all(),
@@ -124,6 +138,7 @@ impl Seen<'_> {
             name,
             source,
             format,
+            device,
             plan,
             machine,
         } = self;
@@ -175,7 +190,10 @@ impl Seen<'_> {
                 layout.block, layout.local_blocks, layout.vert_stride
             )?;
         }
-        writeln!(out, "  run as {format}: {plan}")?;
+        match device {
+            Some(device) => writeln!(out, "  run as {format} on {device}: {plan}")?,
+            None => writeln!(out, "  run as {format}: {plan}")?,
+        }
         if plan.hidden > plan.dropped {
             writeln!(
                 out,
@@ -183,10 +201,11 @@ impl Seen<'_> {
                 Size(plan.hidden)
             )?;
         }
-        match plan.check(machine) {
-            Ok(Fit::Whole) => {}
-            Ok(Fit::WithDisk) => writeln!(out, "  {}", beyond_memory(plan, machine))?,
-            Err(error) => writeln!(out, "  {}", refusal(&error))?,
+        match (plan.check(machine), device) {
+            (Ok(Fit::Whole), _) => {}
+            (Ok(Fit::WithDisk), _) => writeln!(out, "  {}", beyond_memory(plan, machine))?,
+            (Err(error), None) => writeln!(out, "  {}", refusal(&error))?,
+            (Err(error), Some(_)) => writeln!(out, "  {error}; --device cpu computes on the CPU")?,
         }
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! `phidias logits`: what the model thinks after every token of a prompt.
 
 use super::args::{Global, Logits};
+use super::console::count;
 use super::files::{check_out, is_device, temporary_beside};
 use super::open::Setup;
 use super::pictures::{self, Room};
@@ -53,9 +54,9 @@ pub fn logits(args: &Logits, global: &Global) -> Result<()> {
             .with_context(name)?;
     }
     setup.console.note(format_args!(
-        "{}: logits of {} tokens",
+        "{}: logits of {}",
         args.out.display(),
-        ids.len()
+        count(ids.len(), "token")
     ));
     Ok(())
 }

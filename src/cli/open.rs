@@ -222,7 +222,7 @@ impl Setup {
     pub fn admit(&self, model: &Model, plan: &MemoryPlan, running: &Running) -> Result<bool> {
         if let Some(device) = device::of(model) {
             if running.drop_hidden_keys {
-                bail!("--drop-hidden-keys: {device} keeps the whole cache; --device cpu can drop");
+                bail!(device::keeps_all(&device));
             }
             return Ok(true);
         }
@@ -315,7 +315,11 @@ pub fn refusal(error: &DoesNotFit) -> String {
 }
 
 /// The options of an answer: what the command line says, else what the model's own file says.
-pub fn generate_options(model: &Model, sampling: &Sampling, console: Console) -> GenerateOptions {
+pub fn generate_options(
+    model: &Model,
+    sampling: &Sampling,
+    console: Console,
+) -> Result<GenerateOptions> {
     let mut options = phidias::default_options(model);
     options.max_new_tokens = sampling.max_tokens;
     options.stop_strings = sampling.stop.clone();
@@ -336,7 +340,8 @@ pub fn generate_options(model: &Model, sampling: &Sampling, console: Console) ->
     if sampling.seed.is_none() && chosen.temperature > 0.0 {
         console.note(format_args!("seed: {}", chosen.seed));
     }
-    options
+    chosen.validate(model.config().vocab_size)?;
+    Ok(options)
 }
 
 /// Another one each time; short enough to type again.

@@ -1,13 +1,13 @@
 //! `phidias run`: one prompt, one answer.
 
 use super::args::{Global, Run};
-use super::console::{Stdout, say};
+use super::console::{Stdout, count, say};
 use super::files;
 use super::open::{Setup, generate_options};
 use super::pictures::{self, Room};
 use super::signals;
 use super::stats::{self, routing};
-use anyhow::{Result, bail};
+use anyhow::{Error, Result};
 use phidias::engine::generate::{Event, FinishReason, GenerateOptions, Outcome, generate};
 use phidias::engine::memory::Size;
 use phidias::models::Text;
@@ -20,8 +20,8 @@ use std::ops::ControlFlow;
 /// Answers one prompt.
 pub fn run(args: &Run, global: &Global) -> Result<()> {
     let setup = Setup::to_run(global, &args.running)?;
-    let (model, from_stdin) = positional(&args.model)?;
-    let prompt = prompt(args, from_stdin)?;
+    let model = positional(&args.model).map_err(Error::msg)?.0;
+    let prompt = prompt(args)?;
     args.pictures.files()?;
     let model = setup.open(&setup.locate(model)?, args.running.format)?;
     stats::check(
@@ -33,7 +33,7 @@ pub fn run(args: &Run, global: &Global) -> Result<()> {
         .pictures
         .open(&setup, &model, Room::of(&model, &args.running))?;
     let segments = pictures::segments(&model, &prompt, args.raw, &pictures)?;
-    let mut options = generate_options(&model, &args.sampling, setup.console);
+    let mut options = generate_options(&model, &args.sampling, setup.console)?;
     options.sampling.logprobs = args.logprobs;
     let mut session = setup.session(&model, &args.running, PictureMemory::of(&pictures))?;
     let ids = pictures::attach(&setup, &mut session, segments, pictures)?;
@@ -84,28 +84,37 @@ pub fn run(args: &Run, global: &Global) -> Result<()> {
 }
 
 /// `[MODEL] [-]`
-fn positional(words: &[String]) -> Result<(Option<&str>, bool)> {
+fn positional(words: &[String]) -> Result<(Option<&str>, bool), String> {
     match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         [] => Ok((None, false)),
         ["-"] => Ok((None, true)),
         [model] | ["-", model] => Ok((Some(model), words.len() == 2)),
         [model, "-"] => Ok((Some(model), true)),
-        _ => bail!(
+        _ => Err(format!(
             "'{}' after the model: expected -, or -p TEXT, or -f FILE",
             words[1]
-        ),
+        )),
     }
 }
 
-fn prompt(args: &Run, from_stdin: bool) -> Result<String> {
-    if from_stdin && (args.prompt.is_some() || args.file.is_some()) {
-        bail!("- reads the prompt from stdin; it cannot stand beside -p or -f");
+/// Whether there is one prompt.
+pub fn check(args: &Run) -> Result<(), String> {
+    let (_, from_stdin) = positional(&args.model)?;
+    match (from_stdin, args.prompt.is_some() || args.file.is_some()) {
+        (true, true) => {
+            Err("- reads the prompt from stdin; it cannot stand beside -p or -f".into())
+        }
+        (false, false) => Err("no prompt: give -p TEXT, -f FILE, or - for stdin".into()),
+        _ => Ok(()),
     }
+}
+
+/// The prompt of checked arguments.
+fn prompt(args: &Run) -> Result<String> {
     match (&args.prompt, &args.file) {
         (Some(prompt), _) => Ok(prompt.clone()),
         (_, Some(file)) => files::open_text(file),
-        _ if from_stdin => signals::waiting(|| files::read_text(io::stdin(), "stdin")),
-        _ => bail!("no prompt: give -p TEXT, -f FILE, or - for stdin"),
+        _ => signals::waiting(|| files::read_text(io::stdin(), "stdin")),
     }
 }
 
@@ -227,12 +236,11 @@ pub fn summary(outcome: &Outcome, options: &GenerateOptions) -> String {
         ),
         _ => String::new(),
     };
-    let count = |n: usize| format!("{n} token{}", if n == 1 { "" } else { "s" });
     format!(
         "prompt: {}{}; answer: {}{}{lookup}{end}",
-        count(outcome.prompt_tokens),
+        count(outcome.prompt_tokens, "token"),
         rate(outcome.prefill_rate()),
-        count(outcome.ids.len()),
+        count(outcome.ids.len(), "token"),
         rate(outcome.decode_rate()),
     )
 }

@@ -68,7 +68,10 @@ impl HubOptions {
         user: Option<PathBuf>,
     ) -> Result<Self, HubError> {
         let var = |name: &str| var(name).filter(|value| !value.is_empty());
-        let text = |name: &str| var(name).map(|value| value.to_string_lossy().trim().to_string());
+        let text = |name: &str| {
+            let text = var(name)?.to_string_lossy().trim().to_string();
+            Some(text).filter(|text| !text.is_empty())
+        };
         let path = |name: &str| var(name).map(PathBuf::from);
         let home = path("HF_HOME").or_else(|| {
             path("XDG_CACHE_HOME")
@@ -105,7 +108,10 @@ mod tests {
             };
             HubOptions::from_vars(find, user.map(PathBuf::from))
         };
-        let plain = options(&[("HF_HOME", ""), ("HF_TOKEN", "")], Some("/none")).unwrap();
+        let names =
+            "HF_HOME HF_HUB_CACHE HF_ENDPOINT HF_TOKEN HF_TOKEN_PATH HF_HUB_OFFLINE XDG_CACHE_HOME";
+        let empty: Vec<_> = names.split(' ').map(|name| (name, "")).collect();
+        let plain = options(&empty, Some("/none")).unwrap();
         assert_eq!(plain.cache, Path::new("/none/.cache/huggingface/hub"));
         assert_eq!(plain.endpoint, "https://huggingface.co");
         assert_eq!((plain.token, plain.offline), (None, false));
@@ -119,6 +125,7 @@ mod tests {
             ("HF_HOME", path),
             ("HF_ENDPOINT", "http://localhost:1"),
             ("HF_HUB_OFFLINE", "1"),
+            ("HF_TOKEN", " \n"),
         ];
         let set = options(&full, None).unwrap();
         assert_eq!(set.cache, home.path().join("hub"));

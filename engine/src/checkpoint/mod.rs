@@ -38,8 +38,11 @@ const MAX_HEADER: u64 = 100_000_000;
 pub enum CheckpointError {
     #[error("{}: {source}", path.display())]
     Io { path: PathBuf, source: io::Error },
-    #[error("{}: no {SINGLE} and no {INDEX}: not a model folder", path.display())]
-    NoWeights { path: PathBuf },
+    #[error("{}: no {SINGLE} and no {INDEX}: not a model folder{}", path.display(), Foreign(foreign))]
+    NoWeights {
+        path: PathBuf,
+        foreign: Option<String>,
+    },
     #[error("{}: {found} bytes, too short for a safetensors file (truncated?)", path.display())]
     TooShort { path: PathBuf, found: u64 },
     #[error("{}: header of {header} bytes does not fit a file of {found} bytes (truncated, or not a safetensors file)", path.display())]
@@ -126,6 +129,32 @@ pub enum CheckpointError {
 
 type Result<T> = std::result::Result<T, CheckpointError>;
 
+/// The end of [`CheckpointError::NoWeights`].
+struct Foreign<'a>(&'a Option<String>);
+
+impl fmt::Display for Foreign<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(name) => write!(f, " ({name} is there, but only safetensors files are read)"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The first file of a folder that looks like weights of another kind.
+fn foreign_weights(folder: &Path) -> Option<String> {
+    let names = fs::read_dir(folder).ok()?.filter_map(|entry| {
+        let path = entry.ok()?.path();
+        let kind = path.extension()?.to_str()?;
+        let foreign = ["gguf", "bin", "pt", "pth", "onnx", "h5", "npz"].contains(&kind);
+        foreign.then(|| {
+            path.file_name()
+                .map(|name| name.to_string_lossy().into_owned())
+        })?
+    });
+    names.min()
+}
+
 /// Named tensors, every range checked.
 #[derive(Clone, Debug)]
 pub struct Checkpoint {
@@ -140,7 +169,9 @@ impl Checkpoint {
     /// One variant of [`CheckpointError`] per cause.
     pub fn open(folder: &Path) -> Result<Self> {
         let single = folder.join(SINGLE);
-        if single.exists() {
+        // A link into nowhere is there: its error names it.
+        let is_there = |file: &Path| file.symlink_metadata().is_ok();
+        if is_there(&single) {
             let tensors = read_file(&single)?.into_iter().collect();
             return Ok(Self {
                 path: folder.to_owned(),
@@ -148,9 +179,10 @@ impl Checkpoint {
             });
         }
         let index = folder.join(INDEX);
-        if !index.exists() {
+        if !is_there(&index) {
             return Err(CheckpointError::NoWeights {
                 path: folder.to_owned(),
+                foreign: foreign_weights(folder),
             });
         }
         Ok(Self {
@@ -383,7 +415,11 @@ fn read_file(path: &Path) -> Result<Vec<(String, Tensor)>> {
         path: path.to_owned(),
         source,
     };
-    let length = fs::metadata(path).map_err(io)?.len();
+    let file = fs::metadata(path).map_err(io)?;
+    if file.is_dir() {
+        return Err(io(io::ErrorKind::IsADirectory.into()));
+    }
+    let length = file.len();
     if length < 8 {
         // An empty file cannot be mapped at all.
         return Err(CheckpointError::TooShort {

@@ -39,6 +39,8 @@
 //                  fmaf from the first element to the last, expf
 //
 // Work    4 operations a query, visible key and element
+//         Decode leaves its results as the next matrix takes them, where a block of 32 columns is of one
+//         head: the warp that has them quantizes them, and a launch less lies before the matrix
 // Limit   decode: the bytes of keys and values, read once for the whole group of query heads (up to 16
 //         rows: queries of a group times tokens). A warp has its 32 keys and values, 16 KiB at
 //         head_dim 128, in flight at once, a multiprocessor with 8 of them 128 KiB; 4.3 TB/s and 700 ns
@@ -59,7 +61,7 @@
 //
 // Registers  (at most, of sm_80, 89 and 90; no spills; 256 threads a block)
 //         head_dim       32    64    96   128     f32
-//         decode         80   128   175   218     171
+//         decode         99   128   175   220     169
 //         prompt         96   135   176   174     246
 //         full           80   128   174   174     254
 #include "common.cuh"
@@ -718,10 +720,38 @@ struct Partials {
   u32* done;               // [kv_heads][tiles]: thread blocks that are through; 0 between launches
 };
 
+// Where results go: rows of f32, or as the next matrix takes them. A warp has 32 neighbouring columns, a block
+// of them where it becomes bytes, which wants heads of whole 32s.
+struct Results {
+  void* values;            // [tokens][heads][head_dim]
+  Head* block_heads;       // [tokens][heads * head_dim / 32], of bytes
+  u32 form;                // 0: f32, 1: bf16, 2: signed bytes
+  i32 zero;                // of the weights that bytes will meet
+
+  __device__ __forceinline__ void put(u64 at, float v) const {
+    if (form == 0) {
+      static_cast<float*>(values)[at] = v;
+    } else if (form == 1) {
+      static_cast<u16*>(values)[at] = f32_to_bf16(v);
+    } else {
+      u32 largest = ByteStep::magnitude(v);
+      #pragma unroll
+      for (u32 apart = WARP / 2; apart > 0; apart /= 2) {
+        largest = max(largest, __shfl_xor_sync(ALL_LANES, largest, apart));
+      }
+      ByteStep step = ByteStep::of(largest);
+      i8 quant = (i8)step.quant(v);
+      i32 sum = warp_sum((i32)quant);
+      static_cast<i8*>(values)[at] = quant;
+      if (lane() == 0) block_heads[at / WARP] = step.head(sum, zero);
+    }
+  }
+};
+
 // One thread block: blocks `split`, `split + splits` ... of 256 positions, for 16 queries of a KV head
 // (tokens times heads of the group), a step a warp. The last thread block to be through merges all.
 template <class P, class T>
-__device__ __forceinline__ void attend_split(const Layer<T>& layer, Partials out, float* y) {
+__device__ __forceinline__ void attend_split(const Layer<T>& layer, Partials out, Results y) {
   __shared__ float max_of[WARPS][TILE], sum_of[WARPS][TILE];
   __shared__ u32 is_last;
   DYN_SHARED(float, acc_of);                       // [WARPS][rows][head_dim]
@@ -745,8 +775,8 @@ __device__ __forceinline__ void attend_split(const Layer<T>& layer, Partials out
   u32 end = (stored.count - 1) / BLOCK + 1;
   bool alone = end - begin == 1;
   u32 partials = heads.heads * layer.tokens, partial = first_head * layer.tokens + tile * TILE;
-  auto result = [&](u32 row, u32 column) -> float& {
-    return y[((u64)token(row) * heads.heads + head(row)) * head_dim + column];
+  auto put = [&](u32 row, u32 column, float v) {
+    y.put(((u64)token(row) * heads.heads + head(row)) * head_dim + column, v);
   };
 
   for (u32 b = begin + blockIdx.x; b < end; b += gridDim.x) {
@@ -805,7 +835,7 @@ __device__ __forceinline__ void attend_split(const Layer<T>& layer, Partials out
         acc = fmaf(acc, factor, acc_of[(w * rows + row) * head_dim + column]);
       }
       if (alone) {
-        result(row, column) = finish(acc, inverse(sum));
+        put(row, column, finish(acc, inverse(sum)));
         continue;
       }
       u64 to = (u64)b * partials + partial + row;
@@ -845,7 +875,7 @@ __device__ __forceinline__ void attend_split(const Layer<T>& layer, Partials out
         acc = fmaf(acc, f.old, acc_b[j] * f.added);
       }
     }
-    result(row, column) = finish(acc, inverse(sum));
+    put(row, column, finish(acc, inverse(sum)));
   }
 }
 
@@ -889,11 +919,12 @@ attend_full(const float* qkv, u32 tokens, const Heads& heads, float scale, float
 #define ATTEND(NAME, P, T)                                                                         \
   /* grid [splits, kv_heads, tiles of 16 rows] */                                                \
   extern "C" __global__ void __launch_bounds__(THREADS) attend_decode_##NAME(                    \
-    LAYER(T), float* acc, float* max, float* sum, u32* done, float* y                          \
+    LAYER(T), float* acc, float* max, float* sum, u32* done, void* y, Head* y_heads, u32 form, \
+    i32 zero                                                                                   \
   ) {                                                                                            \
     after_previous();                                                                          \
     Layer<T> layer = THE_LAYER;                                                                \
-    attend_split<P, T>(layer, {acc, max, sum, done}, y);                                       \
+    attend_split<P, T>(layer, {acc, max, sum, done}, {y, y_heads, form, zero});                \
   }                                                                                              \
   /* grid [tiles of 128 tokens, heads] */                                                        \
   extern "C" __global__ void __launch_bounds__(THREADS) attend_prompt_##NAME(                    \

@@ -3,6 +3,7 @@
 //! The maths, the order of the sums and the work are at the head of `attention.cu`.
 
 use super::device::{Arg, Device, DeviceError, Kernel, Launch, Memory, Source, Span};
+use super::elementwise::{Output, Target};
 use crate::heads::{HeadOrder, Heads};
 use crate::mask::{BLOCK, BlockSparse, Mask};
 use phidias_quant::f16;
@@ -38,6 +39,8 @@ const TILE: usize = 16;
 const THREADS: usize = 32 * WARPS;
 /// The widest head; its elements are a multiple of 8.
 pub const HEAD_DIM: usize = 128;
+/// Columns that are quantized together: what a warp has of the results.
+const QUANTS: usize = phidias_quant::BLOCK;
 
 impl Heads {
     /// # Panics
@@ -246,6 +249,13 @@ impl Scratch {
         (partials * (heads.head_dim + 2) + rows) * size_of::<f32>()
     }
 
+    /// Whether attention of a pass can leave its results as a matrix takes them: it does where a pass is split
+    /// by ranges of the cache, and a block of 32 columns is of one head.
+    #[must_use]
+    pub fn gives_inputs(&self, tokens: usize) -> bool {
+        tokens <= self.tokens && self.head_dim.is_multiple_of(QUANTS)
+    }
+
     /// Weighted values, maxima, sums, and counts of thread blocks.
     fn parts(&self) -> [Span<'_, u32>; 4] {
         let all = self.memory.span::<u32>();
@@ -325,19 +335,20 @@ pub fn rope_and_store(
 }
 
 /// Attention of the queries in `qkv`, the first at position `first[0]`, over a layer's cache, which holds
-/// their keys and values already. `qkv` is `[tokens, heads.columns()]`, `y` `[tokens, heads.queries()]`.
+/// their keys and values already. `qkv` is `[tokens, heads.columns()]`, `y` `[tokens, heads.queries()]`: rows
+/// of f32, or where [`Scratch::gives_inputs`] as a matrix takes them.
 ///
 /// A query's result is the same bit for bit whatever is computed beside it, and however large cache,
 /// scratch and device are.
 /// # Errors
 /// When the launch fails.
 /// # Panics
-/// When the shapes do not fit, or `scratch` is for other heads or a smaller cache.
+/// When the shapes do not fit, `scratch` is for other heads or a smaller cache, or does not give inputs.
 #[allow(
     clippy::too_many_arguments,
     reason = "one operation, every argument of its own type"
 )]
-pub fn attention(
+pub fn attention<'m>(
     device: &dyn Device,
     qkv: Span<'_, f32>,
     heads: Heads,
@@ -346,16 +357,18 @@ pub fn attention(
     scale: f32,
     first: Span<'_, u32>,
     scratch: &Scratch,
-    y: Span<'_, f32>,
+    y: impl Into<Output<'m>>,
 ) -> Result<(), DeviceError> {
     heads.check();
     let tokens = heads.tokens(qkv);
     let context = cache.context(heads);
-    assert_eq!(
-        y.len(),
-        tokens * heads.queries(),
-        "results of {tokens} tokens"
+    let y = y.into();
+    assert!(
+        matches!(y, Output::Rows(_)) || scratch.gives_inputs(tokens),
+        "{tokens} tokens with heads of {} as a matrix takes them",
+        heads.head_dim
     );
+    let y = Target::new(device, y, tokens as u32, heads.queries() as u32);
     assert_eq!(first.len(), 1, "positions of the first token");
     assert_eq!(
         (heads.heads, heads.head_dim),
@@ -385,6 +398,7 @@ pub fn attention(
         let tiles = rows.div_ceil(TILE);
         let splits = scratch.places.div_ceil(heads.kv_heads * tiles).min(blocks);
         args.extend(scratch.parts().map(|part| part.on(device)));
+        args.extend([y.values, y.heads, number(y.form), Arg::I32(y.zero)]);
         let launch = Launch {
             grid: [splits, heads.kv_heads, tiles].map(|n| n as u32),
             block: [THREADS as u32, 1, 1],
@@ -397,9 +411,9 @@ pub fn attention(
             block: [THREADS as u32, 1, 1],
             shared: 0,
         };
+        args.push(y.values);
         (heads.kernel("attend_prompt", half), launch)
     };
-    args.push(y.on(device));
     // SAFETY: queries and results are read and written inside `tokens` rows; of the cache, of `context`
     // positions, nothing behind the last token or the context is read; partial results are of
     // `context / 256` blocks and the rows of `tokens`, for which the scratch has room, and its counts are
@@ -449,6 +463,7 @@ pub fn full_attention(
 
 #[cfg(test)]
 mod tests {
+    use super::super::check::elementwise::in_every_form;
     use super::super::check::{Random, each_device};
     use super::*;
     use crate::cpu::{Isa, Kernels};
@@ -848,6 +863,78 @@ mod tests {
             }
             scene.check(1299, &results[0], "split");
             assert!(results.iter().all(|y| *y == results[0]));
+            Ok(())
+        });
+    }
+
+    /// The same values as in rows of f32, rounded and quantized as the CPU does; also where they are not finite.
+    #[test]
+    fn results_of_decoding_become_what_a_matrix_takes() {
+        each_device(|device| {
+            let window = Mask::Causal { window: Some(20) };
+            let mut scenes = Vec::new();
+            for half in [true, false] {
+                // One block of positions, and several; heads of one block of columns, and of more.
+                for (h, mask, tokens) in [
+                    (heads(4, 1, 128, HeadOrder::Parts), window, 70),
+                    (heads(8, 2, 32, HeadOrder::Groups), SPARSE, 200),
+                    (heads(2, 2, 96, HeadOrder::Parts), CAUSAL, 600),
+                ] {
+                    scenes.push(Scene::new(h, half, mask, tokens, tokens + 5));
+                }
+            }
+            let infinite = scenes.last_mut().expect("a scene");
+            infinite.values[40] = f32::INFINITY;
+            for scene in &scenes {
+                let (h, last) = (scene.heads, scene.tokens());
+                let [keys, values] = scene.upload(device)?;
+                let cache = match scene.half {
+                    true => Cache::F16 {
+                        keys: keys.span(),
+                        values: values.span(),
+                    },
+                    false => Cache::F32 {
+                        keys: keys.span(),
+                        values: values.span(),
+                    },
+                };
+                for tokens in [1, 3] {
+                    let start = last - tokens;
+                    let qkv = Memory::from_slice(device, &scene.qkv[start * h.columns()..])?;
+                    let first = Memory::from_slice(device, &[start as u32])?;
+                    let scratch = Scratch::new(device, h, scene.context, 3)?;
+                    assert!(scratch.gives_inputs(tokens));
+                    let y = in_every_form(device, (tokens, h.queries()), |y| {
+                        attention(
+                            &**device,
+                            qkv.span(),
+                            h,
+                            cache,
+                            scene.mask,
+                            scene.scale,
+                            first.span(),
+                            &scratch,
+                            y,
+                        )
+                    })?;
+                    let finite = y.iter().all(|v| v.is_finite());
+                    assert_eq!(
+                        finite,
+                        scene
+                            .values
+                            .iter()
+                            .all(|v| *v < f32::INFINITY || v.is_nan())
+                    );
+                    if finite {
+                        scene.check(start, &y, &format!("{tokens} tokens in every form"));
+                    }
+                }
+            }
+            // A pass that is not split, and heads in whose blocks of columns another begins.
+            let scratch = Scratch::new(device, heads(2, 2, 48, HeadOrder::Parts), 40, 3)?;
+            assert!(!scratch.gives_inputs(1));
+            let scratch = Scratch::new(device, heads(2, 2, 64, HeadOrder::Parts), 40, 3)?;
+            assert!(!scratch.gives_inputs(4));
             Ok(())
         });
     }

@@ -3,7 +3,7 @@
 //! A check is a function of a device. It runs on the host device with threads in three orders, and on the
 //! GPU when there is one; what cannot be run says so.
 
-mod elementwise;
+pub(super) mod elementwise;
 mod experts;
 mod linear;
 pub(super) mod probe;

@@ -186,3 +186,39 @@ __device__ __forceinline__ float block_sum(float v, float parts[WARP]) {
   __syncthreads();
   return v;
 }
+
+// What a block of 32 signed bytes has beside them, see `quant/src/activations.rs`.
+struct alignas(8) Head {
+  i32 start;
+  float magic;
+};
+
+// How a block of 32 values becomes signed bytes: `activations::step`.
+struct ByteStep {
+  float scale, inverse;
+  bool holds;  // the values are finite
+
+  // As integers, magnitudes are in their order, infinity above them and NaNs above infinity.
+  static __device__ __forceinline__ u32 magnitude(float v) { return __float_as_uint(v) & 0x7FFFFFFFu; }
+
+  // The smallest power of two with `largest` <= 127 * scale.
+  static __device__ __forceinline__ ByteStep of(u32 largest) {
+    i32 exponent = (i32)((largest + 0x1FFFFu) >> 23) - 127 - 6;
+    bool holds = exponent <= 103;
+    exponent = max(exponent, -120);
+    float scale = holds ? __uint_as_float((u32)(exponent + 127) << 23) : __uint_as_float(0x7FC00000u);
+    return {scale, __uint_as_float((u32)(127 - exponent) << 23), holds};
+  }
+
+  // v * inverse to the nearest integer, ties to even, as a byte: the adder leaves it in the lowest bits.
+  __device__ __forceinline__ u32 quant(float v) const { return holds ? __float_as_uint(v * inverse + MAGIC) & 0xFFu : 0; }
+
+  // Of quants with that sum, for weights with that zero point.
+  __device__ __forceinline__ Head head(i32 sum, i32 zero) const {
+    float magic = MAGIC * scale;
+    return {(i32)(__float_as_uint(magic) - (u32)(zero * sum)), magic};
+  }
+
+ private:
+  static constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23
+};

@@ -213,6 +213,22 @@ pub enum DeviceError {
         /// What the compiler said.
         log: String,
     },
+    /// What the compiler has just made of a source is nothing the driver takes.
+    #[error(
+        "the CUDA driver, for CUDA {driver}, refuses {file} as NVRTC {compiler} has just compiled it for {target}: {reason}"
+    )]
+    Refused {
+        /// The file.
+        file: &'static str,
+        /// What it was compiled for.
+        target: String,
+        /// The version of the compiler.
+        compiler: String,
+        /// The version of CUDA that the driver is for.
+        driver: String,
+        /// What the driver said.
+        reason: String,
+    },
     /// There is not as much memory left.
     #[error("out of device memory: {asked} bytes asked for, {free} of {total} are free")]
     OutOfMemory {
@@ -274,6 +290,9 @@ pub trait Device: Send + Sync + Debug {
     /// # Errors
     /// When the device is lost.
     fn free_memory(&self) -> Result<usize, DeviceError>;
+
+    /// What memory is given out in: an allocation takes the next multiple of so many bytes.
+    fn piece(&self) -> usize;
 
     /// `bytes` bytes, of any contents, at an address that is a multiple of 256; at least one.
     /// # Errors

@@ -64,12 +64,6 @@ __device__ __forceinline__ F32x4 each(F32x4 v, F f) {
 //
 // A whole warp calls put, lane l with the columns from at = 4 l (and any multiple of 128) on.
 
-// What a block of signed bytes has beside them, see `quant/src/activations.rs`.
-struct Head {
-  i32 start;
-  float magic;
-};
-
 struct Output {
   void* values;  // [rows, stride]
   Head* heads;   // [rows, stride / 32], of bytes
@@ -94,34 +88,19 @@ struct Rounded {
 
 struct Quantized {
   static __device__ __forceinline__ void put(const Output& out, u32 row, u32 at, F32x4 v) {
-    // As integers, magnitudes are in their order, infinity above them and NaNs above infinity.
+    auto magnitude = ByteStep::magnitude;
     u32 largest = max(max(magnitude(v.x), magnitude(v.y)), max(magnitude(v.z), magnitude(v.w)));
 #pragma unroll
     for (u32 apart = BLOCK / VALUES / 2; apart > 0; apart /= 2) largest = max(largest, __shfl_xor_sync(ALL_LANES, largest, apart));
-    // The smallest power of two with amax <= 127 * scale: `activations::step`.
-    i32 exponent = (i32)((largest + 0x1FFFFu) >> 23) - 127 - 6;
-    bool holds = exponent <= 103;
-    exponent = max(exponent, -120);
-    float scale = holds ? __uint_as_float((u32)(exponent + 127) << 23) : __uint_as_float(0x7FC00000u);
-    float inverse = __uint_as_float((u32)(127 - exponent) << 23);
-    u32 quants = holds ? quant(v.x, inverse) | quant(v.y, inverse) << 8 | quant(v.z, inverse) << 16 | quant(v.w, inverse) << 24 : 0;
+    ByteStep step = ByteStep::of(largest);
+    u32 quants = step.quant(v.x) | step.quant(v.y) << 8 | step.quant(v.z) << 16 | step.quant(v.w) << 24;
     i32 sum = dp4a((i32)quants, 0x01010101, 0);
 #pragma unroll
     for (u32 apart = BLOCK / VALUES / 2; apart > 0; apart /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, apart);
     if (at >= out.stride) return;
     *reinterpret_cast<u32*>(static_cast<i8*>(out.values) + (u64)row * out.stride + at) = quants;
-    if (at % BLOCK == 0) {
-      float magic = MAGIC * scale;
-      i32 start = (i32)(__float_as_uint(magic) - (u32)(out.zero * sum));
-      out.heads[((u64)row * out.stride + at) / BLOCK] = {start, magic};
-    }
+    if (at % BLOCK == 0) out.heads[((u64)row * out.stride + at) / BLOCK] = step.head(sum, out.zero);
   }
-
- private:
-  static constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23
-  static __device__ __forceinline__ u32 magnitude(float v) { return __float_as_uint(v) & 0x7FFFFFFFu; }
-  // v * inverse to the nearest integer, ties to even, as a byte: the adder leaves it in the lowest bits.
-  static __device__ __forceinline__ u32 quant(float v, float inverse) { return __float_as_uint(v * inverse + MAGIC) & 0xFFu; }
 };
 
 // ---- single values ---------------------------------------------------------------------------------------

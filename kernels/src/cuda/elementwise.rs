@@ -321,20 +321,20 @@ fn values(
 }
 
 /// The results of a kernel as its arguments.
-struct Target {
-    /// Which of three kernels: for f32, bf16 or bytes.
-    form: usize,
-    values: Arg,
-    heads: Arg,
+pub(super) struct Target {
+    /// Which of three kinds: f32, bf16 or bytes.
+    pub(super) form: usize,
+    pub(super) values: Arg,
+    pub(super) heads: Arg,
     /// Columns with the padding.
     stride: u32,
-    zero: i32,
+    pub(super) zero: i32,
 }
 
 impl Target {
     /// # Panics
     /// When `out` has not so many rows and columns.
-    fn new(device: &dyn Device, out: Output<'_>, rows: u32, cols: u32) -> Self {
+    pub(super) fn new(device: &dyn Device, out: Output<'_>, rows: u32, cols: u32) -> Self {
         let padded = cols.next_multiple_of(BLOCK as u32);
         let count = |stride: u32| rows as usize * stride as usize;
         let float = |values: Span<'_, f32>, stride: u32| {

@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::fmt;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::ptr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -22,6 +22,8 @@ const OLDEST_DRIVER: i32 = 12080;
 const LEAST_CAPABILITY: u32 = 80;
 /// From 9.0 on a kernel may begin while the one before ends.
 const OVERLAP_CAPABILITY: u32 = 90;
+/// What the driver takes memory in. Small allocations may share one: so much each is the most they take.
+const PIECE: usize = 2 << 20;
 /// Arguments that a kernel has at most.
 const MOST_ARGUMENTS: usize = 64;
 
@@ -35,7 +37,8 @@ struct Inner {
     /// Whether kernels may begin while the one before ends.
     overlaps: bool,
     functions: HashMap<Kernel, sys::CUfunction>,
-    modules: Vec<sys::CUmodule>,
+    modules: Vec<Module>,
+    staging: Staging,
     stream: Arc<CudaStream>,
     context: Arc<CudaContext>,
     turns: Turns,
@@ -49,6 +52,64 @@ struct Inner {
 unsafe impl Send for Inner {}
 // SAFETY: as above.
 unsafe impl Sync for Inner {}
+
+/// A loaded source. It is dropped where its device is bound, after the last work on it.
+struct Module(sys::CUmodule);
+
+// SAFETY: as above.
+unsafe impl Send for Module {}
+
+impl Drop for Module {
+    fn drop(&mut self) {
+        // SAFETY: loaded here, not used again.
+        let _ = unsafe { result::module::unload(self.0) };
+    }
+}
+
+/// Memory of the host that the GPU reads by itself: an upload from there need not be waited for. A token's is
+/// one, and waiting takes longer than its copy.
+struct Staging {
+    at: *mut u8,
+    ring: Mutex<Ring>,
+}
+
+impl Staging {
+    fn new() -> Result<Self, DriverError> {
+        // SAFETY: it is filled before it is read.
+        let at = unsafe { result::malloc_host(Ring::BYTES, 0) }?.cast();
+        let ring = Mutex::default();
+        Ok(Self { at, ring })
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        // SAFETY: allocated here; as for modules.
+        let _ = unsafe { result::free_host(self.at.cast()) };
+    }
+}
+
+/// The places in it: each is used once between two waits for the stream.
+#[derive(Default)]
+struct Ring {
+    taken: usize,
+}
+
+impl Ring {
+    const BYTES: usize = 64 << 10;
+    /// What is more is not staged: many tokens at once, weights.
+    const MOST: usize = 16 << 10;
+    const BOUNDARY: usize = 64;
+
+    /// Where the next so many bytes, at most [`Ring::MOST`], begin; and whether the stream is to be waited
+    /// for first, since they have been used before.
+    fn place(&mut self, bytes: usize) -> (usize, bool) {
+        let again = self.taken + bytes > Self::BYTES;
+        let first = if again { 0 } else { self.taken };
+        self.taken = (first + bytes).next_multiple_of(Self::BOUNDARY);
+        (first, again)
+    }
+}
 
 impl fmt::Debug for Gpu {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -106,6 +167,7 @@ impl Gpu {
             overlaps: capability >= OVERLAP_CAPABILITY,
             functions: HashMap::new(),
             modules: Vec::new(),
+            staging: Staging::new().map_err(failed("cuMemHostAlloc"))?,
             stream,
             context,
             turns: Turns::default(),
@@ -127,11 +189,16 @@ fn driver_version() -> Result<i32, DeviceError> {
         .map_err(|error| failure("cuDriverGetVersion", error))?;
     if version < OLDEST_DRIVER {
         return Err(DeviceError::OldDriver {
-            found: format!("{}.{}", version / 1000, version % 1000 / 10),
+            found: version_name(version),
             expected: "12.8",
         });
     }
     Ok(version)
+}
+
+/// A version as CUDA writes it: 13.0 of 13000.
+fn version_name(version: i32) -> String {
+    format!("{}.{}", version / 1000, version % 1000 / 10)
 }
 
 fn text(error: DriverError) -> String {
@@ -176,50 +243,66 @@ impl Inner {
         driver: i32,
         cache: Option<&Path>,
     ) -> Result<(), DeviceError> {
-        let codes: Vec<_> = thread::scope(|scope| {
-            let one = |source| scope.spawn(move || code(source, capability, driver, cache));
+        let inner = &*self;
+        let modules: Vec<_> = thread::scope(|scope| {
+            let one = |source| scope.spawn(move || inner.code(source, capability, driver, cache));
             let running: Vec<_> = Source::ALL.iter().copied().map(one).collect();
             let joined = running.into_iter().map(|thread| thread.join());
             joined
-                .map(|code| code.expect("compiling does not panic"))
+                .map(|module| module.expect("compiling does not panic"))
                 .collect()
         });
-        for (source, code) in Source::ALL.iter().copied().zip(codes) {
-            let module = match self.module(&code?) {
-                Ok(module) => module,
-                // Kept by somebody else, or not what this driver takes: made anew once.
-                Err(_) => {
-                    let code = nvrtc::compile(source, target(capability)?)?;
-                    self.module(&code)
-                        .map_err(|e| failure("cuModuleLoadData", e))?
-                }
-            };
-            self.modules.push(module);
+        for (source, module) in Source::ALL.iter().copied().zip(modules) {
+            let module = module?;
             for &name in source.kernels() {
                 let kernel = Kernel { source, name };
-                let function = self.function(module, name);
+                let function = self.function(&module, name);
                 let function = function.map_err(|e| DeviceError::Launch {
                     kernel: name,
                     reason: text(e),
                 })?;
                 self.functions.insert(kernel, function);
             }
+            self.modules.push(module);
         }
         Ok(())
     }
 
-    fn module(&self, code: &[u8]) -> Result<sys::CUmodule, DriverError> {
+    /// The module of a source: from the cache, or compiled and kept there.
+    fn code(
+        &self,
+        source: Source,
+        capability: u32,
+        driver: i32,
+        cache: Option<&Path>,
+    ) -> Result<Module, DeviceError> {
+        let made = format!("{}-sm_{capability}", source.file());
+        let number = driver.to_string();
+        let texts = [source.text(), Source::COMMON, &number];
+        let files = Files::new(cache, &made, &texts, nvrtc::version().ok().as_deref());
+        let make = || nvrtc::compile(source, target(capability)?);
+        let refused = |error| DeviceError::Refused {
+            file: source.file(),
+            target: target(capability).map_or_else(|e| e.to_string(), Target::name),
+            compiler: nvrtc::version().unwrap_or_else(|e| e.to_string()),
+            driver: version_name(driver),
+            reason: text(error),
+        };
+        files.load(make, |code| self.module(code), refused)
+    }
+
+    fn module(&self, code: &[u8]) -> Result<Module, DriverError> {
         self.context.bind_to_thread()?;
         // SAFETY: the image is machine code or the text of PTX with its final zero, as the compiler gave it.
-        unsafe { result::module::load_data(code.as_ptr().cast()) }
+        unsafe { result::module::load_data(code.as_ptr().cast()) }.map(Module)
     }
 
     /// A kernel that may have all the shared memory there is.
-    fn function(&self, module: sys::CUmodule, name: &str) -> Result<sys::CUfunction, DriverError> {
+    fn function(&self, module: &Module, name: &str) -> Result<sys::CUfunction, DriverError> {
         let name = CString::new(name).expect("a name");
-        // SAFETY: the module was just loaded, and is kept as long as its functions.
+        // SAFETY: the module is loaded, and is kept as long as its functions.
         unsafe {
-            let function = result::module::get_function(module, name)?;
+            let function = result::module::get_function(module.0, name)?;
             let own = CUfunction_attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
             let own = result::function::get_function_attribute(function, own)?;
             let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
@@ -287,12 +370,9 @@ impl Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
+        // The modules are dropped next, while the device is bound.
         if let Ok(stream) = self.bind() {
             let _ = self.wait(stream);
-            for &module in &self.modules {
-                // SAFETY: loaded here; all work is done.
-                let _ = unsafe { result::module::unload(module) };
-            }
         }
     }
 }
@@ -309,6 +389,10 @@ impl Device for Gpu {
     fn free_memory(&self) -> Result<usize, DeviceError> {
         let (_turn, _) = self.0.enter()?;
         self.0.free_memory()
+    }
+
+    fn piece(&self) -> usize {
+        PIECE
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64, DeviceError> {
@@ -336,10 +420,28 @@ impl Device for Gpu {
         if from.is_empty() {
             return Ok(());
         }
-        // SAFETY: inside an allocation by contract; `from` lives until the wait is over.
-        unsafe { result::memcpy_htod_async(to, from, stream) }
-            .map_err(self.0.failed("cuMemcpyHtoDAsync"))?;
-        self.0.wait(stream)
+        let failed = self.0.failed("cuMemcpyHtoDAsync");
+        if from.len() > Ring::MOST {
+            // SAFETY: inside an allocation by contract; `from` lives until the wait is over.
+            unsafe { result::memcpy_htod_async(to, from, stream) }.map_err(failed)?;
+            return self.0.wait(stream);
+        }
+        let staging = &self.0.staging;
+        let mut ring = staging.ring.lock().unwrap_or_else(PoisonError::into_inner);
+        let (first, again) = ring.place(from.len());
+        if again {
+            let waited = self.0.wait(stream);
+            waited.inspect_err(|_| ring.taken = Ring::BYTES)?;
+        }
+        // SAFETY: the place is inside the staging memory. No copy reads it any more: those since the last wait
+        // have other places, and the ring is locked until this one is asked for. `to` is inside an allocation
+        // by contract.
+        unsafe {
+            let place = staging.at.add(first);
+            ptr::copy_nonoverlapping(from.as_ptr(), place, from.len());
+            let staged = std::slice::from_raw_parts(place, from.len());
+            result::memcpy_htod_async(to, staged, stream).map_err(failed)
+        }
     }
 
     unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<(), DeviceError> {
@@ -602,25 +704,13 @@ fn target(capability: u32) -> Result<Target, DeviceError> {
     )
 }
 
-/// The code of a source: from the cache, or compiled and kept there.
-fn code(
-    source: Source,
-    capability: u32,
-    driver: i32,
-    cache: Option<&Path>,
-) -> Result<Vec<u8>, DeviceError> {
-    let compile = || nvrtc::compile(source, target(capability)?);
-    let Some(folder) = cache else {
-        return compile();
-    };
-    let driver = driver.to_string();
-    let texts = [source.text(), Source::COMMON, &driver].into_iter();
+/// The file of what a compiler makes: of the same texts another one makes something else.
+fn file_name(made: &str, texts: &[&str], compiler: &str) -> String {
     // The zero between them keeps what is the end of one from being the beginning of the next.
-    let bytes = texts
+    let bytes = (texts.iter().copied())
         .chain(nvrtc::OPTIONS)
         .flat_map(|text| text.bytes().chain([0]));
-    let name = format!("{}-sm_{capability}-{:016x}.bin", source.file(), hash(bytes));
-    cached(folder, &name, compile)
+    format!("{made}-{:016x}-nvrtc_{compiler}.bin", hash(bytes))
 }
 
 /// FNV-1a: it tells versions of a text apart, and a file that is whole from one that is not.
@@ -629,32 +719,73 @@ fn hash(bytes: impl IntoIterator<Item = u8>) -> u64 {
     bytes.into_iter().fold(0xCBF2_9CE4_8422_2325, mix)
 }
 
-/// What the file has, or what `make` makes, which is kept in the file, behind a checksum. A file that is
-/// not whole is made anew; one that cannot be written is done without.
-fn cached(
-    folder: &Path,
-    name: &str,
-    make: impl FnOnce() -> Result<Vec<u8>, DeviceError>,
-) -> Result<Vec<u8>, DeviceError> {
-    let path = folder.join(name);
-    if let Ok(file) = std::fs::read(&path)
-        && let Some((sum, code)) = file.split_first_chunk::<8>()
-        && hash(code.iter().copied()) == u64::from_le_bytes(*sum)
-    {
-        return Ok(code.to_vec());
+/// What a file has, if it is whole: it begins with a checksum.
+fn kept(path: &Path) -> Option<Vec<u8>> {
+    let file = std::fs::read(path).ok()?;
+    let (sum, code) = file.split_first_chunk::<8>()?;
+    (hash(code.iter().copied()) == u64::from_le_bytes(*sum)).then(|| code.to_vec())
+}
+
+/// Where the code of a source is kept.
+struct Files {
+    /// What may be loaded, the best first.
+    known: Vec<PathBuf>,
+    /// Where what is compiled goes.
+    own: Option<PathBuf>,
+}
+
+impl Files {
+    /// In the folder `cache`, of a source of those `texts`. Without a compiler what any of them made will do.
+    fn new(cache: Option<&Path>, made: &str, texts: &[&str], compiler: Option<&str>) -> Self {
+        let own = |compiler| cache.map(|folder| folder.join(file_name(made, texts, compiler)));
+        if let Some(compiler) = compiler {
+            let own = own(compiler);
+            return Self {
+                known: own.iter().cloned().collect(),
+                own,
+            };
+        }
+        let begins = file_name(made, texts, "");
+        let begins = begins.trim_end_matches(".bin");
+        let entries = cache.and_then(|folder| std::fs::read_dir(folder).ok());
+        let mut known: Vec<_> = (entries.into_iter().flatten().flatten())
+            .filter(|entry| entry.file_name().to_string_lossy().starts_with(begins))
+            .map(|entry| entry.path())
+            .collect();
+        known.sort();
+        Self { known, own: None }
     }
-    let code = make()?;
-    // Under its name it appears when it is whole, so that another process never reads half of it.
-    let keep = || {
-        std::fs::create_dir_all(folder)?;
-        let mut file = tempfile::NamedTempFile::new_in(folder)?;
-        file.write_all(&hash(code.iter().copied()).to_le_bytes())?;
-        file.write_all(&code)?;
-        file.persist(&path)?;
-        Ok::<_, std::io::Error>(())
-    };
-    let _ = keep();
-    Ok(code)
+
+    /// The first known file that is whole and that `load` takes; else what `make` makes, which takes the
+    /// place of the file when `load` has taken it. A file that cannot be written is done without.
+    fn load<M, E>(
+        &self,
+        make: impl FnOnce() -> Result<Vec<u8>, DeviceError>,
+        load: impl Fn(&[u8]) -> Result<M, E>,
+        refused: impl FnOnce(E) -> DeviceError,
+    ) -> Result<M, DeviceError> {
+        let known = self.known.iter().filter_map(|path| kept(path));
+        if let Some(loaded) = known.into_iter().find_map(|code| load(&code).ok()) {
+            return Ok(loaded);
+        }
+        let code = make()?;
+        let loaded = load(&code).map_err(refused)?;
+        if let Some(own) = &self.own {
+            let _ = keep(own, &code);
+        }
+        Ok(loaded)
+    }
+}
+
+/// Writes a file that appears under its name when it is whole, so that another process never reads half of it.
+fn keep(path: &Path, code: &[u8]) -> std::io::Result<()> {
+    let folder = path.parent().unwrap_or(Path::new(""));
+    std::fs::create_dir_all(folder)?;
+    let mut file = tempfile::NamedTempFile::new_in(folder)?;
+    file.write_all(&hash(code.iter().copied()).to_le_bytes())?;
+    file.write_all(code)?;
+    file.persist(path)?;
+    Ok(())
 }
 
 #[cfg(test)]
@@ -687,31 +818,158 @@ mod tests {
         }
     }
 
+    /// Loads from `cache` what a compiler of that version makes of one text: `made`, or nothing when there is
+    /// no compiler. What begins with `x` is refused.
+    fn load(
+        cache: &Path,
+        compiler: Option<&str>,
+        made: Option<&str>,
+    ) -> Result<String, DeviceError> {
+        let make = || match made {
+            Some(made) => Ok(made.as_bytes().to_vec()),
+            None => Err(NO_COMPILER),
+        };
+        let load = |code: &[u8]| match String::from_utf8(code.to_vec()).expect("text") {
+            code if code.starts_with('x') => Err(code),
+            code => Ok(code),
+        };
+        let refused = |code: String| DeviceError::Driver {
+            call: "loading",
+            reason: code,
+        };
+        Files::new(Some(cache), "a.cu-sm_90", &["text"], compiler).load(make, load, refused)
+    }
+
+    const NO_COMPILER: DeviceError = DeviceError::NoCompiler {
+        library: "libnvrtc",
+    };
+
     #[test]
     fn compiled_code_is_kept_and_a_broken_file_is_made_anew() {
         let folder = tempfile::tempdir().expect("a folder");
         let inside = folder.path().join("not there yet");
-        let made = |bytes: &[u8]| Ok(bytes.to_vec());
-        let never = || -> Result<Vec<u8>, DeviceError> { panic!("it is in the file") };
-        assert_eq!(cached(&inside, "a", || made(b"one")), Ok(b"one".to_vec()));
-        assert_eq!(cached(&inside, "a", never), Ok(b"one".to_vec()));
-        let path = inside.join("a");
+        let load = |folder, made| load(folder, Some("13.0"), Some(made));
+        assert_eq!(load(&inside, "one"), Ok("one".to_owned()));
+        // Nothing is compiled when it is in the file.
+        assert_eq!(load(&inside, "two"), Ok("one".to_owned()));
+        let path = inside.join(file_name("a.cu-sm_90", &["text"], "13.0"));
         let whole = std::fs::read(&path).expect("kept");
         for broken in [&[] as &[u8], &whole[..5], &whole[..whole.len() - 1]] {
             std::fs::write(&path, broken).expect("written");
-            assert_eq!(cached(&inside, "a", || made(b"one")), Ok(b"one".to_vec()));
+            assert_eq!(load(&inside, "one"), Ok("one".to_owned()));
             assert_eq!(std::fs::read(&path).expect("kept"), whole);
         }
         // Nothing else is left in the folder.
         assert_eq!(std::fs::read_dir(&inside).expect("a folder").count(), 1);
         // A folder that cannot be: a file is in its place.
-        assert_eq!(cached(&path, "b", || made(b"two")), Ok(b"two".to_vec()));
-        // What cannot be made leaves no file.
-        let no = DeviceError::NoCompiler {
-            library: "libnvrtc",
+        assert_eq!(load(&path, "two"), Ok("two".to_owned()));
+    }
+
+    #[test]
+    fn a_file_that_the_driver_refuses_is_replaced_once() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let load = |made| load(folder.path(), Some("13.0"), made);
+        let path = folder
+            .path()
+            .join(file_name("a.cu-sm_90", &["text"], "13.0"));
+        keep(&path, b"x of another driver").expect("written");
+        // What is refused when it was just compiled is one error, names what it was, and is not kept.
+        let refused = DeviceError::Driver {
+            call: "loading",
+            reason: "x again".to_owned(),
         };
-        assert_eq!(cached(&inside, "c", || Err(no.clone())), Err(no));
-        assert!(!inside.join("c").exists());
+        assert_eq!(load(Some("x again")), Err(refused));
+        assert_eq!(kept(&path).as_deref(), Some(&b"x of another driver"[..]));
+        assert_eq!(load(None), Err(NO_COMPILER));
+        assert_eq!(load(Some("one")), Ok("one".to_owned()));
+        assert_eq!(load(None), Ok("one".to_owned()));
+        assert_eq!(std::fs::read_dir(&folder).expect("a folder").count(), 1);
+    }
+
+    #[test]
+    fn another_compiler_or_text_is_another_file() {
+        let names = [
+            file_name("a.cu-sm_90", &["one", "two"], "13.0"),
+            file_name("a.cu-sm_90", &["one", "two"], "13.1"),
+            file_name("a.cu-sm_80", &["one", "two"], "13.0"),
+            file_name("a.cu-sm_90", &["onet", "wo"], "13.0"),
+            file_name("b.cu-sm_90", &["one", "two"], "13.0"),
+        ];
+        let different: std::collections::HashSet<_> = names.iter().collect();
+        assert_eq!(different.len(), names.len(), "{names:?}");
+    }
+
+    #[test]
+    fn without_a_compiler_what_any_of_them_made_will_do() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let load = |compiler, made| load(folder.path(), compiler, made);
+        assert_eq!(load(None, None), Err(NO_COMPILER));
+        for version in ["12.9", "13.0", "13.1"] {
+            // None of them is found under the name of another.
+            assert_eq!(load(Some(version), Some(version)), Ok(version.to_owned()));
+        }
+        let path = |version| {
+            let name = file_name("a.cu-sm_90", &["text"], version);
+            folder.path().join(name)
+        };
+        assert_eq!(load(None, None), Ok("12.9".to_owned()));
+        // One that is not whole, or is refused, is passed over.
+        std::fs::write(path("12.9"), b"torn").expect("written");
+        keep(&path("13.0"), b"x").expect("written");
+        assert_eq!(load(None, None), Ok("13.1".to_owned()));
+    }
+
+    #[test]
+    fn staged_bytes_are_not_overwritten_before_a_wait() {
+        let mut ring = Ring::default();
+        let mut used: Vec<std::ops::Range<usize>> = Vec::new();
+        let mut waits = 0;
+        // Those of a token, those of guesses, all sizes around the boundaries, the largest.
+        let sizes = [
+            1024,
+            4608,
+            1,
+            63,
+            64,
+            65,
+            Ring::MOST - 1,
+            Ring::MOST,
+            Ring::MOST,
+        ];
+        for bytes in sizes.iter().copied().cycle().take(1000) {
+            let (first, again) = ring.place(bytes);
+            if again {
+                used.clear();
+                waits += 1;
+            }
+            let place = first..first + bytes;
+            assert!(place.end <= Ring::BYTES, "{place:?}");
+            let free = |other: &std::ops::Range<usize>| {
+                other.end <= place.start || place.end <= other.start
+            };
+            assert!(used.iter().all(free), "{place:?} of {used:?}");
+            used.push(place);
+        }
+        // Tokens alone wait once in 64.
+        assert!(waits > 0);
+        let mut ring = Ring::default();
+        let waits = (0..640).filter(|_| ring.place(1024).1).count();
+        assert_eq!(waits, 9);
+    }
+
+    #[test]
+    fn what_is_refused_is_told_in_one_sentence() {
+        let error = DeviceError::Refused {
+            file: "linear.cu",
+            target: "sm_90".to_owned(),
+            compiler: "13.1".to_owned(),
+            driver: version_name(12080),
+            reason: "no".to_owned(),
+        };
+        assert_eq!(
+            error.to_string(),
+            "the CUDA driver, for CUDA 12.8, refuses linear.cu as NVRTC 13.1 has just compiled it for sm_90: no"
+        );
     }
 
     #[test]

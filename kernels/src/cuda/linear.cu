@@ -64,12 +64,6 @@ constexpr u32 MANY = 128;
 // Panels of a prompt's block.
 constexpr u32 PANELS = 8;
 
-// What the activations of a block have beside their bytes.
-struct alignas(8) Head {
-  i32 start;
-  float magic;
-};
-
 enum Gate : u32 { NONE, SILU, GEGELU };
 
 // The arguments that all the kernels take.

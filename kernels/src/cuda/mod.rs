@@ -26,5 +26,5 @@ pub use device::{
     Arg, Device, DeviceError, Kernel, Launch, Limits, Memory, Recording, Source, Span,
 };
 pub use gpu::Gpu;
-pub use host::{HostDevice, Order, Traffic};
+pub use host::{HostDevice, HostMemory, Order, Traffic};
 pub use rows::{Activations, Form, Head};

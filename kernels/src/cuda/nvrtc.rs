@@ -3,7 +3,7 @@
 use super::device::{DeviceError, Source};
 use cudarc::nvrtc::result::NvrtcError;
 use cudarc::nvrtc::sys;
-use std::ffi::{CString, c_char, c_int};
+use std::ffi::{CString, OsString, c_char, c_int};
 use std::path::{Path, PathBuf};
 use std::ptr;
 use std::sync::OnceLock;
@@ -40,7 +40,9 @@ pub fn find() -> Result<(), DeviceError> {
     static FOUND: OnceLock<bool> = OnceLock::new();
     let found = FOUND.get_or_init(|| {
         // SAFETY: loading the library runs its start-up code, which is NVIDIA's; nothing is called.
-        is_present() || (toolkits().any(|folder| unsafe { load(&folder) }) && is_present())
+        is_present()
+            || (toolkits(|name| std::env::var_os(name)).any(|folder| unsafe { load(&folder) })
+                && is_present())
     });
     match found {
         true => Ok(()),
@@ -56,11 +58,11 @@ fn is_present() -> bool {
 }
 
 /// Folders of libraries of toolkits that may be there.
-fn toolkits() -> impl Iterator<Item = PathBuf> {
-    let named = ["CUDA_PATH", "CUDA_HOME"]
-        .into_iter()
-        .filter_map(std::env::var_os);
+fn toolkits(var: impl Fn(&str) -> Option<OsString>) -> impl Iterator<Item = PathBuf> {
+    let named = ["CUDA_PATH", "CUDA_HOME"].into_iter().filter_map(var);
     named
+        // An empty one would be the working directory.
+        .filter(|toolkit| !toolkit.is_empty())
         .map(PathBuf::from)
         .chain([PathBuf::from("/usr/local/cuda")])
         .flat_map(|toolkit| [toolkit.join("lib64"), toolkit.join("lib")])
@@ -93,6 +95,19 @@ unsafe fn load(folder: &Path) -> bool {
                 }
             })
         })
+}
+
+/// Its version, as CUDA numbers them: `13.0`.
+/// # Errors
+/// [`DeviceError::NoCompiler`]; [`DeviceError::Driver`] when it does not say.
+pub fn version() -> Result<String, DeviceError> {
+    find()?;
+    let (mut major, mut minor): (c_int, c_int) = (0, 0);
+    // SAFETY: the library is there; it writes two integers.
+    unsafe { sys::nvrtcVersion(&raw mut major, &raw mut minor) }
+        .result()
+        .map_err(|e| failure("nvrtcVersion", e))?;
+    Ok(format!("{major}.{minor}"))
 }
 
 /// The compute capabilities, times 10, that the compiler can compile for, in rising order.
@@ -219,5 +234,19 @@ impl Drop for Program {
     fn drop(&mut self) {
         // SAFETY: it exists, and is not used again.
         let _ = unsafe { sys::nvrtcDestroyProgram(&raw mut self.0) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_variable_names_no_toolkit() {
+        let folders = |path: Option<&str>| -> Vec<PathBuf> {
+            toolkits(|name| path.filter(|_| name == "CUDA_PATH").map(OsString::from)).collect()
+        };
+        assert!(folders(Some("/there")).contains(&PathBuf::from("/there/lib64")));
+        assert_eq!(folders(Some("")), folders(None));
     }
 }

@@ -72,7 +72,8 @@ impl GenerationConfig {
                 0.0
             }),
             top_k: f.count("top_k", 0..=1 << 22)?,
-            top_p: number("top_p", 0.0..=1.0)?,
+            // The sampler keeps at least one token, so 0 has no meaning.
+            top_p: number("top_p", 1e-6..=1.0)?,
             min_p: number("min_p", 0.0..=1.0)?,
             repetition_penalty: number("repetition_penalty", 1e-3..=1e3)?,
         })
@@ -188,6 +189,9 @@ mod tests {
                 .temperature,
             Some(0.5)
         );
-        assert!(read(json!({"top_p": 2})).is_err());
+        for top_p in [json!(2), json!(0), json!(1e-60)] {
+            let error = read(json!({ "top_p": top_p })).unwrap_err().to_string();
+            assert!(error.contains("field 'top_p' is"), "{error}");
+        }
     }
 }

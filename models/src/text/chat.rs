@@ -4,18 +4,22 @@
 //! reference runs it: `trim_blocks` and `lstrip_blocks` on, nothing escaped, Python's string
 //! methods, `raise_exception`, and the variables `messages`, `add_generation_prompt`, `bos_token`
 //! and `eos_token`. It is somebody else's program, so it can read nothing but those variables,
-//! and its work, memory, depth and output are bounded.
+//! and its work, memory, depth, output and time are bounded.
 
 use std::io;
 use std::panic::resume_unwind;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde, Value};
-use minijinja::{Environment, ErrorKind};
+use minijinja::{Environment, ErrorKind, State};
 use serde::{Deserialize, Serialize};
 
-use super::error::TextError;
+use super::bounds::{self, Beyond};
+use super::error::{TemplateLimit, TextError};
 use super::files::{self, TokenizerConfig};
 use super::tiktoken;
 use super::tokenizer::{Bos, MAX_TEXT_BYTES, Tokenizer};
@@ -28,7 +32,12 @@ const STACK_PER_BYTE: usize = 1 << 10;
 const STACK_AT_LEAST: usize = 1 << 20;
 /// Work one rendering may do: one unit per instruction and per 64 bytes made, so that it bounds
 /// memory too. A message costs about thirty units and its own length.
-const FUEL: u64 = 10_000_000;
+const FUEL: u64 = 4_000_000;
+/// Longest time of one rendering. What was measured takes milliseconds; this is for what no other bound holds.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Stack for rendering: calls as deep as may be, and values as deep as may be built in them without
+/// being measured.
+const RENDER_STACK: usize = 64 << 20;
 /// Depth of calls and nested loops in one rendering.
 const MAX_DEPTH: usize = 100;
 /// Longest rendering: what can be encoded.
@@ -166,7 +175,7 @@ impl Builtin {
 /// ```
 #[derive(Clone)]
 pub struct ChatTemplate {
-    environment: Environment<'static>,
+    environment: Arc<Environment<'static>>,
     origin: String,
     bos_token: Option<String>,
     eos_token: Option<String>,
@@ -285,10 +294,21 @@ impl ChatTemplate {
         environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
         environment.set_fuel(Some(FUEL));
         environment.set_recursion_limit(MAX_DEPTH);
-        environment
-            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.set_unknown_method_callback(method);
         environment.add_function("raise_exception", raise_exception);
         environment.add_filter("tojson", tojson);
+        environment.add_filter(bounds::FILTER, bounds::measured);
+        environment.add_filter(bounds::FIELD_FILTER, bounds::measured_field);
+        environment.set_formatter(|out, state, value| {
+            bounds::measure(state, value)?;
+            minijinja::escape_formatter(out, state, value)
+        });
+        let source =
+            bounds::prepared(&source).map_err(|(line, limit)| TextError::TemplateBeyond {
+                origin: origin.into(),
+                line: Some(line),
+                limit,
+            })?;
         let stack = STACK_AT_LEAST + source.len() * STACK_PER_BYTE;
         compile(&mut environment, source, stack)
             .map_err(|error| TextError::TemplateFailed {
@@ -298,7 +318,7 @@ impl ChatTemplate {
             })?
             .map_err(syntax_error)?;
         Ok(Self {
-            environment,
+            environment: Arc::new(environment),
             origin: origin.into(),
             bos_token,
             eos_token,
@@ -314,30 +334,62 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// [`TextError::TemplateRaised`] when the template refuses the messages;
-    /// [`TextError::TemplateFailed`]; [`TextError::TemplateOutOfFuel`] and
-    /// [`TextError::PromptTooLong`] when it goes beyond its bounds.
+    /// [`TextError::TemplateFailed`]; [`TextError::TemplateOutOfFuel`], [`TextError::TemplateBeyond`] and
+    /// [`TextError::PromptTooLong`] when it goes beyond its bounds. After the longest time a thread is left
+    /// behind, since nothing can stop it: it works until it meets another bound.
     pub fn render(
         &self,
         messages: &[Message],
         prompt: GenerationPrompt,
     ) -> Result<String, TextError> {
-        let template = self
-            .environment
-            .get_template(TEMPLATE)
-            .map_err(|e| self.failed(e))?;
+        self.render_within(messages, prompt, PATIENCE)
+    }
+
+    fn render_within(
+        &self,
+        messages: &[Message],
+        prompt: GenerationPrompt,
+        patience: Duration,
+    ) -> Result<String, TextError> {
         let variables = Value::from(Serde(Variables {
             messages,
             add_generation_prompt: prompt == GenerationPrompt::Add,
             bos_token: self.bos_token.as_deref(),
             eos_token: self.eos_token.as_deref(),
         }));
-        let mut output = Bounded {
-            bytes: Vec::new(),
-            full: false,
+        let environment = Arc::clone(&self.environment);
+        let (sender, receiver) = mpsc::sync_channel(1);
+        let rendering = std::thread::Builder::new()
+            .stack_size(RENDER_STACK)
+            .spawn(move || {
+                let mut output = Bounded {
+                    bytes: Vec::new(),
+                    full: false,
+                };
+                let rendered = environment
+                    .get_template(TEMPLATE)
+                    .and_then(|template| template.render_captured_to(variables, &mut output))
+                    .map(drop);
+                // Nobody listens any more when it took too long.
+                let _ = sender.send((output, rendered));
+            })
+            .map_err(|error| TextError::TemplateFailed {
+                origin: self.origin.clone(),
+                line: 0,
+                reason: format!(
+                    "no thread with a stack of {RENDER_STACK} bytes to render it: {error}"
+                ),
+            })?;
+        let (output, rendered) = match receiver.recv_timeout(patience) {
+            Ok(result) => result,
+            Err(RecvTimeoutError::Timeout) => {
+                return Err(self.beyond(None, TemplateLimit::Time(patience)));
+            }
+            Err(RecvTimeoutError::Disconnected) => match rendering.join() {
+                Ok(()) => unreachable!("it sends before it ends"),
+                Err(panic) => resume_unwind(panic),
+            },
         };
-        let rendered = template
-            .render_captured_to(variables, &mut output)
-            .map(drop);
         if output.full {
             return Err(TextError::PromptTooLong {
                 origin: self.origin.clone(),
@@ -400,25 +452,35 @@ impl ChatTemplate {
 
     fn failed(&self, error: minijinja::Error) -> TextError {
         let origin = self.origin.clone();
-        let raised =
+        let line = error.line().unwrap_or(0);
+        let mut causes =
             std::iter::successors(Some(&error as &(dyn std::error::Error + 'static)), |e| {
                 e.source()
-            })
-            .find_map(|error| error.downcast_ref::<Raised>());
-        if let Some(Raised(message)) = raised {
+            });
+        if let Some(Raised(message)) = causes.clone().find_map(|e| e.downcast_ref()) {
             return TextError::TemplateRaised {
                 origin,
                 message: message.clone(),
             };
         }
+        if let Some(&Beyond(limit)) = causes.find_map(|e| e.downcast_ref()) {
+            return self.beyond(error.line(), limit);
+        }
         if error.kind() == ErrorKind::OutOfFuel {
             return TextError::TemplateOutOfFuel { origin, fuel: FUEL };
         }
-        let line = error.line().unwrap_or(0);
         TextError::TemplateFailed {
             origin,
             line,
             reason: reason(&error),
+        }
+    }
+
+    fn beyond(&self, line: Option<usize>, limit: TemplateLimit) -> TextError {
+        TextError::TemplateBeyond {
+            origin: self.origin.clone(),
+            line,
+            limit,
         }
     }
 }
@@ -450,8 +512,22 @@ fn raise_exception(message: String) -> Result<Value, minijinja::Error> {
     )
 }
 
+/// Python's methods of strings, lists and maps. Some write out what they are given.
+fn method(
+    state: &mut State,
+    value: &Value,
+    name: &str,
+    arguments: &[Value],
+) -> Result<Value, minijinja::Error> {
+    for argument in arguments {
+        bounds::measure(state, argument)?;
+    }
+    minijinja_contrib::pycompat::unknown_method_callback(state, value, name, arguments)
+}
+
 /// `tojson` as the reference has it: Python's `json.dumps`, letters as they are, no HTML escapes.
-fn tojson(value: Value, options: Kwargs) -> Result<String, minijinja::Error> {
+fn tojson(state: &State, value: Value, options: Kwargs) -> Result<String, minijinja::Error> {
+    bounds::measure(state, &value)?;
     let indent: Option<usize> = options.get("indent")?;
     let json = match indent {
         Some(width) if width <= 16 => {
@@ -613,7 +689,7 @@ mod tests {
             matches!(error, TextError::TemplateSyntax { line: 2, .. }),
             "{error}"
         );
-        let deep = "(".repeat(50_000);
+        let deep = "(".repeat(bounds::MAX_TAG_BYTES / 2);
         let error = ChatTemplate::new(format!("{{{{ {deep}"), "here", None, None).unwrap_err();
         assert!(matches!(error, TextError::TemplateSyntax { .. }), "{error}");
         let long = " ".repeat(MAX_TEMPLATE_BYTES + 1);
@@ -631,6 +707,9 @@ mod tests {
             ("{{ ", "-", "1 }}"),
             ("{{ ", "not ", "1 }}"),
             ("{{ ", "1+", "1 }}"),
+            ("{{ ", "1~", "1 }}"),
+            ("{{ ", "1234567890~", " }}"),
+            ("{{ ", "[1]+", " }}"),
             ("{{ ", "1<", "1 }}"),
             ("{{ ", "1 or ", "1 }}"),
             ("{{ ", "1 if 1 else ", "1 }}"),
@@ -647,7 +726,23 @@ mod tests {
             let source = format!("{begin}{}{end}", link.repeat(links));
             match ChatTemplate::new(source, "here", None, None) {
                 Ok(_) | Err(TextError::TemplateSyntax { .. }) => {}
+                Err(TextError::TemplateBeyond {
+                    line: Some(1),
+                    limit,
+                    ..
+                }) if limit == TemplateLimit::TagBytes(bounds::MAX_TAG_BYTES) => {}
                 Err(error) => panic!("{begin}{link}{link}{end}: {error}"),
+            }
+            // As long as a tag can be, as often as it fits into a template.
+            if begin == "{{ " && end.ends_with(" }}") && link != "(" {
+                let links = (bounds::MAX_TAG_BYTES - 4) / link.len();
+                let tag = format!("{begin}{}{end}", link.repeat(links));
+                let source = tag.repeat(MAX_TEMPLATE_BYTES / tag.len());
+                assert!(bounds::longest_tag(&source) > bounds::MAX_TAG_BYTES / 2);
+                match ChatTemplate::new(source, "here", None, None) {
+                    Ok(_) | Err(TextError::TemplateSyntax { .. }) => {}
+                    Err(error) => panic!("{tag}: {error}"),
+                }
             }
         }
     }
@@ -679,18 +774,14 @@ mod tests {
     }
 
     #[test]
-    fn work_memory_depth_and_output_are_bounded() {
+    fn work_depth_and_output_are_bounded() {
         let forever =
             "{% for a in range(99999) %}{% for a in range(99999) %}{% endfor %}{% endfor %}";
-        let doubling = "{% set n = namespace(x='ab') %}{% for i in range(60) %}\
-                        {% set n.x = n.x ~ n.x %}{% endfor %}";
-        for source in [forever, doubling] {
-            let error = render(source).unwrap_err();
-            assert!(
-                matches!(error, TextError::TemplateOutOfFuel { .. }),
-                "{error}"
-            );
-        }
+        let error = render(forever).unwrap_err();
+        assert!(
+            matches!(error, TextError::TemplateOutOfFuel { .. }),
+            "{error}"
+        );
         let deep = "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}";
         assert!(matches!(
             render(deep),
@@ -698,6 +789,122 @@ mod tests {
         ));
         let long = "{% for i in range(9999) %}{{ 'x' * 9999 }}{% endfor %}";
         assert!(matches!(render(long), Err(TextError::PromptTooLong { .. })));
+    }
+
+    fn beyond(source: &str) -> (usize, TemplateLimit) {
+        match render(source) {
+            Err(TextError::TemplateBeyond { line, limit, .. }) => (line.unwrap(), limit),
+            other => panic!("{source}: {other:?}"),
+        }
+    }
+
+    /// Each in a loop, and each aborted the process or took gigabytes or minutes.
+    #[test]
+    fn values_that_grow_are_bounded() {
+        let bytes = TemplateLimit::ValueBytes(bounds::MAX_VALUE_BYTES);
+        let depth = TemplateLimit::ValueDepth(bounds::MAX_VALUE_DEPTH);
+        for (growth, limit) in [
+            ("n.x ~ n.x", bytes),
+            ("[n.x, n.x]", bytes),
+            ("{'a': n.x, 'b': n.x}", bytes),
+            ("[n.x] * 2", bytes),
+            ("[n.x, n.x] | reverse", bytes),
+            ("{'a': n.x, 'b': n.x}.values()", bytes),
+            ("[n.x]", depth),
+            ("{'a': n.x}", depth),
+            ("(n.x,)", depth),
+            ("n.x, ", depth),
+            ("[[n.x]] | first", depth),
+            ("namespace(x=n.x)", TemplateLimit::NestedNamespace),
+            ("n", TemplateLimit::NestedNamespace),
+            ("[n]", TemplateLimit::NestedNamespace),
+            ("{'a': n}.items()", TemplateLimit::NestedNamespace),
+            ("[n] + [n]", TemplateLimit::NestedNamespace),
+        ] {
+            let source = format!(
+                "{{% set n = namespace(x='ab') %}}\n{{% for i in range(9999) %}}\n\
+                 {{%- set n.x = {growth} -%}}\n{{% endfor %}}"
+            );
+            assert_eq!(beyond(&source), (3, limit), "{growth}");
+        }
+        // Unrolled, so that nothing is carried by a namespace.
+        let unrolled = |set: &str| format!("{{% set x = 'ab' %}}{}", set.repeat(999));
+        assert_eq!(beyond(&unrolled("{% set x = [x, x] %}")).1, bytes);
+        assert_eq!(beyond(&unrolled("{% set x, y = [x], 1 %}")).1, depth);
+    }
+
+    /// Values that no variable holds, as large as one expression makes them.
+    #[test]
+    fn what_is_written_is_bounded() {
+        let bytes = TemplateLimit::ValueBytes(bounds::MAX_VALUE_BYTES);
+        let large = "[[['a'] * 999] * 999] * 999";
+        for use_of_it in ["", " | tojson", " | tojson(indent=2)"] {
+            let source = format!("{{{{ ({large}){use_of_it} }}}}");
+            assert_eq!(beyond(&source), (1, bytes), "{source}");
+        }
+        assert_eq!(beyond(&format!("{{{{ '-'.join({large}) }}}}")).1, bytes);
+    }
+
+    #[test]
+    fn what_nothing_else_bounds_is_given_up() {
+        let nested = |name: &str| {
+            let each = |i| format!("{{% for {name}{} in [[{name}{i}, {name}{i}]] %}}", i + 1);
+            (0..22).map(each).collect::<String>()
+        };
+        let source = format!(
+            "{{% set a0 = 1 %}}{{% set b0 = 1 %}}{}{}{{{{ a22 == b22 }}}}{}",
+            nested("a"),
+            nested("b"),
+            "{% endfor %}".repeat(44),
+        );
+        let patience = Duration::ZERO;
+        let error = template(&source)
+            .render_within(&[], GenerationPrompt::Omit, patience)
+            .unwrap_err();
+        assert!(
+            matches!(error, TextError::TemplateBeyond { limit: TemplateLimit::Time(limit), .. } if limit == patience),
+            "{error}"
+        );
+    }
+
+    /// As deep as calls and brackets go together, compared and joined: the stack has to hold it.
+    #[test]
+    fn values_within_an_expression_fit_on_the_stack() {
+        let (open, close) = ("[".repeat(40), "]".repeat(40));
+        let source = format!(
+            "{{% macro m(x, n) %}}{{% if n %}}{{{{ m({open}x{close}, n - 1) }}}}\
+             {{% else %}}{{{{ (x ~ '') | length }}}}{{{{ x == [x] }}}}{{% endif %}}{{% endmacro %}}\
+             {{{{ m(1, DEPTH) }}}}"
+        );
+        let depths = (1..MAX_DEPTH).rev();
+        let mut rendered = depths.map(|n| render(&source.replace("DEPTH", &n.to_string())));
+        let deepest = rendered
+            .find_map(Result::ok)
+            .expect("one that is not too deep");
+        let length: String = deepest.chars().take_while(char::is_ascii_digit).collect();
+        let brackets = length.parse::<usize>().unwrap() / 2;
+        assert!(brackets > 500, "{deepest}");
+    }
+
+    /// Published templates, in a conversation that fills the longest context, use a tenth of each bound.
+    #[test]
+    fn the_bounds_leave_room() {
+        let turn = [
+            Message::user("word ".repeat(100)),
+            Message::assistant("word ".repeat(100)),
+        ];
+        let messages: Vec<Message> = turn.into_iter().cycle().take(1280).collect();
+        for builtin in Builtin::ALL {
+            let source = builtin.source();
+            assert!(source.len() <= MAX_TEMPLATE_BYTES / 10);
+            assert!(bounds::longest_tag(source) <= bounds::MAX_TAG_BYTES / 10);
+            let mut template = ChatTemplate::builtin(builtin).unwrap();
+            let environment = Arc::get_mut(&mut template.environment).unwrap();
+            environment.set_fuel(Some(FUEL / 10));
+            environment.set_recursion_limit(MAX_DEPTH / 10);
+            let text = template.render(&messages, GenerationPrompt::Add).unwrap();
+            assert!(text.len() <= MAX_PROMPT_BYTES / 10);
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Everything that can be wrong with a tokenizer, a template or a text.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Why a text could not be encoded, decoded or rendered: one variant per cause.
 ///
@@ -187,6 +188,22 @@ pub enum TextError {
         limit: usize,
     },
 
+    /// A tokenizer whose own replacements make a text too long.
+    #[error(
+        "{origin}: its normalizer makes a text up to {growth} times longer: one of {bytes} bytes could go \
+         beyond {limit} bytes"
+    )]
+    GrownTooLong {
+        /// The tokenizer.
+        origin: String,
+        /// The text's length.
+        bytes: usize,
+        /// How many times longer it may become.
+        growth: f64,
+        /// The limit.
+        limit: usize,
+    },
+
     /// The `tokenizers` library could not encode a text.
     #[error("{origin}: cannot encode the text: {reason}")]
     Encode {
@@ -292,6 +309,17 @@ pub enum TextError {
         fuel: u64,
     },
 
+    /// A chat template went beyond another bound.
+    #[error("{origin}: chat template{}: {limit}", .line.map_or(String::new(), |line| format!(", line {line}")))]
+    TemplateBeyond {
+        /// Where the template comes from.
+        origin: String,
+        /// Line of the template, from 1, where it is known.
+        line: Option<usize>,
+        /// The bound.
+        limit: TemplateLimit,
+    },
+
     /// A chat template writes more than a prompt may hold.
     #[error("{origin}: the chat template writes more than {limit} bytes")]
     PromptTooLong {
@@ -331,4 +359,25 @@ pub enum TextError {
     /// An answer was recorded where no question waits for one.
     #[error("an answer was recorded, but no question is waiting for one")]
     NoQuestion,
+}
+
+/// A bound of chat templates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum TemplateLimit {
+    /// Of a tag, strings aside.
+    #[error("a tag of more than {0} bytes, strings aside")]
+    TagBytes(usize),
+    /// Of a value, written out.
+    #[error("a value of more than {0} bytes")]
+    ValueBytes(usize),
+    /// Of lists and maps within each other.
+    #[error("lists and maps more than {0} deep within each other")]
+    ValueDepth(usize),
+    /// A namespace may hold no namespace, since it could come to hold itself.
+    #[error("a namespace within another value: it may stand in a variable only")]
+    NestedNamespace,
+    /// Of a rendering.
+    #[error("not rendered after {} seconds", .0.as_secs())]
+    Time(Duration),
 }

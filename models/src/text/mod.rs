@@ -11,11 +11,13 @@
 //! All of it reads files that somebody else wrote. Whatever they hold, the answer is a
 //! [`TextError`] that names the file, what was expected and what was found.
 
+mod bounds;
 mod chat;
 mod conversation;
 mod detokenizer;
 mod error;
 mod files;
+mod growth;
 mod image_tags;
 pub(crate) mod tiktoken;
 mod tokenizer;
@@ -23,7 +25,7 @@ mod tokenizer;
 pub use chat::{Builtin, ChatTemplate, GenerationPrompt, Message, Role};
 pub use conversation::{Conversation, PLACEHOLDER};
 pub use detokenizer::Detokenizer;
-pub use error::TextError;
+pub use error::{TemplateLimit, TextError};
 pub use image_tags::{Segment, encode_with_images};
 pub use tokenizer::{Bos, MAX_TEXT_BYTES, Special, Tokenizer};
 

@@ -26,12 +26,19 @@ use tokenizers::PostProcessorWrapper;
 
 use super::error::TextError;
 use super::files::{self, TokenizerConfig};
+use super::growth::growth;
 use super::tiktoken;
 use crate::foreign::caught;
 
 /// Longest text that is encoded at once. Encoding needs memory of about a hundred times the text;
 /// the longest context of the family holds about half a megabyte.
 pub const MAX_TEXT_BYTES: usize = 16 << 20;
+
+/// Longest text after the replacements of a tokenizer, at their worst. Phi's make the longest text up to
+/// twelve times longer.
+const MAX_NORMALIZED_BYTES: usize = 12 * MAX_TEXT_BYTES;
+/// Most times that a decoder may make a token's text longer. Phi's makes it shorter.
+const MAX_DECODER_GROWTH: f64 = 16.0;
 
 /// Whether the beginning-of-sequence token goes before a text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,6 +77,8 @@ struct Shared {
     anchor: Option<Anchor>,
     /// Longest run of white space that is encoded, in characters.
     max_space: Option<usize>,
+    /// How many times longer a text becomes before it is cut into tokens, at most.
+    growth: f64,
 }
 
 /// An ordinary token and its text. Decoding `[anchor, id]` and taking the anchor's text off again
@@ -143,6 +152,18 @@ impl Tokenizer {
         // The ids of `encode` are those of the text alone; what goes before it is `Bos`'s affair.
         inner.with_post_processor(None::<PostProcessorWrapper>);
 
+        let growth_of = |step: serde_json::Result<serde_json::Value>| match step {
+            Ok(step) => Ok(growth(&step)),
+            Err(error) => Err(unusable(error.to_string())),
+        };
+        let decoder_growth = growth_of(serde_json::to_value(inner.get_decoder()))?;
+        if decoder_growth > MAX_DECODER_GROWTH {
+            return Err(unusable(format!(
+                "its decoder makes a text up to {decoder_growth} times longer, expected at most \
+                 {MAX_DECODER_GROWTH} times"
+            )));
+        }
+
         let vocab = inner.get_vocab(true);
         let Some((max_token, &max_id)) = vocab.iter().max_by_key(|(_, id)| **id) else {
             return Err(unusable("it has no tokens".into()));
@@ -180,6 +201,7 @@ impl Tokenizer {
                 },
                 anchor: find_anchor(&inner),
                 max_space,
+                growth: growth_of(serde_json::to_value(inner.get_normalizer()))?,
                 origin: origin.into(),
                 inner,
             }),
@@ -189,13 +211,21 @@ impl Tokenizer {
     /// The ids of a text. Special tokens spelled out in it are recognised.
     ///
     /// # Errors
-    /// [`TextError::TextTooLong`] and [`TextError::SpaceTooLong`]; [`TextError::NoBos`] when [`Bos::Add`] is asked of a tokenizer
+    /// [`TextError::TextTooLong`], [`TextError::GrownTooLong`] and [`TextError::SpaceTooLong`]; [`TextError::NoBos`] when [`Bos::Add`] is asked of a tokenizer
     /// that names no such token; [`TextError::Encode`].
     pub fn encode(&self, text: &str, bos: Bos) -> Result<Vec<u32>, TextError> {
         if text.len() > MAX_TEXT_BYTES {
             return Err(TextError::TextTooLong {
                 bytes: text.len(),
                 limit: MAX_TEXT_BYTES,
+            });
+        }
+        if text.len() as f64 * self.shared.growth > MAX_NORMALIZED_BYTES as f64 {
+            return Err(TextError::GrownTooLong {
+                origin: self.origin().into(),
+                bytes: text.len(),
+                growth: self.shared.growth,
+                limit: MAX_NORMALIZED_BYTES,
             });
         }
         if let Some(limit) = self.shared.max_space {
@@ -557,6 +587,48 @@ mod tests {
             let _ = tokenizer.encode("<s>a <unk>\n你 <|end|>\n b", Bos::Add);
             let _ = tokenizer.decode(&[1, 263, 13, 32007, 77], Special::Skip);
             let _ = tokenizer.decode_inside(&[263]);
+        }
+    }
+
+    /// Each took all memory, and the process with it.
+    #[test]
+    fn replacements_without_measure_are_refused() {
+        let tens = |list: &str| {
+            let ten = serde_json::json!({"type": "Replace", "pattern": {"String": "a"}, "content": "a".repeat(10)});
+            serde_json::json!({"type": "Sequence", list: vec![ten; 12]})
+        };
+        let json = fixture::edited_tokenizer_json(|json| json["normalizer"] = tens("normalizers"));
+        let error = Tokenizer::from_bytes(&json, None, "here")
+            .and_then(|tokenizer| tokenizer.encode("a", Bos::Omit))
+            .unwrap_err();
+        assert!(
+            matches!(
+                error,
+                TextError::GrownTooLong {
+                    bytes: 1,
+                    growth: 1e12,
+                    ..
+                }
+            ),
+            "{error}"
+        );
+        let json = fixture::edited_tokenizer_json(|json| json["decoder"] = tens("decoders"));
+        let error = Tokenizer::from_bytes(&json, None, "here").unwrap_err();
+        let message = error.to_string();
+        assert!(
+            message.contains("up to 1000000000000 times longer, expected at most 16"),
+            "{message}"
+        );
+    }
+
+    /// The longest text that may be encoded at all is not too long for the family's own.
+    #[test]
+    fn replacements_of_the_family_are_not_refused() {
+        for tokenizer in [mini(), vision()] {
+            let shared = &tokenizer.shared;
+            assert!(shared.growth * MAX_TEXT_BYTES as f64 <= MAX_NORMALIZED_BYTES as f64);
+            let decoder = serde_json::to_value(shared.inner.get_decoder()).unwrap();
+            assert!(growth(&decoder) <= MAX_DECODER_GROWTH / 10.0);
         }
     }
 

@@ -8,6 +8,9 @@ use phidias_kernels::cuda::{
 };
 use std::sync::Arc;
 
+/// What a buffer takes a multiple of.
+pub const ROOM: usize = 256;
+
 /// Memory that is taken when more is needed, and kept.
 #[derive(Debug, Default)]
 pub(super) struct Room(Option<Memory>);
@@ -24,7 +27,7 @@ impl Room {
         }
         // Before, so that both need not fit.
         self.0 = None;
-        self.0 = Some(Memory::new(device, bytes.next_multiple_of(256))?);
+        self.0 = Some(Memory::new(device, bytes.next_multiple_of(ROOM))?);
         Ok(true)
     }
 
@@ -124,7 +127,7 @@ impl DeviceTokens {
             rotations,
         } = tokens;
         (self.tokens, self.pairs) = (ids.len(), rotations.cos.cols());
-        let [.., end] = self.bounds();
+        let [.., end] = Self::bounds(self.tokens, self.pairs);
         let mut words = Vec::with_capacity(end);
         words.push(u32::try_from(*first).expect("a position"));
         words.resize(words.len().next_multiple_of(BOUNDARY), 0);
@@ -145,11 +148,17 @@ impl DeviceTokens {
     }
 
     /// Where ids, cosines and sines begin, and the end, in words.
-    fn bounds(&self) -> [usize; 4] {
+    fn bounds(tokens: usize, pairs: usize) -> [usize; 4] {
         let ids = BOUNDARY;
-        let cos = ids + self.tokens.next_multiple_of(BOUNDARY);
-        let values = (self.tokens * self.pairs).next_multiple_of(BOUNDARY);
+        let cos = ids + tokens.next_multiple_of(BOUNDARY);
+        let values = (tokens * pairs).next_multiple_of(BOUNDARY);
         [ids, cos, cos + values, cos + 2 * values]
+    }
+
+    /// Bytes of so many tokens.
+    pub(super) fn bytes(tokens: usize, pairs: usize) -> usize {
+        let [.., end] = Self::bounds(tokens, pairs);
+        end * size_of::<u32>()
     }
 
     fn words(&self, first: usize, len: usize) -> Span<'_, u32> {
@@ -166,11 +175,12 @@ impl DeviceTokens {
     }
 
     pub(super) fn ids(&self) -> Span<'_, u32> {
-        self.words(self.bounds()[0], self.tokens)
+        let [ids, ..] = Self::bounds(self.tokens, self.pairs);
+        self.words(ids, self.tokens)
     }
 
     pub(super) fn rotations(&self) -> Rotations<'_> {
-        let [_, cos, sin, _] = self.bounds();
+        let [_, cos, sin, _] = Self::bounds(self.tokens, self.pairs);
         let of = |first| self.words(first, self.tokens * self.pairs).cast();
         Rotations {
             cos: of(cos),

@@ -25,10 +25,11 @@ mod peaks;
 mod weights;
 
 pub use buffers::{
-    DeviceCandidates, DeviceExperts, DeviceInput, DeviceLoads, DeviceRoutes, DeviceTokens, Rows,
+    DeviceCandidates, DeviceExperts, DeviceInput, DeviceLoads, DeviceRoutes, DeviceTokens, ROOM,
+    Rows,
 };
 pub use cache::{DeviceCache, KvTypeRefused};
-pub use weights::{Part, Resident, Width};
+pub use weights::{Part, Resident, Width, matrix_bytes, places_bytes};
 
 use super::{
     Activation, Backend, DeviceFailed, Expert, GateUp, Heads, LayerRouting, Norm, Ops, Seen, Tokens,
@@ -37,6 +38,7 @@ use crate::sampling::{Candidates, MOST};
 use crate::tensor::{Buffer, Linear, Matrix};
 use buffers::Room;
 use phidias_kernels::cuda::attention::{self, Arithmetic};
+use phidias_kernels::cuda::elementwise::Output;
 use phidias_kernels::cuda::{Device, DeviceError, Recording, elementwise, experts, linear, sample};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -106,10 +108,17 @@ impl Cuda {
         })
     }
 
-    /// Bytes that [`Cuda::new`] takes, and the candidates of `rows` rows of logits.
+    /// Bytes that [`Cuda::new`] takes.
     #[must_use]
-    pub fn bytes(heads: Heads, context: usize, rows: usize) -> usize {
-        attention::Scratch::bytes(heads, context, FEW_TOKENS) + DeviceCandidates::bytes(rows, MOST)
+    pub fn bytes(heads: Heads, context: usize) -> usize {
+        attention::Scratch::bytes(heads, context, FEW_TOKENS)
+    }
+
+    /// Bytes of what a pass of `tokens` tokens leaves on the device beside its activations: the tokens, and
+    /// the candidates of `rows` rows of logits.
+    #[must_use]
+    pub fn pass_bytes(heads: Heads, tokens: usize, rows: usize) -> usize {
+        DeviceTokens::bytes(tokens, heads.head_dim / 2) + DeviceCandidates::bytes(rows, MOST)
     }
 
     /// What of `heads` the kernels cannot take, and what they expect.
@@ -338,6 +347,31 @@ impl CudaOps<'_> {
         }
     }
 
+    /// Attention over a layer of the cache; `y` says where its results go.
+    fn attend<'y>(
+        &self,
+        qkv: &Rows,
+        heads: Heads,
+        tokens: &DeviceTokens,
+        cache: &DeviceCache,
+        seen: Seen,
+        y: impl FnOnce() -> Output<'y>,
+    ) {
+        self.run(|device, _| {
+            attention::attention(
+                device,
+                qkv.span(),
+                heads,
+                cache.layer(seen.layer),
+                seen.mask,
+                seen.scale,
+                tokens.first(),
+                &self.cuda.partials,
+                y(),
+            )
+        });
+    }
+
     /// Shapes an input as a matrix takes it.
     fn shape(&self, out: &mut DeviceInput, w: &Matrix, rows: usize) {
         let layout = self.cuda.resident.layout(w);
@@ -467,26 +501,22 @@ impl Ops<Cuda> for CudaOps<'_> {
         y: &mut Rows,
         out: &mut DeviceInput,
     ) {
-        y.reshape(self, qkv.rows(), heads.queries());
         self.run(|device, _| {
             let rotations = tokens.rotations();
             let (layer, first) = (cache.layer(seen.layer), tokens.first());
             attention::rope_and_store(device, qkv.span(), heads, rotations, layer, first)
         });
-        self.run(|device, _| {
-            attention::attention(
-                device,
-                qkv.span(),
-                heads,
-                cache.layer(seen.layer),
-                seen.mask,
-                seen.scale,
-                tokens.first(),
-                &self.cuda.partials,
-                y.span(),
-            )
-        });
-        self.input(y, next, out);
+        let (qkv, cache) = (&*qkv, &*cache);
+        if self.cuda.partials.gives_inputs(qkv.rows()) {
+            self.shape(out, next, qkv.rows());
+            self.attend(qkv, heads, tokens, cache, seen, || {
+                Output::Input(out.activations())
+            });
+        } else {
+            y.reshape(self, qkv.rows(), heads.queries());
+            self.attend(qkv, heads, tokens, cache, seen, || Output::Rows(y.span()));
+            self.input(y, next, out);
+        }
     }
 
     fn full_attention(&self, qkv: &Rows, heads: Heads, tokens: usize, scale: f32, y: &mut Rows) {

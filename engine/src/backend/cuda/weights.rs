@@ -3,12 +3,16 @@
 use crate::Cancel;
 use crate::backend::{DeviceFailed, GateUp, Norm};
 use crate::tensor::{DType, Linear, Matrix};
+use bytemuck::Pod;
 use phidias_kernels::cuda::linear::{Elements, Gated, Layout, Weights};
 use phidias_kernels::cuda::{Device, DeviceError, Memory, Span, elementwise};
 use phidias_quant::BLOCK;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
+
+/// Where a part may begin.
+const BOUNDARY: usize = 256;
 
 /// Bytes that are copied to the device at a time.
 const SLICE: usize = 32 << 20;
@@ -36,14 +40,18 @@ pub enum Width {
 }
 
 impl Part<'_> {
-    /// Bytes that some parts take on a device, those that are named twice counted once.
+    /// Bytes of the memory that some parts take on a device; those that are named twice are there once.
     #[must_use]
-    pub fn bytes_of(parts: &[Self]) -> usize {
-        let mut known = HashMap::new();
-        for part in parts {
-            known.insert(part.key(), part.bytes());
-        }
-        known.values().sum()
+    pub fn bytes_of(parts: &[Self], device: &dyn Device) -> usize {
+        places_bytes(Self::distinct(parts).into_values(), device)
+    }
+
+    /// Bytes of each of them by its key.
+    fn distinct(parts: &[Self]) -> HashMap<usize, usize> {
+        parts
+            .iter()
+            .map(|part| (part.key(), part.bytes()))
+            .collect()
     }
 
     /// Where its first value lies on the host; model files do not move while the model lives.
@@ -69,32 +77,54 @@ impl Part<'_> {
     }
 }
 
+/// Bytes of the memory that distinct parts of so many bytes take on a device.
+#[must_use]
+pub fn places_bytes(parts: impl IntoIterator<Item = usize>, device: &dyn Device) -> usize {
+    let places = parts.into_iter().map(place);
+    places.sum::<usize>().next_multiple_of(device.piece())
+}
+
+/// Bytes of a matrix on a device.
+#[must_use]
+pub fn matrix_bytes(dtype: DType, rows: usize, cols: usize, width: Width) -> usize {
+    layout_of(dtype, rows, cols, width).bytes()
+}
+
+/// Bytes of the place of a part of so many.
+fn place(bytes: usize) -> usize {
+    bytes.next_multiple_of(BOUNDARY)
+}
+
 fn key<T>(values: &[T]) -> usize {
     values.as_ptr().addr()
 }
 
 /// How a matrix lies on the device.
 fn layout(matrix: &Matrix, width: Width) -> Layout {
-    let elements = match (matrix.dtype(), width) {
+    layout_of(matrix.dtype(), matrix.rows(), matrix.cols(), width)
+}
+
+fn layout_of(dtype: DType, rows: usize, cols: usize, width: Width) -> Layout {
+    let elements = match (dtype, width) {
         (DType::Packed(format), _) => Elements::Packed(format),
         (DType::F16, _) => Elements::F16,
         (DType::Bf16, Width::Stored) => Elements::Bf16,
         (DType::Bf16, Width::Widened) | (DType::F32, _) => Elements::F32,
     };
-    Layout::new(elements, matrix.rows(), matrix.cols()).expect("checked by the checkpoint")
+    Layout::new(elements, rows, cols).expect("checked by the checkpoint")
 }
 
 /// Weights in the memory of a device, found by where they lie on the host. Whoever holds this holds the
 /// model as well, and does not change it.
 #[derive(Debug)]
 pub struct Resident {
-    device: Arc<dyn Device>,
-    matrices: HashMap<usize, (Layout, Memory)>,
+    /// All of them: one allocation, since each is rounded up to whole pieces.
+    memory: Memory,
+    /// Bytes of it that are taken.
+    taken: usize,
+    matrices: HashMap<usize, (Layout, Range<usize>)>,
     /// Biases, norms and ids: 4 bytes each.
-    values: HashMap<usize, Memory>,
-    /// No values.
-    none: Memory,
-    bytes: usize,
+    values: HashMap<usize, Range<usize>>,
 }
 
 impl Resident {
@@ -108,14 +138,13 @@ impl Resident {
         cancel: &Cancel,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Option<Self>, DeviceFailed> {
-        let total = Part::bytes_of(parts);
+        let total = Part::distinct(parts).values().sum();
         let failed = |error| failed(&*device, error);
         let mut resident = Self {
-            none: Memory::new(&device, 0).map_err(failed)?,
-            device: Arc::clone(&device),
+            memory: Memory::new(&device, Part::bytes_of(parts, &*device)).map_err(failed)?,
+            taken: 0,
             matrices: HashMap::new(),
             values: HashMap::new(),
-            bytes: total,
         };
         let mut done = 0;
         for part in parts {
@@ -143,78 +172,99 @@ impl Resident {
             Part::Matrix(matrix, width) => (std::slice::from_ref(matrix), *width),
             Part::Experts(matrices, width) => (&matrices[..], *width),
             Part::Values([]) | Part::Ids([]) => return Ok(true),
-            Part::Values(values) => {
-                let values = Memory::from_slice(&self.device, values)?;
-                self.values.insert(key, values);
-                return Ok(told(part.bytes()));
-            }
+            Part::Values(values) => return self.put_values(key, values, told),
             Part::Ids(ids) => {
                 let id = |id: usize| u32::try_from(id).expect("ids of a vocabulary");
                 let ends: Vec<u32> = ids.iter().flat_map(|r| [id(r.start), id(r.end)]).collect();
-                self.values
-                    .insert(key, Memory::from_slice(&self.device, &ends)?);
-                return Ok(told(part.bytes()));
+                return self.put_values(key, &ends, told);
             }
         };
         let layout = layout(matrices[0], width);
-        if let Some((known, memory)) = self.matrices.get(&key) {
+        if let Some((known, place)) = self.matrices.get(&key) {
             assert_eq!(
-                (*known, memory.bytes()),
+                (*known, place.len()),
                 (layout, part.bytes()),
                 "one matrix, two layouts"
             );
             return Ok(true);
         }
-        let memory = Memory::new(&self.device, part.bytes())?;
+        let place = self.take(part.bytes());
+        let all = self.span::<u8>(&place);
         let mut go_on = true;
         for (matrix, i) in matrices.iter().zip(0..) {
-            let place = memory
-                .span()
-                .slice(i * layout.bytes()..(i + 1) * layout.bytes());
+            let place = all.slice(i * layout.bytes()..(i + 1) * layout.bytes());
             go_on = go_on && upload(matrix, &layout, place, told)?;
         }
-        self.matrices.insert(key, (layout, memory));
+        self.matrices.insert(key, (layout, place));
         Ok(go_on)
+    }
+
+    /// Copies values that are not there.
+    fn put_values<T: Pod>(
+        &mut self,
+        key: usize,
+        values: &[T],
+        told: &mut dyn FnMut(usize) -> bool,
+    ) -> Result<bool, DeviceError> {
+        if self.values.contains_key(&key) {
+            return Ok(true);
+        }
+        let place = self.take(size_of_val(values));
+        self.span(&place).upload(values)?;
+        self.values.insert(key, place);
+        Ok(told(size_of_val(values)))
+    }
+
+    /// The next place of so many bytes.
+    fn take(&mut self, bytes: usize) -> Range<usize> {
+        let first = self.taken;
+        self.taken += place(bytes);
+        first..first + bytes
+    }
+
+    fn span<T: Pod>(&self, place: &Range<usize>) -> Span<'_, T> {
+        self.memory.span::<u8>().slice(place.clone()).cast()
     }
 
     /// Its device.
     #[must_use]
     pub fn device(&self) -> &Arc<dyn Device> {
-        &self.device
+        self.memory.device()
     }
 
     /// Bytes of the device that it takes.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.bytes
+        self.memory.bytes()
     }
 
-    fn found(&self, matrix: &Matrix) -> &(Layout, Memory) {
-        (self.matrices.get(&key(matrix.data()))).expect("a matrix that was put on the device")
+    fn found(&self, matrix: &Matrix) -> (Layout, Span<'_, u8>) {
+        let found = self.matrices.get(&key(matrix.data()));
+        let (layout, place) = found.expect("a matrix that was put on the device");
+        (*layout, self.span(place))
     }
 
     fn values(&self, values: &[f32]) -> Span<'_, f32> {
-        (self.values.get(&key(values)))
-            .expect("values that were put on the device")
-            .span()
+        let place = self.values.get(&key(values));
+        self.span(place.expect("values that were put on the device"))
     }
 
     /// How a matrix lies on the device.
-    pub(super) fn layout(&self, matrix: &Matrix) -> &Layout {
-        &self.found(matrix).0
+    pub(super) fn layout(&self, matrix: &Matrix) -> Layout {
+        self.found(matrix).0
     }
 
     /// A matrix, or that of all experts when it is the first one's.
     pub(super) fn matrix(&self, matrix: &Matrix) -> Weights<'_> {
-        let (layout, memory) = self.found(matrix);
-        Weights::new(*layout, memory.span(), None)
+        let (layout, place) = self.found(matrix);
+        Weights::new(layout, place, None)
     }
 
     /// A matrix and its bias.
     pub(super) fn linear(&self, linear: &Linear) -> Weights<'_> {
-        let (layout, memory) = self.found(&linear.weight);
+        let (layout, place) = self.found(&linear.weight);
         let bias = linear.bias.as_ref().map(|bias| self.values(bias));
-        Weights::new(*layout, memory.span(), bias)
+        Weights::new(layout, place, bias)
     }
 
     /// Gated projections. `None` where one matrix has rows of `up` that do not begin with a panel.
@@ -249,10 +299,11 @@ impl Resident {
     /// First id and end of each range.
     pub(super) fn ids(&self, ids: &[Range<usize>]) -> Span<'_, u32> {
         match ids {
-            [] => self.none.span(),
-            ids => (self.values.get(&key(ids)))
-                .expect("ids that were put on the device")
-                .span(),
+            [] => self.span(&(0..0)),
+            ids => {
+                let place = self.values.get(&key(ids));
+                self.span(place.expect("ids that were put on the device"))
+            }
         }
     }
 }

@@ -29,7 +29,7 @@ fn scalar() -> &'static Kernels {
 }
 
 /// What a function writes in each form: the floats, and bf16 and bytes that must be made of just these.
-fn in_every_form(
+pub(in crate::cuda) fn in_every_form(
     device: &Arc<dyn Device>,
     (rows, cols): (usize, usize),
     run: impl Fn(Output<'_>) -> Result<(), DeviceError>,

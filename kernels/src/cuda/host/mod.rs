@@ -53,6 +53,15 @@ const LIMITS: Limits = Limits {
     memory: 8 << 30,
 };
 
+/// The memory of a host device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostMemory {
+    /// All of it.
+    pub bytes: usize,
+    /// What it is given out in.
+    pub piece: usize,
+}
+
 /// What was copied between the host and a device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Traffic {
@@ -73,6 +82,7 @@ pub struct HostDevice(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     order: Order,
+    memory: HostMemory,
     turns: Turns,
     state: Mutex<State>,
     deferred: Deferred,
@@ -102,9 +112,18 @@ impl HostDevice {
     /// # Errors
     /// [`DeviceError::Host`] where there is no C++ compiler. Its name is taken from `CXX`, if set.
     pub fn new(order: Order) -> Result<Self, DeviceError> {
+        let bytes = LIMITS.memory;
+        Self::with_memory(order, HostMemory { bytes, piece: 1 })
+    }
+
+    /// The same with other memory.
+    /// # Errors
+    /// As [`HostDevice::new`].
+    pub fn with_memory(order: Order, memory: HostMemory) -> Result<Self, DeviceError> {
         compiler()?;
         Ok(Self(Arc::new(Inner {
             order,
+            memory,
             turns: Turns::default(),
             state: Mutex::default(),
             deferred: Deferred::default(),
@@ -170,7 +189,7 @@ impl Inner {
     fn free_now(&self, address: u64) {
         let mut state = self.state();
         let bytes = state.allocations.remove(&address).expect("an allocation");
-        state.used -= bytes;
+        state.used -= bytes.next_multiple_of(self.memory.piece);
         // SAFETY: `allocate` made this address of an allocation of this layout.
         unsafe { dealloc((address as *mut u8).sub(MARGIN), layout(bytes)) }
     }
@@ -218,23 +237,32 @@ impl Device for HostDevice {
     }
 
     fn limits(&self) -> Limits {
-        LIMITS
+        Limits {
+            memory: self.0.memory.bytes,
+            ..LIMITS
+        }
     }
 
     fn free_memory(&self) -> Result<usize, DeviceError> {
-        Ok(LIMITS.memory - self.0.state().used)
+        Ok(self.0.memory.bytes - self.0.state().used)
+    }
+
+    fn piece(&self) -> usize {
+        self.0.memory.piece
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64, DeviceError> {
         let _turn = self.0.turns.unrecorded("an allocation")?;
         let mut state = self.0.state();
-        let free = LIMITS.memory - state.used;
+        let total = self.0.memory.bytes;
+        let free = total - state.used;
         let out_of_memory = DeviceError::OutOfMemory {
             asked: bytes,
             free,
-            total: LIMITS.memory,
+            total,
         };
-        if bytes > free {
+        let taken = bytes.next_multiple_of(self.0.memory.piece);
+        if taken > free {
             return Err(out_of_memory);
         }
         let layout = layout(bytes);
@@ -247,7 +275,7 @@ impl Device for HostDevice {
             std::ptr::write_bytes(at, GUARD, layout.size());
             at.add(MARGIN) as u64
         };
-        state.used += bytes;
+        state.used += taken;
         state.allocations.insert(address, bytes);
         Ok(address)
     }
