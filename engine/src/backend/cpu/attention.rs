@@ -36,9 +36,10 @@ impl CpuOps<'_> {
         let kernels = self.kernels;
         let (_, stores) = cache.open(layer, first..first + qkv.rows());
         let parts = heads.divide(qkv.columns_mut()).into_iter().zip(stores);
-        self.team.each_part(parts.collect(), |(mut columns, mut store)| {
-            rotate_and_store(kernels, rotations, first, &mut columns, &mut store);
-        });
+        self.team
+            .each_part(parts.collect(), |(mut columns, mut store)| {
+                rotate_and_store(kernels, rotations, first, &mut columns, &mut store);
+            });
     }
 
     /// Attention of the queries in `qkv`, the first at position `first`, over the cache of a layer

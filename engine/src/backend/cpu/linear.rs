@@ -90,12 +90,7 @@ impl CpuOps<'_> {
     /// Several matrices of one input; their outputs lie side by side.
     /// # Panics
     /// When `x` was not made for matrices like those of `ws`.
-    pub fn linears<'w>(
-        &self,
-        ws: impl IntoIterator<Item = &'w Linear>,
-        x: &Input,
-        y: &mut Buffer,
-    ) {
+    pub fn linears<'w>(&self, ws: impl IntoIterator<Item = &'w Linear>, x: &Input, y: &mut Buffer) {
         let ws: Vec<_> = ws.into_iter().collect();
         let widths: Vec<_> = ws.iter().map(|w| w.weight.rows()).collect();
         ws.iter().for_each(|w| assert_columns(x.cols, &w.weight));
@@ -176,11 +171,7 @@ impl CpuOps<'_> {
             let units: usize = widths.iter().map(|w| w.div_ceil(unit)).sum();
             units.div_ceil(PIECES * self.team.threads()).max(1)
         };
-        Cut {
-            widths,
-            unit,
-            most,
-        }
+        Cut { widths, unit, most }
     }
 
     /// Blocks of a row that one thread quantizes: not so few that handing them out takes longer.

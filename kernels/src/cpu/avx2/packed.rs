@@ -178,7 +178,7 @@ macro_rules! packed_256 {
         /// A panel times the tokens `first .. first + T` of a tile.
         #[target_feature(enable = $features)]
         #[inline]
-        fn tokens<const T: usize, const LINES: usize>(
+        pub(in crate::cpu) fn tokens<const T: usize, const LINES: usize>(
             panel: Panel<'_>,
             x: Tile<'_>,
             first: usize,
@@ -187,7 +187,7 @@ macro_rules! packed_256 {
             let mut sums = [[_mm256_setzero_ps(); PARTS]; T];
             for b in 0..panel.blocks() {
                 let block = panel.block::<LINES>(b);
-                prefetch::ahead::<T, LINES>(block.quants);
+                prefetch::ahead::<T, LINES>(b, block.quants);
                 let (at, inside) = (b * x.rows + first, "tokens of the tile");
                 let a = quants[at..].first_chunk().expect(inside);
                 let starts = x.starts[at..].first_chunk().expect(inside);

@@ -2,10 +2,12 @@
 //! (2021), and Zen 5.
 //!
 //! The same source is compiled for the 256-bit form of AVX-512 VNNI, which differs in the encoding
-//! only: the tests run it as a table of its own where a CPU has that and not the other.
+//! only. The AVX-512 table multiplies bytes with one token so, and the tests run it as a table of its own
+//! where a CPU has that and not the other.
 
 macro_rules! vnni {
-    ($name:ident, $features:literal, $dot:ident) => {
+    ($(#[$attribute:meta])* $name:ident, $features:literal, $dot:ident) => {
+        $(#[$attribute])*
         pub(in crate::cpu) mod $name {
             use crate::cpu::avx2::packed::{HALF, PARTS, four, half_line, nibbles, one_by_one};
             use phidias_quant::BLOCK;
@@ -99,8 +101,11 @@ macro_rules! vnni {
 }
 
 vnni!(avx_vnni, "avx2,fma,f16c,avxvnni", _mm256_dpbusd_avx_epi32);
-#[cfg(test)]
 vnni!(
+    #[cfg_attr(
+        not(test),
+        allow(dead_code, reason = "all of it is a table in the tests only")
+    )]
     avx512_vnni,
     "avx2,fma,f16c,avx512vnni,avx512vl",
     _mm256_dpbusd_epi32
