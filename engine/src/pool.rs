@@ -381,6 +381,55 @@ mod tests {
     }
 
     #[test]
+    fn columns_side_by_side_are_each_computed_once() {
+        for (threads, most) in [(1, 1), (1, usize::MAX), (2, 3), (3, usize::MAX), (8, 1)] {
+            let pool = Pool::new(Some(threads)).unwrap();
+            for widths in [&[][..], &[1], &[0, 5], &[16, 16], &[40, 3, 0, 100], &[1000]] {
+                let (rows, cols) = (2, widths.iter().sum::<usize>());
+                let mut values = vec![0.0; rows * cols];
+                let cut = Cut {
+                    widths,
+                    unit: 16,
+                    most,
+                };
+                pool.enter(|team| {
+                    let y = ColsMut::new(&mut values, rows, cols);
+                    team.columns(y, cut, |i, own, mut y| {
+                        let whole = own.end.is_multiple_of(16) || own.end == widths[i];
+                        assert!(own.start.is_multiple_of(16) && whole, "{own:?} of {i}");
+                        assert!(own.len().div_ceil(16) <= most);
+                        for row in 0..rows {
+                            for (v, column) in y.row(row).iter_mut().zip(own.clone()) {
+                                *v += (10_000 * i + 1000 * row + column + 1) as f32;
+                            }
+                        }
+                    });
+                });
+                let want = (0..rows).flat_map(|row| {
+                    let all = widths.iter().enumerate();
+                    all.flat_map(move |(i, &width)| {
+                        (0..width).map(move |column| 10_000 * i + 1000 * row + column + 1)
+                    })
+                });
+                let want: Vec<f32> = want.map(|v| v as f32).collect();
+                assert_eq!(values, want, "{threads} threads, {widths:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn ranges_halve_down_to_one() {
+        let pool = Pool::new(Some(2)).unwrap();
+        let seen = Mutex::new(Vec::new());
+        pool.enter(|team| team.ranges(200, 64, |r| seen.lock().unwrap().push(r)));
+        let mut seen = seen.into_inner().unwrap();
+        seen.sort_by_key(|r| r.start);
+        assert!(seen.windows(2).all(|w| w[0].end == w[1].start), "{seen:?}");
+        assert_eq!((seen[0].clone(), seen.last().unwrap().end), (0..50, 200));
+        assert!(seen.iter().any(|r| r.len() == 1), "{seen:?}");
+    }
+
+    #[test]
     fn a_panic_anywhere_comes_out_and_the_pool_lives_on() {
         let pool = Pool::new(Some(3)).unwrap();
         for bad in [0, 5, 99] {

@@ -11,7 +11,7 @@ use crate::running::{Chunk, LOGIT_ROWS, Runner, Running};
 use crate::text::{Detokenizer, PLACEHOLDER, TextError};
 use crate::transformer::{Observer, Placed};
 use crate::vision::TILE_TOKENS;
-use phidias_engine::backend::{Cache, Cpu, Input, PICKS};
+use phidias_engine::backend::{Cache, Cpu, Input, PICKS, gated_rows};
 use phidias_engine::generate::{Detokenize, Next, Sequence};
 use phidias_engine::kv_cache::{KvCache, KvType};
 use phidias_engine::memory::MemoryPlan;
@@ -290,8 +290,9 @@ fn activation_bytes(c: &Config, format: WeightFormat, tokens: usize) -> usize {
     let input = |cols| Input::bytes_per_row(format.packed(), cols);
     let (hidden, inner) = (c.hidden_size, c.intermediate_size);
     let qkv = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim;
-    // x, normed, branch, heads; qkv; gated.
-    let floats = 4 * hidden + qkv + inner;
+    // x, normed, branch, heads; qkv. What is gated is counted by itself.
+    let floats = 4 * hidden + qkv;
+    let gated = gated_rows(tokens, inner).saturating_mul(4 * inner);
     let inputs = 2 * input(hidden) + input(inner);
     // The router's scores and its input; of each pick gated, the expert's output, and what its matrix takes.
     let experts = c.moe.map_or(0, |moe| {
@@ -300,6 +301,7 @@ fn activation_bytes(c: &Config, format: WeightFormat, tokens: usize) -> usize {
     });
     (4 * floats + inputs + experts)
         .saturating_mul(tokens)
+        .saturating_add(gated)
         .saturating_add(LOGIT_ROWS * (4 * (c.vocab_size + hidden) + input(hidden)))
 }
 

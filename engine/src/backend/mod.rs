@@ -14,7 +14,7 @@ mod rotations;
 mod weights;
 
 pub use crate::mask::Mask;
-pub use cpu::{Cpu, CpuOps, ExpertScratch, Input, Routes};
+pub use cpu::{Cpu, CpuOps, ExpertScratch, Input, Routes, gated_rows};
 pub use phidias_kernels::heads::{HeadOrder, Heads};
 pub use rotations::Rotations;
 pub use weights::{Activation, Expert, GateUp, Norm, PICKS, Pick};

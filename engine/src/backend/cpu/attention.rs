@@ -444,3 +444,117 @@ struct Scratch {
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{buffer, matrix, packed};
+    use super::*;
+    use crate::backend::{Cpu, HeadOrder};
+    use crate::kv_cache::{KvShape, KvType};
+    use crate::mask::BlockSparse;
+    use crate::pool::Pool;
+    use crate::tensor::Linear;
+    use std::sync::Arc;
+
+    const GROUP: usize = 2;
+    const KV_HEADS: usize = 2;
+
+    /// What the tokens of a pass after `first` others give, times `next`; `at_once` or step by step.
+    fn attended(
+        (d, mask, kind): (usize, Mask, KvType),
+        (first, n): (usize, usize),
+        next: &Linear,
+        threads: usize,
+        at_once: bool,
+    ) -> Buffer {
+        let heads = Heads {
+            heads: GROUP * KV_HEADS,
+            kv_heads: KV_HEADS,
+            head_dim: d,
+            order: HeadOrder::Parts,
+        };
+        let shape = KvShape {
+            layers: vec![mask],
+            heads: heads.heads,
+            kv_heads: KV_HEADS,
+            head_dim: d,
+        };
+        let mut cache = KvCache::new(shape, kind);
+        cache.reserve(first + n).unwrap();
+        let width = heads.queries() + 2 * heads.keys();
+        let rotations = |rows| Rotations {
+            cos: buffer(rows, d / 2, 5),
+            sin: buffer(rows, d / 2, 6),
+        };
+        let cpu = Cpu::new(Kernels::best(), Arc::new(Pool::new(Some(threads)).unwrap()));
+        let (mut y, mut input, mut out) = (Buffer::default(), Input::default(), Buffer::default());
+        cpu.enter(|ops| {
+            if first > 0 {
+                let mut before = buffer(first, width, 1);
+                let rotations = rotations(first);
+                ops.rope_and_store(&mut before, heads, &rotations, &mut cache, 0, 0);
+            }
+            let mut qkv = buffer(n, width, 2);
+            let tokens = Tokens {
+                ids: vec![0; n],
+                first,
+                rotations: rotations(n),
+            };
+            let (layer, scale, w) = (0, 0.3, &next.weight);
+            let seen = Seen { layer, mask, scale };
+            if at_once {
+                let (qkv, cache) = (&mut qkv, &mut cache);
+                ops.attention_input(qkv, heads, &tokens, cache, seen, w, &mut y, &mut input);
+            } else {
+                ops.rope_and_store(&mut qkv, heads, &tokens.rotations, &mut cache, 0, first);
+                ops.attention(&qkv, heads, &cache, 0, first, mask, scale, &mut y);
+                ops.input(&y, w, &mut input);
+            }
+            ops.linear(next, &input, &mut out);
+        });
+        out
+    }
+
+    /// What one thread does with a KV head at once, and what threads share, is what the steps give, bit for
+    /// bit: inside a block and across the border of two, where heads have whole blocks of 32 and where not.
+    #[test]
+    fn a_head_at_once_is_step_by_step() {
+        let sparse = Mask::BlockSparse(BlockSparse {
+            block: 64,
+            local_blocks: 2,
+            vert_stride: 3,
+            head_step: 1,
+        });
+        let window = Mask::Causal { window: Some(40) };
+        for d in [16, 20, 48] {
+            for next in [matrix(7, 4 * d, 3), packed(32, 4 * d, 3)] {
+                for (mask, kind) in [
+                    (Mask::CAUSAL, KvType::F32),
+                    (Mask::CAUSAL, KvType::F16),
+                    (Mask::CAUSAL, KvType::Int8),
+                    (window, KvType::F16),
+                    (sparse, KvType::F16),
+                    (sparse, KvType::Int8),
+                ] {
+                    for place in [
+                        (0, 1),
+                        (0, 8),
+                        (63, 3),
+                        (200, 1),
+                        (254, 5),
+                        (300, 2),
+                        (300, 9),
+                    ] {
+                        let of = (d, mask, kind);
+                        let want = attended(of, place, &next, 1, false);
+                        assert!(want.data().iter().all(|v| v.is_finite()));
+                        for threads in [1, 2, 5] {
+                            let found = attended(of, place, &next, threads, true);
+                            assert_eq!(found.data(), want.data(), "{of:?} {place:?} {threads}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

@@ -79,6 +79,18 @@ impl GateUp {
     }
 }
 
+/// Rows of `inner` columns that [`CpuOps::gated_input`] works with, in a session that computes up to `tokens`
+/// tokens together.
+#[must_use]
+pub fn gated_rows(tokens: usize, inner: usize) -> usize {
+    let both = if inner.is_multiple_of(PANEL_ROWS) {
+        tokens.min(TILE)
+    } else {
+        tokens
+    };
+    tokens.max(both.saturating_mul(2))
+}
+
 impl CpuOps<'_> {
     /// `y = x w^T + bias`: `[tokens, cols]` to `[tokens, rows]`.
     /// # Panics
@@ -224,6 +236,70 @@ pub(super) fn multiply(
     if let Some(bias) = &w.bias {
         for t in 0..y.rows() {
             add(y.row(t), &bias[rows.clone()]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{buffer, matrix, packed};
+    use super::*;
+    use crate::backend::Cpu;
+    use crate::pool::Pool;
+    use std::sync::Arc;
+
+    /// A few tokens, both projections as one run, give what they give among many, bit for bit: where the
+    /// rows of `up` begin with a panel and where not, for every kind of gate and of matrix.
+    #[test]
+    fn few_tokens_are_gated_like_many() {
+        let (hidden, many) = (40, 2 * TILE + 3);
+        for (make, inner) in [
+            (matrix as fn(usize, usize, usize) -> Linear, 24),
+            (packed, 48),
+            (packed, 40),
+        ] {
+            let gates = [
+                GateUp::Stacked(make(2 * inner, hidden, 1)),
+                GateUp::Pair {
+                    gate: make(inner, hidden, 2),
+                    up: make(inner, hidden, 3),
+                },
+                GateUp::Interleaved {
+                    both: make(2 * inner, hidden, 4),
+                    limit: 20.0,
+                },
+            ];
+            for (w, next) in gates
+                .iter()
+                .flat_map(|w| [matrix(5, inner, 7), packed(16, inner, 7)].map(|next| (w, next)))
+            {
+                let run = |first: usize, n: usize, threads: usize| {
+                    let pool = Arc::new(Pool::new(Some(threads)).unwrap());
+                    let all = buffer(many, hidden, 9);
+                    let mut x = Buffer::default();
+                    x.reshape(n, hidden);
+                    let rows = first * hidden..(first + n) * hidden;
+                    x.data_mut().copy_from_slice(&all.data()[rows]);
+                    let mut y = Buffer::default();
+                    Cpu::new(Kernels::best(), pool).enter(|ops| {
+                        let (mut input, mut gated, mut out) = Default::default();
+                        ops.input(&x, w.matrix(), &mut input);
+                        ops.gated_input(w, &input, &next.weight, &mut gated, &mut out);
+                        ops.linear(&next, &out, &mut y);
+                    });
+                    y.data().to_vec()
+                };
+                let whole = run(0, many, 1);
+                assert!(whole.iter().all(|v| v.is_finite()) && whole.iter().any(|v| *v != 0.0));
+                let cols = next.weight.rows();
+                assert_eq!(run(0, many, 3), whole);
+                for (first, n) in [(0, 1), (5, 1), (2, 3), (9, TILE), (many - 1, 1)] {
+                    let want = &whole[first * cols..(first + n) * cols];
+                    for threads in [1, 3] {
+                        assert_eq!(run(first, n, threads), want, "{n} from {first}, {threads}");
+                    }
+                }
+            }
         }
     }
 }

@@ -6,6 +6,7 @@ mod experts;
 mod linear;
 
 pub use experts::{ExpertScratch, Routes};
+pub use linear::gated_rows;
 
 use super::{
     Activation, Backend, Cache, DeviceFailed, Expert, GateUp, Heads, LayerRouting, Norm, Ops, Seen,
@@ -464,4 +465,53 @@ fn assert_columns(cols: usize, w: &Matrix) {
         w.cols(),
         "columns of the activations and of the weights"
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::bytes::Bytes;
+    use crate::huge::OwnedBytes;
+    use crate::tensor::{Buffer, DType, Linear, Matrix, Tensor};
+    use phidias_quant::Format;
+    use phidias_quant::packed::{PANEL_ROWS, PackedLayout, pack_panel};
+
+    fn value(i: usize, seed: usize) -> f32 {
+        ((i * 37 + seed * 101) % 997) as f32 / 500.0 - 1.0
+    }
+
+    /// Rows that look random.
+    pub(super) fn buffer(rows: usize, cols: usize, seed: usize) -> Buffer {
+        let mut buffer = Buffer::default();
+        buffer.reshape(rows, cols);
+        (buffer.data_mut().iter_mut().enumerate()).for_each(|(i, v)| *v = value(i, seed));
+        buffer
+    }
+
+    fn linear(dtype: DType, rows: usize, cols: usize, bytes: OwnedBytes) -> Linear {
+        let tensor = Tensor::new(dtype, vec![rows, cols], Bytes::from(bytes));
+        Linear {
+            weight: Matrix::new(&tensor).unwrap(),
+            bias: None,
+        }
+    }
+
+    /// A matrix of f32 that looks random.
+    pub(super) fn matrix(rows: usize, cols: usize, seed: usize) -> Linear {
+        let mut bytes = OwnedBytes::zeroed(rows * cols * 4).unwrap();
+        for (i, chunk) in bytes.chunks_exact_mut(4).enumerate() {
+            chunk.copy_from_slice(&value(i, seed).to_le_bytes());
+        }
+        linear(DType::F32, rows, cols, bytes)
+    }
+
+    /// The same in q4.
+    pub(super) fn packed(rows: usize, cols: usize, seed: usize) -> Linear {
+        let layout = PackedLayout::new(Format::Q4, rows, cols).unwrap();
+        let mut bytes = OwnedBytes::zeroed(layout.bytes()).unwrap();
+        let values: Vec<f32> = (0..rows * cols).map(|i| value(i, seed)).collect();
+        (values.chunks(PANEL_ROWS * cols))
+            .zip(bytes.chunks_exact_mut(layout.panel_bytes()))
+            .for_each(|(rows, out)| pack_panel(&layout, rows, out).unwrap());
+        linear(DType::Packed(Format::Q4), rows, cols, bytes)
+    }
 }
