@@ -486,6 +486,20 @@ mod tests {
         values: Vec<f32>,
     }
 
+    /// Keys and values on a device, in half precision or not.
+    fn cache<'m>(half: bool, keys: &'m Memory, values: &'m Memory) -> Cache<'m> {
+        match half {
+            true => Cache::F16 {
+                keys: keys.span(),
+                values: values.span(),
+            },
+            false => Cache::F32 {
+                keys: keys.span(),
+                values: values.span(),
+            },
+        }
+    }
+
     impl Scene {
         fn new(heads: Heads, half: bool, mask: Mask, tokens: usize, context: usize) -> Self {
             let mut random = Random(tokens as u64);
@@ -644,16 +658,7 @@ mod tests {
                 let mut now = self.with_context(end).with_context(self.context);
                 now.forget_unseen(start..end);
                 let [keys, values] = now.upload(device)?;
-                let cache = match self.half {
-                    true => Cache::F16 {
-                        keys: keys.span(),
-                        values: values.span(),
-                    },
-                    false => Cache::F32 {
-                        keys: keys.span(),
-                        values: values.span(),
-                    },
-                };
+                let cache = cache(self.half, &keys, &values);
                 let qkv = Memory::from_slice(device, &self.qkv[start * columns..end * columns])?;
                 let out = Memory::from_slice(
                     device,
@@ -888,16 +893,7 @@ mod tests {
             for scene in &scenes {
                 let (h, last) = (scene.heads, scene.tokens());
                 let [keys, values] = scene.upload(device)?;
-                let cache = match scene.half {
-                    true => Cache::F16 {
-                        keys: keys.span(),
-                        values: values.span(),
-                    },
-                    false => Cache::F32 {
-                        keys: keys.span(),
-                        values: values.span(),
-                    },
-                };
+                let cache = cache(scene.half, &keys, &values);
                 for tokens in [1, 3] {
                     let start = last - tokens;
                     let qkv = Memory::from_slice(device, &scene.qkv[start * h.columns()..])?;
@@ -1069,16 +1065,7 @@ mod tests {
                     Memory::zeroed(device, bytes)?,
                     Memory::zeroed(device, bytes)?,
                 );
-                let cache = match half {
-                    true => Cache::F16 {
-                        keys: keys.span(),
-                        values: values.span(),
-                    },
-                    false => Cache::F32 {
-                        keys: keys.span(),
-                        values: values.span(),
-                    },
-                };
+                let cache = cache(half, &keys, &values);
                 let on_device = Memory::from_slice(device, &qkv)?;
                 let (cos_there, sin_there) = (
                     Memory::from_slice(device, &cos)?,
