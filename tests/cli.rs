@@ -1496,8 +1496,14 @@ mod device {
             let object: Value = serde_json::from_str(&told.out).unwrap();
             object["plan"].clone()
         };
-        assert_eq!(plan("auto", &[]), plan("cpu", &[]));
-        assert_eq!(plan("cpu", &[])["device"], Value::Null);
+        // What is available differs from one moment to the next.
+        let still = |device| {
+            let mut plan = plan(device, &[]);
+            plan["available"].take();
+            plan
+        };
+        assert_eq!(still("auto"), still("cpu"));
+        assert_eq!(still("cpu")["device"], Value::Null);
         if !there_is_a_host_device() {
             return;
         }
