@@ -221,12 +221,13 @@ fn on_device(
         let routes = experts::Routes::words(chunk, moe.experts) * size_of::<u32>();
         routes + config.num_hidden_layers * pieces(experts::load_bytes(moe.experts))
     });
-    // Panels of packed rows are of 16: both projections of others are computed before the gate.
-    let both = match config.intermediate_size.is_multiple_of(16) {
+    // Panels of packed rows are of 16: both projections of others are computed before the gate. The activations have
+    // them; the result has memory of its own here.
+    let gated = match config.intermediate_size.is_multiple_of(16) {
         true => 0,
-        false => 2 * config.intermediate_size * chunk * size_of::<f32>(),
+        false => config.intermediate_size * chunk * size_of::<f32>(),
     };
-    let pass = Cuda::pass_bytes(heads, chunk, LOGIT_ROWS) + mixture + both + buffers(BUFFERS);
+    let pass = Cuda::pass_bytes(heads, chunk, LOGIT_ROWS) + mixture + gated + buffers(BUFFERS);
     let pictures = (options.pictures).on_device(config, format, context, plan.activations);
     Ok(MemoryPlan {
         weights,

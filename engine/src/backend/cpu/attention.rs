@@ -138,9 +138,7 @@ impl CpuOps<'_> {
             layer.finish(&merged, &mut out);
         }
     }
-}
 
-impl CpuOps<'_> {
     /// [`CpuOps::rope_and_store`], then [`CpuOps::attention`], of which the result is given as `next` takes it; `y` is
     /// to work with.
     /// # Panics

@@ -299,11 +299,10 @@ impl CpuOps<'_> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::matrix;
     use super::*;
     use crate::backend::Cpu;
-    use crate::huge::OwnedBytes;
     use crate::pool::Pool;
-    use crate::tensor::{DType, Linear, Tensor};
     use phidias_kernels::cpu::Kernels;
     use std::sync::Arc;
 
@@ -396,20 +395,6 @@ mod tests {
                     .unwrap();
                 assert!(range.contains(place));
             }
-        }
-    }
-
-    /// A matrix of f32 that looks random.
-    fn matrix(rows: usize, cols: usize, seed: usize) -> Linear {
-        let mut bytes = OwnedBytes::zeroed(rows * cols * 4).unwrap();
-        for (i, chunk) in bytes.chunks_exact_mut(4).enumerate() {
-            let value = ((i * 7 + seed * 31) % 23) as f32 / 23.0 - 0.5;
-            chunk.copy_from_slice(&value.to_le_bytes());
-        }
-        let tensor = Tensor::new(DType::F32, vec![rows, cols], Bytes::from(bytes));
-        Linear {
-            weight: Matrix::new(&tensor).unwrap(),
-            bias: None,
         }
     }
 

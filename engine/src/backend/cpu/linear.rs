@@ -187,7 +187,7 @@ impl CpuOps<'_> {
     }
 
     /// Blocks of a row that one thread quantizes: not so few that handing them out takes longer.
-    pub(super) fn share_of_blocks(&self, cols: usize) -> usize {
+    fn share_of_blocks(&self, cols: usize) -> usize {
         const FEWEST: usize = 16;
         (cols.div_ceil(BLOCK))
             .div_ceil(self.team.threads())
