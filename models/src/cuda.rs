@@ -177,9 +177,9 @@ impl Model {
     }
 }
 
-/// Buffers of a decoder's pass, at most: four of the residual stream, three of attention, two of an MLP, six
+/// Buffers of a decoder's pass, at most: four of the residual stream, three of attention, two of an MLP, seven
 /// of a mixture, four of the head, the tokens, and both projections where they cannot be gated at once.
-const BUFFERS: usize = 21;
+const BUFFERS: usize = 22;
 /// Buffers of the encoder and the projector of pictures.
 const PICTURE_BUFFERS: usize = 12;
 
@@ -219,7 +219,9 @@ fn on_device(
     let chunk = options.chunk.clamp(1, context);
     let mixture = config.moe.map_or(0, |moe| {
         let routes = experts::Routes::words(chunk, moe.experts) * size_of::<u32>();
-        routes + config.num_hidden_layers * pieces(experts::load_bytes(moe.experts))
+        // Its two inputs are there at once; the activations have the larger one.
+        let input = chunk * config.hidden_size * size_of::<f32>();
+        routes + input + config.num_hidden_layers * pieces(experts::load_bytes(moe.experts))
     });
     // Panels of packed rows are of 16: both projections of others are computed before the gate. The activations have
     // them; the result has memory of its own here.

@@ -105,17 +105,10 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 template <int N>
 __device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
-// Sixteen bytes that nobody reads again and no kernel writes: weights. They stay out of the first cache.
+// Sixteen bytes that nobody reads again and no kernel writes. They stay out of the first cache.
 __device__ __forceinline__ U32x4 load_once16(const void* global) {
   U32x4 v;
   asm("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(global));
-  return v;
-}
-
-// The same with 8 bytes.
-__device__ __forceinline__ U32x2 load_once8(const void* global) {
-  U32x2 v;
-  asm("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(global));
   return v;
 }
 
@@ -127,28 +120,35 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-// Comes first in every kernel of a source that `Source::overlaps`: waits until the kernel launched before has
-// ended, and lets the next one begin, which then waits here. Blocks are in their places when their turn
-// comes. Memory that another kernel writes is not touched before; and not through the read-only path at all,
-// of which loads may be moved. (PTX ISA, "griddepcontrol"; sm_90.)
-__device__ __forceinline__ void after_previous() {
+// A kernel of a source that `Source::overlaps` begins with these two. The first lets the next kernel begin: its
+// blocks take the places that are free, and wait in the second until this kernel has ended. In between nothing is
+// touched that another kernel writes; weights are read ahead there. They come in every kernel, so one that has
+// ended has seen all before it end. (PTX ISA, "griddepcontrol"; sm_90.)
+__device__ __forceinline__ void let_next_begin() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void await_previous() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// Has the 128 bytes around an address brought to the second cache.
-__device__ __forceinline__ void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
-
 #else
 
-inline void after_previous() {}
-inline void prefetch(const void*) {}
+inline void let_next_begin() {}
+inline void await_previous() {}
 inline U32x4 load_once16(const void* global) { return *static_cast<const U32x4*>(global); }
-inline U32x2 load_once8(const void* global) { return *static_cast<const U32x2*>(global); }
 
 #endif
+
+// Both at once, where nothing is read ahead.
+__device__ __forceinline__ void after_previous() {
+  let_next_begin();
+  await_previous();
+}
 
 __device__ __forceinline__ float bf16_to_f32(u16 b) { return __uint_as_float((u32)b << 16); }
 

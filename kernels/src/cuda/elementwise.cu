@@ -219,6 +219,11 @@ __device__ __forceinline__ void add_norm(float* x, const float* branch, const fl
   __shared__ float parts[WARP];
   u32 cols = out.cols;
   float* own = x + (u64)blockIdx.x * cols;
+  // Weights have been driven out of the second cache since the last token: they come while the kernel before ends.
+  let_next_begin();
+  F32x4 early[2] = {load4(weight, threadIdx.x * VALUES, cols), {0, 0, 0, 0}};
+  if (bias) early[1] = load4(bias, threadIdx.x * VALUES, cols);
+  await_previous();
   for (u32 at = threadIdx.x * VALUES; at < cols; at += blockDim.x * VALUES) {
     F32x4 v = load4(own, at, cols);
     if (branch) {
@@ -242,8 +247,11 @@ __device__ __forceinline__ void add_norm(float* x, const float* branch, const fl
   // All threads of a warp as long as one has columns: they meet in put.
   for (u32 first = 0; first < out.stride; first += blockDim.x * VALUES) {
     u32 at = first + threadIdx.x * VALUES;
-    F32x4 v = load4(row, at, cols), w = load4(weight, at, cols), b = {0, 0, 0, 0};
-    if (bias) b = load4(bias, at, cols);
+    F32x4 v = load4(row, at, cols), w = early[0], b = early[1];
+    if (first > 0) {
+      w = load4(weight, at, cols);
+      if (bias) b = load4(bias, at, cols);
+    }
     // Columns past the end are zeros whatever the mean is.
     v.x = at + 0 < cols ? Norm::scaled(v.x, mean, inverse, w.x, b.x) : 0;
     v.y = at + 1 < cols ? Norm::scaled(v.y, mean, inverse, w.y, b.y) : 0;
@@ -257,7 +265,6 @@ __device__ __forceinline__ void add_norm(float* x, const float* branch, const fl
   extern "C" __global__ void __launch_bounds__(1024)                                                                   \
   NAME(float* x, const float* branch, const float* weight, const float* bias, float eps, void* values, Head* heads,    \
        u32 cols, u32 stride, i32 zero) {                                                                               \
-    after_previous();                                                                                                  \
     add_norm<NORM, TO>(x, branch, weight, bias, eps, Output{values, heads, cols, stride, zero});                       \
   }
 #define NORM_KERNELS(NAME, NORM)             \

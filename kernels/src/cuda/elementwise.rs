@@ -327,7 +327,7 @@ pub(super) struct Target {
     pub(super) values: Arg,
     pub(super) heads: Arg,
     /// Columns with the padding.
-    stride: u32,
+    pub(super) stride: u32,
     pub(super) zero: i32,
 }
 

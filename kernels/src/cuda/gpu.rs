@@ -308,6 +308,10 @@ impl Inner {
             let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             let rest = i32::try_from(self.limits.shared).unwrap_or(i32::MAX) - own;
             result::function::set_function_attribute(function, most, rest)?;
+            // All alike: a multiprocessor that has to divide its memory anew waits until it is empty, and
+            // blocks of the next kernel find no room beside those of this one.
+            let divided = CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+            result::function::set_function_attribute(function, divided, 100)?;
             Ok(function)
         }
     }

@@ -73,10 +73,11 @@ enum Gate : u32 { NONE, SILU, GEGELU };
 #define MATRIX(i) const u8* w##i, const float* bias##i, u32 rows##i, u32 step##i
 #define PARAMETERS                                                                                        \
   MATRIX(0), MATRIX(1), MATRIX(2), u32 blocks, u32 range, u32 gate, float limit, const u8* x,             \
-    const Head* heads, u32 tokens, const u32* sources, const Tile* tiles, float* y, u32 stride
+    const Head* heads, u32 tokens, const u32* sources, const Tile* tiles, void* y, u32 stride,            \
+    Head* y_heads, u32 form, i32 zero
 #define PRODUCT                                                                                           \
   Product{{w0, bias0, rows0, step0}, {w1, bias1, rows1, step1}, {w2, bias2, rows2, step2}, blocks,      \
-      range, gate, limit, x, heads, tokens, sources, tiles, y, stride}
+      range, gate, limit, x, heads, tokens, sources, tiles, {y, y_heads, stride, form, zero}}
 
 struct Matrix {
   const u8* weights;
@@ -93,6 +94,38 @@ struct Tile {
   u32 unused;
 };
 
+// Where results go: rows of f32, or, those of gates, as the next matrix takes them.
+struct Results {
+  void* values;   // [slots][stride]
+  Head* heads;    // [slots][stride / 32], of bytes
+  u32 stride;
+  u32 form;       // 0: f32, 1: bf16, 2: signed bytes
+  i32 zero;       // of the weights that bytes will meet
+
+  __device__ __forceinline__ float* row(u32 slot) const { return static_cast<float*>(values) + u64(slot) * stride; }
+
+  // A warp puts 32 neighbouring columns, the first of them a multiple of 32; a lane has `v` of column `column`.
+  __device__ __forceinline__ void put(u32 slot, u32 column, float v) const {
+    if (form == 0) {
+      if (column < stride) row(slot)[column] = v;
+      return;
+    }
+    u64 at = u64(slot) * stride + column;
+    if (form == 1) {
+      static_cast<u16*>(values)[at] = f32_to_bf16(v);
+      return;
+    }
+    u32 largest = ByteStep::magnitude(v);
+#pragma unroll
+    for (u32 apart = WARP / 2; apart > 0; apart /= 2) largest = max(largest, __shfl_xor_sync(ALL_LANES, largest, apart));
+    ByteStep step = ByteStep::of(largest);
+    i8 quant = i8(step.quant(v));
+    i32 sum = warp_sum(i32(quant));
+    static_cast<i8*>(values)[at] = quant;
+    if (column % BLOCK == 0) heads[at / BLOCK] = step.head(sum, zero);
+  }
+};
+
 struct Product {
   Matrix first, second, third;
   u32 blocks;          // of 32 columns
@@ -104,8 +137,7 @@ struct Product {
   u32 tokens;          // rows of the result, where there are no tiles
   const u32* sources;  // the row of `x` that a slot takes, or none: its own
   const Tile* tiles;   // or none: one matrix for all
-  float* y;            // [slots][stride]
-  u32 stride;
+  Results y;
 };
 
 // A panel as a product meets it.
@@ -118,6 +150,11 @@ struct Panel {
 };
 
 __device__ __forceinline__ u32 panels_of(const Matrix& m) { return (m.rows + PANEL_ROWS - 1) / PANEL_ROWS; }
+
+// Panels of all matrices, `N` of them a column.
+template <u32 N> __device__ __forceinline__ u32 columns_of(const Product& p) {
+  return (panels_of(p.first) + panels_of(p.second) + panels_of(p.third)) / N;
+}
 
 // Panel `index` of those of all matrices; with SILU even ones are the gate's, odd ones are up's. Past the
 // end it is the last one, with no rows.
@@ -178,7 +215,7 @@ __device__ __forceinline__ float gegelu(float a, float b, float limit) {
 
 // Writes the rows `row` and `row + 1` of the matrix of `panel`, whose sums are `a` and `b`, of one slot.
 __device__ __forceinline__ void put_rows(const Product& p, const Panel& panel, u32 slot, u32 row, float a, float b) {
-  float* y = p.y + u64(slot) * p.stride + panel.column;
+  float* y = p.y.row(slot) + panel.column;
   if (p.gate == GEGELU) {
     if (row < panel.rows) {
       y[row / 2] = gegelu(with_bias(panel, row, a), with_bias(panel, row + 1, b), p.limit);
@@ -189,11 +226,9 @@ __device__ __forceinline__ void put_rows(const Product& p, const Panel& panel, u
   if (row + 1 < panel.rows) y[row + 1] = with_bias(panel, row + 1, b);
 }
 
-// Writes row `row` of the gate's panel and up's, whose sums are `a` and `b`, of one slot.
-__device__ __forceinline__ void put_gated(const Product& p, const Panel& gate, const Panel& up, u32 slot, u32 row, float a, float b) {
-  if (row < gate.rows) {
-    p.y[u64(slot) * p.stride + row] = silu_mul(with_bias(gate, row, a), with_bias(up, row, b));
-  }
+// Row `row` of the gate's panel and up's, whose sums are `a` and `b`, gated; 0 past the last one.
+__device__ __forceinline__ float gated(const Panel& gate, const Panel& up, u32 row, float a, float b) {
+  return row < gate.rows ? silu_mul(with_bias(gate, row, a), with_bias(up, row, b)) : 0.0f;
 }
 
 // Where a lane stands in the fragments: rows 2 g and 2 g + 1 of a panel; token g of those it loads, tokens
@@ -225,13 +260,6 @@ template <u32 LINES> struct Packed {
     return panel.weights + panel.index * bytes_of(blocks) + u64(first / 2) * PAIR_BYTES;
   }
 
-  // Has a warp bring blocks of a panel to the second cache.
-  static __device__ __forceinline__ void fetch(const Panel& panel, u32 blocks, u32 first, u32 last) {
-    const u8* from = pair_at(panel, blocks, first);
-    u32 bytes = bytes_of(last - first);
-    for (u32 at = threadIdx.x % WARP * 128; at < bytes; at += WARP * 128) prefetch(from + at);
-  }
-
   // The fragment of a block from a lane's words: rows 2 g and 2 g + 1 of line t, and of line t + 4.
   static __device__ __forceinline__ void unpack(const u32 (&w)[LINES / 2], u32 (&a)[4]) {
     if constexpr (LINES == 4) {
@@ -261,102 +289,73 @@ template <u32 LINES> struct Packed {
     return {start, __uint_as_float((u32(start) & 0xFF800000u) | 0x00400000u)};
   }
 
-  // Decode: a step is what a lane loads at a time, 32 bytes of quants; two steps are in flight.
+  // Decode: whole pairs of blocks of N panels a step.
   template <u32 N> struct Step {
-    static constexpr u32 BLOCKS = 16 / (LINES * N);
-    u32 quants[BLOCKS][N][LINES / 2];
-    u32 scales[BLOCKS][N];
-    u32 a[BLOCKS][2];
-    i32 starts[BLOCKS][2];
+    static constexpr u32 BLOCKS = LINES == 4 ? 4 / N : 2;
+    static constexpr u32 PANEL_BYTES = BLOCKS / 2 * PAIR_BYTES;
+    static constexpr u32 BYTES = N * PANEL_BYTES;
+    static constexpr u32 SLOTS = BYTES > 2048 ? 3 : 5;
+
+    // Where the K range of each panel begins.
+    const u8* from[N];
+
+    __device__ __forceinline__ void begin(const Panel (&panels)[N], u32 blocks, u32 first) {
+#pragma unroll
+      for (u32 n = 0; n < N; n++) from[n] = pair_at(panels[n], blocks, first);
+    }
+
+    // Has the warp copy step `i`, of which `left` blocks are there or more.
+    __device__ __forceinline__ void copy(u8* to, u32 i, u32 left) const {
+      u32 bytes = left < BLOCKS ? bytes_of(left) : PANEL_BYTES;
+#pragma unroll
+      for (u32 n = 0; n < N; n++) {
+#pragma unroll
+        for (u32 at = 0; at < PANEL_BYTES; at += WARP * 16) {
+          u32 own = at + threadIdx.x % WARP * 16;
+          if (own < bytes) cp_async16(to + n * PANEL_BYTES + own, from[n] + i * PANEL_BYTES + own);
+        }
+      }
+    }
   };
 
-  // Where a lane reads next, of N panels and of the activations.
-  template <u32 N> struct Cursor {
-    const u8* quants[N];
-    const u8* scales[N];
+  // A lane's places in the activations.
+  struct Inputs {
     const u8* x;           // of token g
     const Head* heads[2];  // of tokens 2 t and 2 t + 1
+
+    __device__ __forceinline__ Inputs(const Product& p, const Tile& tile, Lane lane) {
+      // Past the last token it stands in: columns do not mix, and theirs are not written.
+      auto row = [&](u32 token) { return u64(source_of(p, tile.first + min(token, tile.count - 1))) * p.blocks; };
+      x = p.x + row(lane.g) * BLOCK + lane.t * 4;
+#pragma unroll
+      for (u32 j = 0; j < 2; j++) heads[j] = p.heads + row(2 * lane.t + j);
+    }
   };
 
+  // Adds a step that has come, of `left` blocks or more, the first of them block `b`.
   template <u32 N>
-  static __device__ __forceinline__ Cursor<N> cursor(const Product& p, const Panel (&panels)[N], const Tile& tile, Lane lane, u32 first) {
-    Cursor<N> c;
-#pragma unroll
-    for (u32 n = 0; n < N; n++) {
-      const u8* pair = pair_at(panels[n], p.blocks, first);
-      c.quants[n] = pair + LINE + lane.t * LINE + lane.g * 8;
-      c.scales[n] = pair + 2 * lane.g * 2;
-    }
-    // Past the last token it stands in: columns do not mix, and theirs are not written.
-    auto row = [&](u32 token) { return u64(source_of(p, tile.first + min(token, tile.count - 1))) * p.blocks + first; };
-    c.x = p.x + row(lane.g) * BLOCK + lane.t * 4;
-#pragma unroll
-    for (u32 j = 0; j < 2; j++) c.heads[j] = p.heads + row(2 * lane.t + j);
-    return c;
-  }
-
-  // Loads a step, as far as there are blocks: `left`. Steps of one block are by turns the first and the `SECOND`
-  // of a pair; others are whole pairs.
-  template <bool SECOND, u32 N> static __device__ __forceinline__ void load(Step<N>& step, Cursor<N>& c, i32 left) {
-    constexpr u32 B = Step<N>::BLOCKS;
-#pragma unroll
-    for (u32 i = 0; i < B; i++) {
-      if (i32(i) >= left) break;
-#pragma unroll
-      for (u32 n = 0; n < N; n++) {
-#pragma unroll
-        for (u32 h = 0; h < LINES / 4; h++) {
-          U32x2 two = load_once8(c.quants[n] + i / 2 * PAIR_BYTES + i % 2 * BLOCK_BYTES + h * 4 * LINE);
-          step.quants[i][n][2 * h] = two.x;
-          step.quants[i][n][2 * h + 1] = two.y;
-        }
-        step.scales[i][n] = *reinterpret_cast<const u32*>(c.scales[n] + i / 2 * PAIR_BYTES + i % 2 * SCALES_BYTES);
-      }
-      step.a[i][0] = *reinterpret_cast<const u32*>(c.x + i * BLOCK);
-      step.a[i][1] = *reinterpret_cast<const u32*>(c.x + i * BLOCK + 16);
-#pragma unroll
-      for (u32 j = 0; j < 2; j++) step.starts[i][j] = c.heads[j][i].start;
-    }
-#pragma unroll
-    for (u32 n = 0; n < N; n++) {
-      c.quants[n] += B > 1 ? B / 2 * PAIR_BYTES : SECOND ? PAIR_BYTES - BLOCK_BYTES : BLOCK_BYTES;
-      c.scales[n] += B > 1 ? B / 2 * PAIR_BYTES : SECOND ? PAIR_BYTES - SCALES_BYTES : SCALES_BYTES;
-    }
-    c.x += B * BLOCK;
-#pragma unroll
-    for (u32 j = 0; j < 2; j++) c.heads[j] += B;
-  }
-
-  template <u32 N> static __device__ __forceinline__ void add(Sums (&sums)[N], const Step<N>& step, i32 left) {
+  static __device__ __forceinline__ void add(Sums (&sums)[N], const u8* from, const Inputs& inputs, u32 b, u32 left, Lane lane) {
 #pragma unroll
     for (u32 i = 0; i < Step<N>::BLOCKS; i++) {
-      if (i32(i) >= left) break;
+      if (i >= left) break;
+      const u8* x = inputs.x + (b + i) * BLOCK;
+      u32 values[2] = {*reinterpret_cast<const u32*>(x), *reinterpret_cast<const u32*>(x + 16)};
+      Head heads[2] = {head_of(inputs.heads[0][b + i].start), head_of(inputs.heads[1][b + i].start)};
 #pragma unroll
       for (u32 n = 0; n < N; n++) {
-        u32 a[4];
-        unpack(step.quants[i][n], a);
-        float low = f16_to_f32(u16(step.scales[i][n])), high = f16_to_f32(u16(step.scales[i][n] >> 16));
-        Head heads[2] = {head_of(step.starts[i][0]), head_of(step.starts[i][1])};
-        add(sums[n], a, step.a[i], heads, low, high);
+        const u8* pair = from + n * Step<N>::PANEL_BYTES + i / 2 * PAIR_BYTES;
+        const u8* quants = pair + LINE + i % 2 * BLOCK_BYTES + lane.t * LINE + lane.g * 8;
+        u32 w[LINES / 2], a[4];
+#pragma unroll
+        for (u32 h = 0; h < LINES / 4; h++) {
+          U32x2 two = *reinterpret_cast<const U32x2*>(quants + h * 4 * LINE);
+          w[2 * h] = two.x;
+          w[2 * h + 1] = two.y;
+        }
+        unpack(w, a);
+        u32 scales = *reinterpret_cast<const u32*>(pair + i % 2 * SCALES_BYTES + 2 * lane.g * 2);
+        add(sums[n], a, values, heads, f16_to_f32(u16(scales)), f16_to_f32(u16(scales >> 16)));
       }
-    }
-  }
-
-  // The sums of the blocks `first .. last` of N panels.
-  template <u32 N>
-  static __device__ __forceinline__ void range(Sums (&sums)[N], const Product& p, const Panel (&panels)[N], const Tile& tile, Lane lane,
-                                               u32 first, u32 last) {
-    constexpr i32 B = Step<N>::BLOCKS;
-    Cursor<N> c = cursor(p, panels, tile, lane, first);
-    Step<N> even, odd;
-    i32 left = i32(last) - i32(first);
-    load<false>(even, c, left);
-    load<true>(odd, c, left - B);
-    for (; left > 0; left -= 2 * B) {
-      add(sums, even, left);
-      load<false>(even, c, left - 2 * B);
-      add(sums, odd, left - B);
-      load<true>(odd, c, left - 3 * B);
     }
   }
 
@@ -457,17 +456,46 @@ template <class W, class X, u32 T> struct RowMajor {
     return panel.weights + u64(at < last ? at : last) * blocks * BLOCK * sizeof(W);
   }
 
-  // Has a warp bring blocks of a panel to the second cache: two lanes a row.
-  static __device__ __forceinline__ void fetch(const Panel& panel, u32 blocks, u32 first, u32 last) {
-    u32 lane = threadIdx.x % WARP, bytes = (last - first) * BLOCK * sizeof(W);
-    const u8* from = row_of(panel, lane / 2, blocks) + u64(first) * BLOCK * sizeof(W);
-    for (u32 at = lane % 2 * 128; at < bytes; at += 256) prefetch(from + at);
-  }
-
   // The row of a token; past the last one it stands in: sums of tokens do not mix, and theirs are not written.
   static __device__ __forceinline__ const u8* token_of(const Product& p, const Tile& tile, u32 token) {
     return p.x + u64(source_of(p, tile.first + min(token, tile.count - 1))) * p.blocks * BLOCK * sizeof(X);
   }
+
+  // Decode: 2 KiB a step, but for pairs of f32.
+  template <u32 N> struct Step {
+    static constexpr u32 BLOCKS = sizeof(W) == 2 ? 2 / N : 1;
+    static constexpr u32 PIECES = BLOCKS * W_PIECES;  // of a row
+    static constexpr u32 PANEL_BYTES = PANEL_ROWS * PIECES * 16;
+    static constexpr u32 BYTES = N * PANEL_BYTES;
+    static constexpr u32 SLOTS = BYTES > 2048 ? 2 : 3;
+    // A lane copies piece `lane % PIECES` of every so many rows.
+    static constexpr u32 APART = WARP / PIECES, ROWS = PANEL_ROWS / APART;
+
+    const u8* from[N][ROWS];
+
+    __device__ __forceinline__ void begin(const Panel (&panels)[N], u32 blocks, u32 first) {
+      u32 lane = threadIdx.x % WARP;
+#pragma unroll
+      for (u32 n = 0; n < N; n++) {
+#pragma unroll
+        for (u32 r = 0; r < ROWS; r++) {
+          from[n][r] = row_of(panels[n], lane / PIECES + r * APART, blocks) + u64(first) * BLOCK * sizeof(W) + lane % PIECES * 16;
+        }
+      }
+    }
+
+    __device__ __forceinline__ void copy(u8* to, u32 i, u32 left) const {
+      u32 lane = threadIdx.x % WARP, piece = lane % PIECES;
+      if (piece >= left * W_PIECES) return;
+#pragma unroll
+      for (u32 n = 0; n < N; n++) {
+#pragma unroll
+        for (u32 r = 0; r < ROWS; r++) {
+          cp_async16(to + n * PANEL_BYTES + place(lane / PIECES + r * APART, piece, PIECES), from[n][r] + i * PIECES * 16);
+        }
+      }
+    }
+  };
 
   // Prompt: a block a stage, `[panels][16 rows]` and `[tokens]`.
   static constexpr u32 BLOCKS_PER_STAGE = 1;
@@ -527,54 +555,28 @@ struct Bf16 : RowMajor<u16, u16, 128> {
     mma_bf16(sums.at, c, d);
   }
 
-  // Decode: a step is 64 bytes of weights a lane; two are in flight.
-  template <u32 N> struct Step {
-    static constexpr u32 BLOCKS = 2 / N;
-    U32x4 rows[BLOCKS][N][2];
-    U32x4 x[BLOCKS];
+  struct Inputs {
+    const u8* x;  // of token g
+
+    __device__ __forceinline__ Inputs(const Product& p, const Tile& tile, Lane lane) { x = token_of(p, tile, lane.g) + lane.t * 16; }
   };
 
   template <u32 N>
-  static __device__ __forceinline__ void load(Step<N>& step, const u8* const (&rows)[N][2], const u8* x, u32 first, u32 last) {
+  static __device__ __forceinline__ void add(Sums (&sums)[N], const u8* from, const Inputs& inputs, u32 b, u32 left, Lane lane) {
 #pragma unroll
     for (u32 i = 0; i < Step<N>::BLOCKS; i++) {
-      u32 b = first + i;
-      if (b >= last) break;
+      if (i >= left) break;
+      U32x4 x = *reinterpret_cast<const U32x4*>(inputs.x + (b + i) * BLOCK * 2);
 #pragma unroll
       for (u32 n = 0; n < N; n++) {
+        U32x4 rows[2];
 #pragma unroll
-        for (u32 r = 0; r < 2; r++) step.rows[i][n][r] = load_once16(rows[n][r] + u64(b) * BLOCK * 2);
+        for (u32 r = 0; r < 2; r++) {
+          u32 at = place(2 * lane.g + r, i * W_PIECES + lane.t, Step<N>::PIECES);
+          rows[r] = *reinterpret_cast<const U32x4*>(from + n * Step<N>::PANEL_BYTES + at);
+        }
+        add(sums[n], rows[0], rows[1], x);
       }
-      step.x[i] = *reinterpret_cast<const U32x4*>(x + u64(b) * BLOCK * 2);
-    }
-  }
-
-  template <u32 N> static __device__ __forceinline__ void add(Sums (&sums)[N], const Step<N>& step, u32 first, u32 last) {
-#pragma unroll
-    for (u32 i = 0; i < Step<N>::BLOCKS; i++) {
-      if (first + i >= last) break;
-#pragma unroll
-      for (u32 n = 0; n < N; n++) add(sums[n], step.rows[i][n][0], step.rows[i][n][1], step.x[i]);
-    }
-  }
-
-  template <u32 N>
-  static __device__ __forceinline__ void range(Sums (&sums)[N], const Product& p, const Panel (&panels)[N], const Tile& tile, Lane lane,
-              u32 first, u32 last) {
-    const u8* rows[N][2];
-    for (u32 n = 0; n < N; n++) {
-      for (u32 r = 0; r < 2; r++) rows[n][r] = row_of(panels[n], 2 * lane.g + r, p.blocks) + lane.t * 16;
-    }
-    const u8* x = token_of(p, tile, lane.g) + lane.t * 16;
-    constexpr u32 B = Step<N>::BLOCKS;
-    Step<N> even, odd;
-    load(even, rows, x, first, last);
-    load(odd, rows, x, first + B, last);
-    for (u32 b = first; b < last; b += 2 * B) {
-      add(sums, even, b, last);
-      load(even, rows, x, b + 2 * B, last);
-      add(sums, odd, b + B, last);
-      load(odd, rows, x, b + 3 * B, last);
     }
   }
 
@@ -607,6 +609,16 @@ template <class W> struct Floats : RowMajor<W, float, 64> {
   // Columns that a lane reads at a time.
   static constexpr u32 COLS = 8;
 
+  template <u32 N> using Step = typename Rows::template Step<N>;
+
+  struct Inputs {
+    const u8* x[2];  // of tokens 2 t and 2 t + 1
+
+    __device__ __forceinline__ Inputs(const Product& p, const Tile& tile, Lane lane) {
+      for (u32 j = 0; j < 2; j++) x[j] = Rows::token_of(p, tile, 2 * lane.t + j);
+    }
+  };
+
   // Eight weights, whose pieces of 16 bytes are at `at[0]` and, for f32, `at[1]`.
   static __device__ __forceinline__ void widen(float (&out)[COLS], const u8* const (&at)[2]) {
     if constexpr (sizeof(W) == 4) {
@@ -617,23 +629,22 @@ template <class W> struct Floats : RowMajor<W, float, 64> {
   }
 
   template <u32 N>
-  static __device__ __forceinline__ void range(Sums (&sums)[N], const Product& p, const Panel (&panels)[N], const Tile& tile, Lane lane,
-              u32 first, u32 last) {
-    const u8* rows[N][2], *x[2];
-    for (u32 n = 0; n < N; n++) {
-      for (u32 r = 0; r < 2; r++) rows[n][r] = Rows::row_of(panels[n], 2 * lane.g + r, p.blocks);
-    }
-    for (u32 j = 0; j < 2; j++) x[j] = Rows::token_of(p, tile, 2 * lane.t + j);
-    for (u32 k = first * BLOCK; k < last * BLOCK; k += COLS) {
+  static __device__ __forceinline__ void add(Sums (&sums)[N], const u8* from, const Inputs& inputs, u32 b, u32 left, Lane lane) {
+    constexpr u32 PIECES = COLS * sizeof(W) / 16;
+    for (u32 k = 0; k < min(left, Step<N>::BLOCKS) * BLOCK; k += COLS) {
       float w[N][2][COLS];
       for (u32 n = 0; n < N; n++) {
         for (u32 r = 0; r < 2; r++) {
-          const u8* at = rows[n][r] + u64(k) * sizeof(W);
-          widen(w[n][r], {at, at + 16});
+          const u8* at[2];
+          for (u32 h = 0; h < 2; h++) {
+            u32 piece = k / COLS * PIECES + h % PIECES;
+            at[h] = from + n * Step<N>::PANEL_BYTES + Rows::place(2 * lane.g + r, piece, Step<N>::PIECES);
+          }
+          widen(w[n][r], at);
         }
       }
       for (u32 j = 0; j < 2; j++) {
-        const float* values = reinterpret_cast<const float*>(x[j]) + k;
+        const float* values = reinterpret_cast<const float*>(inputs.x[j]) + b * BLOCK + k;
         for (u32 i = 0; i < COLS; i++) {
           float value = values[i];
           for (u32 n = 0; n < N; n++) {
@@ -691,47 +702,119 @@ template <class W> struct Floats : RowMajor<W, float, 64> {
   }
 };
 
-// Brings what a decoding block will read of the weights nearer while the kernel before ends. Of which expert
-// it will be only that kernel says.
-template <class Format, u32 N> __device__ __forceinline__ void decode_ahead(const Product& p) {
-  u32 first = threadIdx.x / WARP * p.range, last = min(first + p.range, p.blocks);
-  if (p.tiles || first >= last) return;
-  for (u32 n = 0; n < N; n++) Format::fetch(panel_at(p, 0, blockIdx.y * N + n), p.blocks, first, last);
+// What of the columns a thread block has after that one. Two of gates make a block of 32 results, and follow one
+// another.
+template <u32 N> __device__ __forceinline__ u32 column_after(u32 column) {
+  column++;
+  return column % N == 0 ? column + (gridDim.y - 1) * N : column;
 }
 
-// Up to 8 tokens (`blockIdx.x` counts them) times one panel, or a gate's and up's (`blockIdx.y`): blocks that
-// read the same weights follow one another.
+// The steps of all the columns of a thread block that a warp goes through, each of its K range, `first .. last`;
+// they come through a ring in shared memory that is the warp's own.
+template <class Format, u32 N> struct Stream {
+  using Step = typename Format::template Step<N>;
+
+  const Product& p;
+  u8* ring;
+  u32 expert, first, last;
+  // What is copied next, and where to.
+  Step from;
+  u32 column, step = 0, slot = 0;
+
+  __device__ __forceinline__ Stream(const Product& p, u8* ring, u32 expert, u32 first, u32 last)
+      : p(p), ring(ring), expert(expert), first(first), last(last), column(blockIdx.y * N) {}
+
+  __device__ __forceinline__ void copy() {
+    u32 b = first + step * Step::BLOCKS;
+    if (column < columns_of<N>(p) && b < last) {
+      if (step == 0) {
+        Panel panels[N];
+        for (u32 n = 0; n < N; n++) panels[n] = panel_at(p, expert, column * N + n);
+        from.begin(panels, p.blocks, first);
+      }
+      from.copy(ring + slot * Step::BYTES, step, last - b);
+      step++;
+      if (b + Step::BLOCKS >= last) {
+        step = 0;
+        column = column_after<N>(column);
+      }
+    }
+    cp_async_commit();
+    slot = slot + 1 == Step::SLOTS ? 0 : slot + 1;
+  }
+
+  // All that the ring holds but one slot, which is free.
+  __device__ __forceinline__ void begin() {
+    for (u32 i = 0; i + 1 < Step::SLOTS; i++) copy();
+  }
+
+  // The sums of the next column.
+  __device__ __forceinline__ void sum(Sums (&sums)[N], const typename Format::Inputs& inputs, Lane lane) {
+    for (u32 b = first; b < last; b += Step::BLOCKS) {
+      // The oldest step is there for all lanes, and all have read the one before, whose slot is free.
+      cp_async_wait<Step::SLOTS - 2>();
+      __syncwarp();
+      u32 next = slot + 1 == Step::SLOTS ? 0 : slot + 1;
+      copy();
+      Format::add(sums, ring + next * Step::BYTES, inputs, b, last - b, lane);
+    }
+  }
+};
+
+// Up to 8 tokens (`blockIdx.x` counts them) times one panel, or a gate's and up's: a column. `blockIdx.y` has
+// every `gridDim.y`th of them, or of two.
 template <class Format, u32 N> __device__ __forceinline__ void decode(const Product& p) {
+  DYN_SHARED(u8, shared);
+  using Step = typename Format::template Step<N>;
   __shared__ float partial[RANGES][N][FEW][PANEL_ROWS];
-  u32 thread = threadIdx.x, warp = thread / 32;
+  __shared__ float results[N == 2 ? FEW : 1][BLOCK];
+  static_assert(2 * PANEL_ROWS == BLOCK && FEW == RANGES, "a warp puts a block of the results of a token");
+  u32 thread = threadIdx.x, warp = thread / WARP;
+  u32 first = warp * p.range, last = min(first + p.range, p.blocks);
+  let_next_begin();
+  // Of which expert the weights are only the kernel before says.
+  if (p.tiles) await_previous();
   Tile tile = tile_at(p, blockIdx.x, FEW, FEW);
   if (tile.count == 0) return;
-  Panel panels[N];
-  for (u32 n = 0; n < N; n++) panels[n] = panel_at(p, tile.expert, blockIdx.y * N + n);
-
   Lane lane = lane_of(thread);
-  Sums sums[N] = {};
-  u32 first = warp * p.range;
-  Format::range(sums, p, panels, tile, lane, first, min(first + p.range, p.blocks));
-  for (u32 n = 0; n < N; n++) {
-    for (u32 i = 0; i < 4; i++) partial[warp][n][2 * lane.t + i % 2][2 * lane.g + i / 2] = sums[n].at[i];
-  }
-  __syncthreads();
+  Stream<Format, N> stream(p, shared + warp * Step::SLOTS * Step::BYTES, tile.expert, first, last);
+  stream.begin();
+  if (!p.tiles) await_previous();
+  typename Format::Inputs inputs(p, tile, lane);
 
   // A thread has two neighbouring rows of a token, or the two that a gate joins.
-  u32 rows = PANEL_ROWS * N / 2;
-  u32 token = thread / rows, row = thread % rows;
-  if (token >= tile.count) return;
-  float a = 0.0f, b = 0.0f;
-  for (u32 r = 0; r < RANGES; r++) {
-    a += partial[r][0][token][N == 1 ? 2 * row : row];
-    b += partial[r][N - 1][token][N == 1 ? 2 * row + 1 : row];
-  }
-  u32 slot = tile.first + token;
-  if constexpr (N == 1) {
-    put_rows(p, panels[0], slot, panels[0].index * PANEL_ROWS + 2 * row, a, b);
-  } else {
-    put_gated(p, panels[0], panels[1], slot, panels[0].index * PANEL_ROWS + row, a, b);
+  constexpr u32 ROWS = PANEL_ROWS * N / 2;
+  u32 token = thread / ROWS, row = thread % ROWS, columns = columns_of<N>(p);
+  for (u32 column = blockIdx.y * N; column < columns; column = column_after<N>(column)) {
+    Sums sums[N] = {};
+    stream.sum(sums, inputs, lane);
+    for (u32 n = 0; n < N; n++) {
+      for (u32 i = 0; i < 4; i++) partial[warp][n][2 * lane.t + i % 2][2 * lane.g + i / 2] = sums[n].at[i];
+    }
+    __syncthreads();
+    if (token < tile.count) {
+      Panel panels[N];
+      for (u32 n = 0; n < N; n++) panels[n] = panel_at(p, tile.expert, column * N + n);
+      float a = 0.0f, b = 0.0f;
+      for (u32 r = 0; r < RANGES; r++) {
+        a += partial[r][0][token][N == 1 ? 2 * row : row];
+        b += partial[r][N - 1][token][N == 1 ? 2 * row + 1 : row];
+      }
+      if constexpr (N == 1) {
+        put_rows(p, panels[0], tile.first + token, panels[0].index * PANEL_ROWS + 2 * row, a, b);
+      } else {
+        results[token][column % N * PANEL_ROWS + row] = gated(panels[0], panels[1], panels[0].index * PANEL_ROWS + row, a, b);
+        // The last block of results may be half a one.
+        if (column + 1 == columns && column % N == 0) results[token][PANEL_ROWS + row] = 0.0f;
+      }
+    }
+    __syncthreads();    // before the next column's sums
+    if constexpr (N == 2) {
+      if ((column % N == 1 || column + 1 == columns) && warp < tile.count) {
+        u32 at = thread % WARP;
+        p.y.put(tile.first + warp, column / N * BLOCK + at, results[warp][at]);
+      }
+    }
   }
 }
 
@@ -802,7 +885,8 @@ template <class Format> __device__ __forceinline__ void prompt(const Product& p)
 #pragma unroll
         for (u32 r = 0; r < 2; r++) {
           u32 row = panels[0].index * PANEL_ROWS + 2 * lane.g + r;
-          put_gated(p, panels[0], panels[1], slot, row, totals[0][i].at[2 * r + j], totals[1][i].at[2 * r + j]);
+          float v = gated(panels[0], panels[1], row, totals[0][i].at[2 * r + j], totals[1][i].at[2 * r + j]);
+          if (row < panels[0].rows) p.y.row(slot)[row] = v;
         }
       } else {
 #pragma unroll
@@ -815,22 +899,18 @@ template <class Format> __device__ __forceinline__ void prompt(const Product& p)
   }
 }
 
-#define DECODE(NAME, Format, N)                                                          \
-  extern "C" __global__ void __launch_bounds__(THREADS, 2) NAME(PARAMETERS) {            \
-    decode_ahead<Format, N>(PRODUCT);                                                    \
-    after_previous();                                                                    \
-    decode<Format, N>(PRODUCT);                                                          \
-  }
-#define KERNELS_OF(name, Format, BLOCKS)                                                 \
-  DECODE(name##_decode, Format, 1)                                                       \
-  DECODE(name##_decode_gated, Format, 2)                                                 \
+#define DECODE(NAME, Format, N, BLOCKS) \
+  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(PARAMETERS) { decode<Format, N>(PRODUCT); }
+#define KERNELS_OF(name, Format, FEW_BLOCKS, BLOCKS)                                        \
+  DECODE(name##_decode, Format, 1, FEW_BLOCKS)                                            \
+  DECODE(name##_decode_gated, Format, 2, FEW_BLOCKS)                                      \
   extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) name##_prompt(PARAMETERS) { \
-    after_previous();                                                                    \
-    prompt<Format>(PRODUCT);                                                             \
+    after_previous();                                                                      \
+    prompt<Format>(PRODUCT);                                                               \
   }
 
-KERNELS_OF(q4, Packed<4>, 2)
-KERNELS_OF(q8, Packed<8>, 2)
-KERNELS_OF(bf16, Bf16, 1)
-KERNELS_OF(f32, Floats<float>, 1)
-KERNELS_OF(f16, Floats<u16>, 1)
+KERNELS_OF(q4, Packed<4>, 4, 2)
+KERNELS_OF(q8, Packed<8>, 4, 2)
+KERNELS_OF(bf16, Bf16, 4, 1)
+KERNELS_OF(f32, Floats<float>, 2, 1)
+KERNELS_OF(f16, Floats<u16>, 2, 1)

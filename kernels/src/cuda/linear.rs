@@ -3,6 +3,7 @@
 //! A result has the same bits for one token and for many, alone, beside others or in an expert's group.
 
 use super::device::{Arg, Device, DeviceError, Kernel, Launch, Source, Span};
+use super::elementwise::{Output, Target};
 use super::experts::Routes;
 use super::rows::{Activations, Form, Head};
 use phidias_quant::packed::{PANEL_ROWS, PackedLayout};
@@ -41,6 +42,8 @@ pub(super) const FEW: usize = 8;
 pub(super) const MANY: usize = 128;
 /// Panels of a prompt's block.
 const PANELS: usize = 8;
+/// Decoding blocks of a multiprocessor: half of what it holds, so that those of the next launch find room.
+const DECODE_BLOCKS: usize = 2;
 /// Up to so many tokens the decoding kernel reads the weights once for each [`FEW`] of them, mostly from
 /// the second cache; with more the prompt's is ahead. Chosen by counting bytes, not measured.
 const DECODE_TOKENS: usize = 32;
@@ -293,6 +296,19 @@ impl<'m> Gated<'m> {
         })
     }
 
+    /// Whether the products of so many tokens can become what the next matrix takes without being written as
+    /// floats between. (Neighbouring rows of one matrix come sixteen a thread block, and bytes want 32.)
+    #[must_use]
+    pub fn gives_inputs(&self, tokens: usize) -> bool {
+        matches!(self, Self::Pair { .. }) && tokens <= DECODE_TOKENS
+    }
+
+    /// Whether those of experts can.
+    #[must_use]
+    pub fn gives_experts_inputs(&self, routes: &Routes<'_>) -> bool {
+        matches!(self, Self::Pair { .. }) && routes.tile() == FEW
+    }
+
     /// Outputs.
     #[must_use]
     pub fn inner(&self) -> usize {
@@ -323,38 +339,39 @@ pub fn linear(
         x,
         rows: Rows::Tokens(tokens),
     };
-    product.launch(device, y)
+    product.launch(device, y.into())
 }
 
-/// The gated projections of an MLP: `[tokens, cols]` to `[tokens, inner]`.
+/// The gated projections of an MLP: `[tokens, cols]` to `[tokens, inner]`, rows of f32 or, of so many tokens as
+/// [`Gated::gives_inputs`], as the next matrix takes them.
 /// # Errors
 /// When the device refuses the launch.
 /// # Panics
-/// When the matrices are not alike, or a length does not fit.
-pub fn gated_linear(
+/// When the matrices are not alike, a length does not fit, or it does not give inputs.
+pub fn gated_linear<'m>(
     device: &dyn Device,
     w: &Gated<'_>,
     x: Activations<'_>,
     tokens: usize,
-    y: Span<'_, f32>,
+    y: impl Into<Output<'m>>,
 ) -> Result<(), DeviceError> {
-    gated(device, w, x, Rows::Tokens(tokens), y)
+    gated(device, w, x, Rows::Tokens(tokens), y.into())
 }
 
 /// The gated projections of the experts of each token: `[tokens, cols]` to `[places, inner]`, grouped by
-/// expert.
+/// expert, as [`gated_linear`] has them.
 /// # Errors
 /// When the device refuses the launch.
 /// # Panics
-/// When there are fewer experts than `routes` name, or a length does not fit.
-pub fn gated_experts(
+/// When there are fewer experts than `routes` name, a length does not fit, or it does not give inputs.
+pub fn gated_experts<'m>(
     device: &dyn Device,
     w: &Gated<'_>,
     x: Activations<'_>,
     routes: &Routes<'_>,
-    y: Span<'_, f32>,
+    y: impl Into<Output<'m>>,
 ) -> Result<(), DeviceError> {
-    gated(device, w, x, Rows::Scattered(routes), y)
+    gated(device, w, x, Rows::Scattered(routes), y.into())
 }
 
 /// Each expert's matrix times the rows of its group: `[places, cols]` to `[places, rows]`.
@@ -376,7 +393,7 @@ pub fn linear_experts(
         x,
         rows: Rows::Grouped(routes),
     };
-    product.launch(device, y)
+    product.launch(device, y.into())
 }
 
 fn gated(
@@ -384,7 +401,7 @@ fn gated(
     w: &Gated<'_>,
     x: Activations<'_>,
     rows: Rows<'_>,
-    y: Span<'_, f32>,
+    y: Output<'_>,
 ) -> Result<(), DeviceError> {
     let pair;
     let (matrices, gate) = match w {
@@ -439,7 +456,7 @@ struct Product<'p> {
 }
 
 impl Product<'_> {
-    fn launch(&self, device: &dyn Device, y: Span<'_, f32>) -> Result<(), DeviceError> {
+    fn launch(&self, device: &dyn Device, y: Output<'_>) -> Result<(), DeviceError> {
         let (first, count) = (&self.matrices[0], self.matrices.len());
         assert!(count <= MATRICES, "{count} matrices, {MATRICES} at most");
         let Layout { elements, cols, .. } = first.layout;
@@ -494,7 +511,14 @@ impl Product<'_> {
                 assert_eq!(w.count(), routes.experts(), "matrices and experts");
             }
         }
-        assert_eq!(y.len(), slots * width, "results of {slots} rows of {width}");
+        let silu = matches!(self.gate, Gate::Silu);
+        match y {
+            Output::Rows(y) => {
+                assert_eq!(y.len(), slots * width, "results of {slots} rows of {width}");
+            }
+            Output::Input(_) => assert!(few && silu, "results as a matrix takes them"),
+        }
+        let y = Target::new(device, y, number(slots), number(width));
         let blocks = first.layout.blocks();
         // Kernels count the blocks of all rows in 32 bits.
         let (x, heads) = self.input(device, elements, number(inputs * blocks) as usize);
@@ -529,15 +553,25 @@ impl Product<'_> {
             Arg::U32(number(slots)),
             sources.map_or(Arg::Address(0), |s| s.on(device)),
             list.map_or(Arg::Address(0), |routes| routes.tile_list.on(device)),
-            y.on(device),
-            Arg::U32(number(width)),
+            y.values,
+            Arg::U32(y.stride),
+            y.heads,
+            Arg::U32(y.form as u32),
+            Arg::I32(y.zero),
         ]);
 
         let panels: usize = self.matrices.iter().map(Weights::panels).sum();
-        let silu = matches!(self.gate, Gate::Silu);
         let (grid, shared) = if few {
-            let columns = if silu { panels / 2 } else { panels };
-            ([number(tiles), number(columns), 1], 0)
+            // A gate's and up's panels give 16 results, and two such pairs a block of them.
+            let parts = if silu { panels.div_ceil(4) } else { panels };
+            // Of the tiles of experts most may be empty; others are all there.
+            let at_once = DECODE_BLOCKS * device.limits().multiprocessors as usize;
+            let parts = match self.rows {
+                Rows::Tokens(_) => parts.min(at_once.div_ceil(tiles)),
+                Rows::Scattered(_) | Rows::Grouped(_) => parts,
+            };
+            let shared = ring_bytes(elements, if silu { 2 } else { 1 });
+            ([number(tiles), number(parts), 1], shared)
         } else {
             (
                 [number(tiles * parts), number(panels.div_ceil(PANELS)), 1],
@@ -624,6 +658,24 @@ fn tokens_of(elements: Elements) -> usize {
         Elements::Bf16 => 128,
         Elements::Packed(_) | Elements::F16 | Elements::F32 => 64,
     }
+}
+
+/// Bytes of shared memory that a decoding block of columns of so many panels needs: the rings of its warps.
+fn ring_bytes(elements: Elements, panels: usize) -> usize {
+    let (slots, step) = match elements {
+        Elements::Packed(format) => {
+            let pair = 2 * (format.block_bytes() + PANEL_ROWS * 2);
+            let pairs = match format {
+                Format::Q4 => 2,
+                Format::Q8 => panels,
+            };
+            (if pairs * pair > 2048 { 3 } else { 5 }, pairs * pair)
+        }
+        Elements::Bf16 | Elements::F16 => (3, 2048),
+        Elements::F32 if panels == 1 => (3, 2048),
+        Elements::F32 => (2, 4096),
+    };
+    RANGES * slots * step
 }
 
 /// Bytes of shared memory that a prompt's block needs: all its stages.

@@ -273,8 +273,10 @@ impl DeviceCandidates {
 /// What experts work with, kept from layer to layer.
 #[derive(Debug, Default)]
 pub struct DeviceExperts {
-    /// Of the gated projections, then of the others.
+    /// Of the gated projections.
     pub(super) input: DeviceInput,
+    /// Of the others.
+    pub(super) next: DeviceInput,
     /// `[picks, inner]`, grouped by expert.
     pub(super) gated: Rows,
     /// `[picks, hidden]`, grouped by expert.

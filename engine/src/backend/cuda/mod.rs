@@ -461,20 +461,31 @@ impl Ops<Cuda> for CudaOps<'_> {
         gated: &mut Rows,
         out: &mut DeviceInput,
     ) {
-        let y = &mut *gated;
         let (rows, inner) = (x.rows(), w.inner());
-        y.reshape(self, rows, inner);
         match (w, self.cuda.resident.gated(w)) {
+            (_, Some(w)) if w.gives_inputs(rows) => {
+                self.shape(out, next, rows);
+                self.run(|device, _| {
+                    linear::gated_linear(device, &w, x.activations(), rows, out.activations())
+                });
+                return;
+            }
+            (_, Some(w)) => {
+                gated.reshape(self, rows, inner);
+                self.run(|device, _| {
+                    linear::gated_linear(device, &w, x.activations(), rows, gated.span())
+                });
+            }
             (GateUp::Stacked(w), None) => {
                 // The rows of `up` do not begin with a panel: both at once, then the gate.
+                gated.reshape(self, rows, inner);
                 let both = &mut **self.both.borrow_mut();
                 self.linear(w, x, both);
-                self.run(|device, _| elementwise::silu_mul(device, both.span(), inner, y.span()));
+                self.run(|device, _| {
+                    elementwise::silu_mul(device, both.span(), inner, gated.span())
+                });
             }
-            (_, gated) => self.run(|device, _| {
-                let gated = gated.expect("only stacked ones cannot be gated at once");
-                linear::gated_linear(device, &gated, x.activations(), rows, y.span())
-            }),
+            (_, None) => unreachable!("only stacked ones cannot be gated at once"),
         }
         self.input(gated, next, out);
     }
@@ -563,20 +574,23 @@ impl Ops<Cuda> for CudaOps<'_> {
         };
         let (gate_up, down) = (&first.gate_up, &first.down_proj.weight);
         let places = x.rows() * super::PICKS;
-        s.gated.reshape(self, places, gate_up.inner());
         s.outputs.reshape(self, places, down.rows());
         y.reshape(self, x.rows(), down.rows());
         self.input(x, gate_up.matrix(), &mut s.input);
+        let gated = (self.cuda.resident.gated(gate_up)).expect("experts that can be gated at once");
+        let (x, of) = (s.input.activations(), routes.routes());
+        if gated.gives_experts_inputs(&of) {
+            self.shape(&mut s.next, down, places);
+            self.run(|device, _| {
+                linear::gated_experts(device, &gated, x, &of, s.next.activations())
+            });
+        } else {
+            s.gated.reshape(self, places, gate_up.inner());
+            self.run(|device, _| linear::gated_experts(device, &gated, x, &of, s.gated.span()));
+            self.input(&s.gated, down, &mut s.next);
+        }
         self.run(|device, resident| {
-            let gated = resident
-                .gated(gate_up)
-                .expect("experts that can be gated at once");
-            let (x, routes) = (s.input.activations(), routes.routes());
-            linear::gated_experts(device, &gated, x, &routes, s.gated.span())
-        });
-        self.input(&s.gated, down, &mut s.input);
-        self.run(|device, resident| {
-            let (w, x) = (resident.matrix(down), s.input.activations());
+            let (w, x) = (resident.matrix(down), s.next.activations());
             linear::linear_experts(device, &w, x, &routes.routes(), s.outputs.span())?;
             let (outputs, cols) = (s.outputs.span(), y.cols());
             experts::sum_picks(device, outputs, &routes.routes(), cols, y.span())

@@ -1,5 +1,6 @@
 //! The router against its definition, written out; the experts together against each alone, bit by bit.
 
+use super::elementwise::in_every_form;
 use super::linear::{ELEMENTS, Input, Stored, bits, result};
 use super::{Random, U, each_device};
 use crate::cuda::experts::{PICKS, Routes, route, sum_picks};
@@ -244,16 +245,17 @@ fn experts_together_are_each_alone() {
                         },
                         false => Gated::stacked(both.of(expert)).expect("whole panels"),
                     };
-                    let middle = result(device, PICKS * tokens * inner)?;
-                    gated_experts(
-                        &**device,
-                        &gated(None),
-                        input.activations(),
-                        &routes,
-                        middle.span(),
-                    )?;
-                    let middle =
-                        Input::new(device, elements, &middle.span::<f32>().to_vec()?, inner)?;
+                    let (w, all) = (gated(None), input.activations());
+                    let middle = if w.gives_experts_inputs(&routes) {
+                        in_every_form(device, (PICKS * tokens, inner), |y| {
+                            gated_experts(&**device, &w, all, &routes, y)
+                        })?
+                    } else {
+                        let middle = result(device, PICKS * tokens * inner)?;
+                        gated_experts(&**device, &w, all, &routes, middle.span())?;
+                        middle.span().to_vec()?
+                    };
+                    let middle = Input::new(device, elements, &middle, inner)?;
                     let outputs = result(device, PICKS * tokens * hidden)?;
                     linear_experts(
                         &**device,
