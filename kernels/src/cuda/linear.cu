@@ -296,66 +296,67 @@ template <u32 LINES> struct Packed {
     static constexpr u32 BYTES = N * PANEL_BYTES;
     static constexpr u32 SLOTS = BYTES > 2048 ? 3 : 5;
 
-    // Where the K range of each panel begins.
+    // What a lane copies next of each panel, and the pieces of 16 bytes 32 apart.
     const u8* from[N];
 
     __device__ __forceinline__ void begin(const Panel (&panels)[N], u32 blocks, u32 first) {
 #pragma unroll
-      for (u32 n = 0; n < N; n++) from[n] = pair_at(panels[n], blocks, first);
+      for (u32 n = 0; n < N; n++) from[n] = pair_at(panels[n], blocks, first) + threadIdx.x % WARP * 16;
     }
 
-    // Has the warp copy step `i`, of which `left` blocks are there or more.
-    __device__ __forceinline__ void copy(u8* to, u32 i, u32 left) const {
-      u32 bytes = left < BLOCKS ? bytes_of(left) : PANEL_BYTES;
+    // Has the warp copy the next step, of which `left` blocks are there or more.
+    __device__ __forceinline__ void copy(u8* to, u32 left) {
+      u32 own = threadIdx.x % WARP * 16, bytes = left < BLOCKS ? bytes_of(left) : PANEL_BYTES;
 #pragma unroll
       for (u32 n = 0; n < N; n++) {
 #pragma unroll
         for (u32 at = 0; at < PANEL_BYTES; at += WARP * 16) {
-          u32 own = at + threadIdx.x % WARP * 16;
-          if (own < bytes) cp_async16(to + n * PANEL_BYTES + own, from[n] + i * PANEL_BYTES + own);
+          if (own + at < bytes) cp_async16(to + n * PANEL_BYTES + own + at, from[n] + at);
         }
+        from[n] += PANEL_BYTES;
       }
     }
   };
 
-  // A lane's places in the activations.
+  // A lane's place in the activations.
   struct Inputs {
     const u8* x;           // of token g
     const Head* heads[2];  // of tokens 2 t and 2 t + 1
 
-    __device__ __forceinline__ Inputs(const Product& p, const Tile& tile, Lane lane) {
+    __device__ __forceinline__ Inputs(const Product& p, const Tile& tile, Lane lane, u32 first) {
       // Past the last token it stands in: columns do not mix, and theirs are not written.
-      auto row = [&](u32 token) { return u64(source_of(p, tile.first + min(token, tile.count - 1))) * p.blocks; };
+      auto row = [&](u32 token) { return u64(source_of(p, tile.first + min(token, tile.count - 1))) * p.blocks + first; };
       x = p.x + row(lane.g) * BLOCK + lane.t * 4;
 #pragma unroll
       for (u32 j = 0; j < 2; j++) heads[j] = p.heads + row(2 * lane.t + j);
     }
+
+    __device__ __forceinline__ void move(i32 blocks) {
+      x += blocks * i32(BLOCK);
+      for (u32 j = 0; j < 2; j++) heads[j] += blocks;
+    }
   };
 
-  // Adds a step that has come, of `left` blocks or more, the first of them block `b`.
+  // Adds block `i` of a step that has come, where the inputs stand.
   template <u32 N>
-  static __device__ __forceinline__ void add(Sums (&sums)[N], const u8* from, const Inputs& inputs, u32 b, u32 left, Lane lane) {
+  static __device__ __forceinline__ void add_block(Sums (&sums)[N], const u8* from, const Inputs& inputs, u32 i, Lane lane) {
+    const u8* x = inputs.x + i * BLOCK;
+    u32 values[2] = {*reinterpret_cast<const u32*>(x), *reinterpret_cast<const u32*>(x + 16)};
+    Head heads[2] = {head_of(inputs.heads[0][i].start), head_of(inputs.heads[1][i].start)};
 #pragma unroll
-    for (u32 i = 0; i < Step<N>::BLOCKS; i++) {
-      if (i >= left) break;
-      const u8* x = inputs.x + (b + i) * BLOCK;
-      u32 values[2] = {*reinterpret_cast<const u32*>(x), *reinterpret_cast<const u32*>(x + 16)};
-      Head heads[2] = {head_of(inputs.heads[0][b + i].start), head_of(inputs.heads[1][b + i].start)};
+    for (u32 n = 0; n < N; n++) {
+      const u8* pair = from + n * Step<N>::PANEL_BYTES + i / 2 * PAIR_BYTES;
+      const u8* quants = pair + LINE + i % 2 * BLOCK_BYTES + lane.t * LINE + lane.g * 8;
+      u32 w[LINES / 2], a[4];
 #pragma unroll
-      for (u32 n = 0; n < N; n++) {
-        const u8* pair = from + n * Step<N>::PANEL_BYTES + i / 2 * PAIR_BYTES;
-        const u8* quants = pair + LINE + i % 2 * BLOCK_BYTES + lane.t * LINE + lane.g * 8;
-        u32 w[LINES / 2], a[4];
-#pragma unroll
-        for (u32 h = 0; h < LINES / 4; h++) {
-          U32x2 two = *reinterpret_cast<const U32x2*>(quants + h * 4 * LINE);
-          w[2 * h] = two.x;
-          w[2 * h + 1] = two.y;
-        }
-        unpack(w, a);
-        u32 scales = *reinterpret_cast<const u32*>(pair + i % 2 * SCALES_BYTES + 2 * lane.g * 2);
-        add(sums[n], a, values, heads, f16_to_f32(u16(scales)), f16_to_f32(u16(scales >> 16)));
+      for (u32 h = 0; h < LINES / 4; h++) {
+        U32x2 two = *reinterpret_cast<const U32x2*>(quants + h * 4 * LINE);
+        w[2 * h] = two.x;
+        w[2 * h + 1] = two.y;
       }
+      unpack(w, a);
+      u32 scales = *reinterpret_cast<const u32*>(pair + i % 2 * SCALES_BYTES + 2 * lane.g * 2);
+      add(sums[n], a, values, heads, f16_to_f32(u16(scales)), f16_to_f32(u16(scales >> 16)));
     }
   }
 
@@ -484,14 +485,15 @@ template <class W, class X, u32 T> struct RowMajor {
       }
     }
 
-    __device__ __forceinline__ void copy(u8* to, u32 i, u32 left) const {
+    __device__ __forceinline__ void copy(u8* to, u32 left) {
       u32 lane = threadIdx.x % WARP, piece = lane % PIECES;
-      if (piece >= left * W_PIECES) return;
 #pragma unroll
       for (u32 n = 0; n < N; n++) {
 #pragma unroll
         for (u32 r = 0; r < ROWS; r++) {
-          cp_async16(to + n * PANEL_BYTES + place(lane / PIECES + r * APART, piece, PIECES), from[n][r] + i * PIECES * 16);
+          u32 at = n * PANEL_BYTES + place(lane / PIECES + r * APART, piece, PIECES);
+          if (piece < left * W_PIECES) cp_async16(to + at, from[n][r]);
+          from[n][r] += PIECES * 16;
         }
       }
     }
@@ -558,25 +560,25 @@ struct Bf16 : RowMajor<u16, u16, 128> {
   struct Inputs {
     const u8* x;  // of token g
 
-    __device__ __forceinline__ Inputs(const Product& p, const Tile& tile, Lane lane) { x = token_of(p, tile, lane.g) + lane.t * 16; }
+    __device__ __forceinline__ Inputs(const Product& p, const Tile& tile, Lane lane, u32 first) {
+      x = token_of(p, tile, lane.g) + u64(first) * BLOCK * 2 + lane.t * 16;
+    }
+
+    __device__ __forceinline__ void move(i32 blocks) { x += blocks * i32(BLOCK * 2); }
   };
 
   template <u32 N>
-  static __device__ __forceinline__ void add(Sums (&sums)[N], const u8* from, const Inputs& inputs, u32 b, u32 left, Lane lane) {
+  static __device__ __forceinline__ void add_block(Sums (&sums)[N], const u8* from, const Inputs& inputs, u32 i, Lane lane) {
+    U32x4 x = *reinterpret_cast<const U32x4*>(inputs.x + i * BLOCK * 2);
 #pragma unroll
-    for (u32 i = 0; i < Step<N>::BLOCKS; i++) {
-      if (i >= left) break;
-      U32x4 x = *reinterpret_cast<const U32x4*>(inputs.x + (b + i) * BLOCK * 2);
+    for (u32 n = 0; n < N; n++) {
+      U32x4 rows[2];
 #pragma unroll
-      for (u32 n = 0; n < N; n++) {
-        U32x4 rows[2];
-#pragma unroll
-        for (u32 r = 0; r < 2; r++) {
-          u32 at = place(2 * lane.g + r, i * W_PIECES + lane.t, Step<N>::PIECES);
-          rows[r] = *reinterpret_cast<const U32x4*>(from + n * Step<N>::PANEL_BYTES + at);
-        }
-        add(sums[n], rows[0], rows[1], x);
+      for (u32 r = 0; r < 2; r++) {
+        u32 at = Step<N>::PANEL_BYTES * n + place(2 * lane.g + r, i * W_PIECES + lane.t, Step<N>::PIECES);
+        rows[r] = *reinterpret_cast<const U32x4*>(from + at);
       }
+      add(sums[n], rows[0], rows[1], x);
     }
   }
 
@@ -614,8 +616,12 @@ template <class W> struct Floats : RowMajor<W, float, 64> {
   struct Inputs {
     const u8* x[2];  // of tokens 2 t and 2 t + 1
 
-    __device__ __forceinline__ Inputs(const Product& p, const Tile& tile, Lane lane) {
-      for (u32 j = 0; j < 2; j++) x[j] = Rows::token_of(p, tile, 2 * lane.t + j);
+    __device__ __forceinline__ Inputs(const Product& p, const Tile& tile, Lane lane, u32 first) {
+      for (u32 j = 0; j < 2; j++) x[j] = Rows::token_of(p, tile, 2 * lane.t + j) + u64(first) * BLOCK * sizeof(float);
+    }
+
+    __device__ __forceinline__ void move(i32 blocks) {
+      for (u32 j = 0; j < 2; j++) x[j] += blocks * i32(BLOCK * sizeof(float));
     }
   };
 
@@ -629,22 +635,23 @@ template <class W> struct Floats : RowMajor<W, float, 64> {
   }
 
   template <u32 N>
-  static __device__ __forceinline__ void add(Sums (&sums)[N], const u8* from, const Inputs& inputs, u32 b, u32 left, Lane lane) {
+  static __device__ __forceinline__ void add_block(Sums (&sums)[N], const u8* from, const Inputs& inputs, u32 block, Lane lane) {
     constexpr u32 PIECES = COLS * sizeof(W) / 16;
-    for (u32 k = 0; k < min(left, Step<N>::BLOCKS) * BLOCK; k += COLS) {
+#pragma unroll 1
+    for (u32 k = 0; k < BLOCK; k += COLS) {
       float w[N][2][COLS];
       for (u32 n = 0; n < N; n++) {
         for (u32 r = 0; r < 2; r++) {
           const u8* at[2];
           for (u32 h = 0; h < 2; h++) {
-            u32 piece = k / COLS * PIECES + h % PIECES;
+            u32 piece = block * Rows::W_PIECES + k / COLS * PIECES + h % PIECES;
             at[h] = from + n * Step<N>::PANEL_BYTES + Rows::place(2 * lane.g + r, piece, Step<N>::PIECES);
           }
           widen(w[n][r], at);
         }
       }
       for (u32 j = 0; j < 2; j++) {
-        const float* values = reinterpret_cast<const float*>(inputs.x[j]) + b * BLOCK + k;
+        const float* values = reinterpret_cast<const float*>(inputs.x[j]) + block * BLOCK + k;
         for (u32 i = 0; i < COLS; i++) {
           float value = values[i];
           for (u32 n = 0; n < N; n++) {
@@ -714,50 +721,64 @@ template <u32 N> __device__ __forceinline__ u32 column_after(u32 column) {
 template <class Format, u32 N> struct Stream {
   using Step = typename Format::template Step<N>;
 
+  static constexpr u32 BYTES = Step::SLOTS * Step::BYTES;
+
   const Product& p;
   u8* ring;
   u32 expert, first, last;
   // What is copied next, and where to.
   Step from;
-  u32 column, step = 0, slot = 0;
+  u32 column, b, to = 0;
 
   __device__ __forceinline__ Stream(const Product& p, u8* ring, u32 expert, u32 first, u32 last)
-      : p(p), ring(ring), expert(expert), first(first), last(last), column(blockIdx.y * N) {}
+      : p(p), ring(ring), expert(expert), first(first), last(last), column(blockIdx.y * N), b(first) {}
+
+  static __device__ __forceinline__ u32 after(u32 slot) { return slot + Step::BYTES == BYTES ? 0 : slot + Step::BYTES; }
 
   __device__ __forceinline__ void copy() {
-    u32 b = first + step * Step::BLOCKS;
     if (column < columns_of<N>(p) && b < last) {
-      if (step == 0) {
+      if (b == first) {
         Panel panels[N];
         for (u32 n = 0; n < N; n++) panels[n] = panel_at(p, expert, column * N + n);
         from.begin(panels, p.blocks, first);
       }
-      from.copy(ring + slot * Step::BYTES, step, last - b);
-      step++;
-      if (b + Step::BLOCKS >= last) {
-        step = 0;
+      from.copy(ring + to, last - b);
+      b += Step::BLOCKS;
+      if (b >= last) {
+        b = first;
         column = column_after<N>(column);
       }
     }
     cp_async_commit();
-    slot = slot + 1 == Step::SLOTS ? 0 : slot + 1;
+    to = after(to);
   }
 
   // All that the ring holds but one slot, which is free.
   __device__ __forceinline__ void begin() {
+#pragma unroll 1
     for (u32 i = 0; i + 1 < Step::SLOTS; i++) copy();
   }
 
-  // The sums of the next column.
-  __device__ __forceinline__ void sum(Sums (&sums)[N], const typename Format::Inputs& inputs, Lane lane) {
-    for (u32 b = first; b < last; b += Step::BLOCKS) {
+  // The sums of the next column; the inputs stand at the first of its blocks, and do so again.
+  __device__ __forceinline__ void sum(Sums (&sums)[N], typename Format::Inputs& inputs, Lane lane) {
+    i32 left = i32(last) - i32(first), moved = 0;
+    for (; left > 0; left -= Step::BLOCKS) {
       // The oldest step is there for all lanes, and all have read the one before, whose slot is free.
       cp_async_wait<Step::SLOTS - 2>();
       __syncwarp();
-      u32 next = slot + 1 == Step::SLOTS ? 0 : slot + 1;
+      const u8* step = ring + after(to);
       copy();
-      Format::add(sums, ring + next * Step::BYTES, inputs, b, last - b, lane);
+      if (left >= i32(Step::BLOCKS)) {
+#pragma unroll
+        for (u32 i = 0; i < Step::BLOCKS; i++) Format::add_block(sums, step, inputs, i, lane);
+      } else {
+#pragma unroll 1
+        for (i32 i = 0; i < left; i++) Format::add_block(sums, step, inputs, i, lane);
+      }
+      inputs.move(Step::BLOCKS);
+      moved += Step::BLOCKS;
     }
+    inputs.move(-moved);
   }
 };
 
@@ -765,7 +786,6 @@ template <class Format, u32 N> struct Stream {
 // every `gridDim.y`th of them, or of two.
 template <class Format, u32 N> __device__ __forceinline__ void decode(const Product& p) {
   DYN_SHARED(u8, shared);
-  using Step = typename Format::template Step<N>;
   __shared__ float partial[RANGES][N][FEW][PANEL_ROWS];
   __shared__ float results[N == 2 ? FEW : 1][BLOCK];
   static_assert(2 * PANEL_ROWS == BLOCK && FEW == RANGES, "a warp puts a block of the results of a token");
@@ -777,10 +797,10 @@ template <class Format, u32 N> __device__ __forceinline__ void decode(const Prod
   Tile tile = tile_at(p, blockIdx.x, FEW, FEW);
   if (tile.count == 0) return;
   Lane lane = lane_of(thread);
-  Stream<Format, N> stream(p, shared + warp * Step::SLOTS * Step::BYTES, tile.expert, first, last);
+  Stream<Format, N> stream(p, shared + warp * Stream<Format, N>::BYTES, tile.expert, first, last);
   stream.begin();
   if (!p.tiles) await_previous();
-  typename Format::Inputs inputs(p, tile, lane);
+  typename Format::Inputs inputs(p, tile, lane, first);
 
   // A thread has two neighbouring rows of a token, or the two that a gate joins.
   constexpr u32 ROWS = PANEL_ROWS * N / 2;
