@@ -1,8 +1,9 @@
-//! Attention: a decoding step over a cache, a prompt over itself, images. Keys and values are f16.
+//! Attention: a decoding step over a cache, with rotation and storing; a prompt over itself; images. Keys and values
+//! are f16.
 
 use crate::timing::{Bench, Case, Cost, Random, Work, checked};
 use phidias::engine::kernels::cuda::attention::{
-    Arithmetic, Cache, Scratch, attention, full_attention,
+    Arithmetic, Cache, FEW, Rotations, Scratch, attention, full_attention, rope_store_attention,
 };
 use phidias::engine::kernels::cuda::{Device, DeviceError, Memory};
 use phidias::engine::kernels::heads::Heads;
@@ -11,8 +12,7 @@ use phidias::engine::quant::f16;
 use std::f32::consts::PI;
 use std::sync::Arc;
 
-/// Tokens that a decoding step may have: one, and a few guesses.
-const FEW: usize = 8;
+/// Tokens of a decoding step: one, and a few guesses.
 const GUESSES: [usize; 2] = [1, 4];
 
 /// Half a unit in the last place of 1, in f32 and in f16.
@@ -27,11 +27,11 @@ pub fn bench(bench: &mut Bench) {
         let cases = GUESSES.map(|count| {
             let read = Mask::CAUSAL.count_read(heads.heads, heads.kv_heads, depth..depth + count);
             let key = 2 * heads.head_dim * size_of::<f16>();
-            let rows = 2 * count * heads.queries() * size_of::<f32>();
+            let rows = count * (heads.columns() + heads.queries()) * size_of::<f32>();
             let cost = Cost::Bytes(read * key + rows);
             Case { count, cost }
         });
-        let what = format!("attention, {}, at depth {depth}", name(heads));
+        let what = format!("rope_store_attention, {}, at depth {depth}", name(heads));
         bench.run(&what, &cases, |case| {
             Cached::new(&device, heads, depth, case.count, shapes.working_set)
         });
@@ -144,6 +144,8 @@ struct Cached {
     keys: Vec<f32>,
     values: Vec<f32>,
     on_device: Memory,
+    /// By no angle: `rope_and_store` has a bench of its own.
+    rotations: [Memory; 2],
     /// Of several layers, alike, visited in turn.
     cache: [Memory; 2],
     first: Memory,
@@ -178,10 +180,23 @@ impl Cached {
             }
             Ok(memory)
         };
-        let qkv = random.values(tokens * heads.columns());
+        let mut qkv = random.values(tokens * heads.columns());
+        for (t, row) in qkv.chunks_exact_mut(heads.columns()).enumerate() {
+            let (of_keys, of_values) = row[heads.queries()..].split_at_mut(heads.keys());
+            for (to, all) in [(of_keys, &keys), (of_values, &values)] {
+                for (to, head) in to.chunks_exact_mut(d).zip(all.chunks_exact(positions * d)) {
+                    to.copy_from_slice(&head[(depth + t) * d..][..d]);
+                }
+            }
+        }
+        let pairs = tokens * d / 2;
         Ok(Self {
             heads,
             depth,
+            rotations: [
+                Memory::from_slice(device, &vec![1.0f32; pairs])?,
+                Memory::from_slice(device, &vec![0.0f32; pairs])?,
+            ],
             on_device: Memory::from_slice(device, &qkv)?,
             cache: [layers_of(&keys)?, layers_of(&values)?],
             qkv,
@@ -203,16 +218,21 @@ impl Work for Cached {
         let len = self.keys.len();
         let layer = |memory| Memory::span::<f16>(memory).slice(turn * len..(turn + 1) * len);
         let [keys, values] = self.cache.each_ref().map(layer);
-        attention(
-            device,
+        let (qkv, heads, cache) = (
             self.on_device.span(),
             self.heads,
             Cache::F16 { keys, values },
-            Mask::CAUSAL,
-            scale(self.heads.head_dim),
-            self.first.span(),
-            &self.scratch,
-            self.y.span(),
+        );
+        let (mask, scale) = (Mask::CAUSAL, scale(heads.head_dim));
+        let (first, y) = (self.first.span(), self.y.span::<f32>());
+        if !self.scratch.takes(self.qkv.len() / heads.columns()) {
+            return attention(device, qkv, heads, cache, mask, scale, first, y);
+        }
+        let [cos, sin] = self.rotations.each_ref().map(Memory::span);
+        let rotations = Rotations { cos, sin };
+        let scratch = &self.scratch;
+        rope_store_attention(
+            device, qkv, heads, rotations, cache, mask, scale, first, scratch, y,
         )
     }
 

@@ -1,6 +1,8 @@
-// Rotation and storing of keys and values, and attention, on the device.
+// Rotation and storing of keys and values, and attention, on the device: for prompts one kernel after the
+// other, for passes of a few tokens in one.
 //
-// Maths   o = sum over j of softmax_j(scale * <q, k_j>) v_j over the keys j that q may see
+// Maths   queries and keys are rotated, see `rotate`; then
+//         o = sum over j of softmax_j(scale * <q, k_j>) v_j over the keys j that q may see
 //
 //         Positions are divided in blocks of 256, and those in steps of 32. Within a block
 //           s_j  = scale * <q, k_j>                      the scores of a step
@@ -39,7 +41,11 @@
 //                  fmaf from the first element to the last, expf
 //
 // Work    4 operations a query, visible key and element
-//         Decode leaves its results as the next matrix takes them, where a block of 32 columns is of one
+//         Decode rotates and stores too: a launch less in every layer. Each thread block rotates the up to
+//         16 + 2 * 8 rows it needs, half a KiB each, from the second cache while `first` is on its way. What
+//         takes no memory, the divisions that tell a thread its row, comes before the wait for the launch
+//         before, and keys are on their way when the barrier behind the rotation is reached.
+//         It leaves its results as the next matrix takes them, where a block of 32 columns is of one
 //         head: the warp that has them quantizes them, and a launch less lies before the matrix
 // Limit   decode: the bytes of keys and values, read once for the whole group of query heads (up to 16
 //         rows: queries of a group times tokens). A warp has its 32 keys and values, 16 KiB at
@@ -61,9 +67,9 @@
 //
 // Registers  (at most, of sm_80, 89 and 90; no spills; 256 threads a block)
 //         head_dim       32    64    96   128     f32
-//         decode         99   128   175   220     169
+//         decode         80   128   172   222     158
 //         prompt         96   135   176   174     246
-//         full           80   128   174   174     254
+//         full           80   128   174   174     251
 #include "common.cuh"
 
 constexpr u32 BLOCK = 256;   // positions merged to one partial result; crate::mask::BLOCK
@@ -151,6 +157,14 @@ struct Stored {
   }
 };
 
+// Keys and values of a pass's own tokens in shared memory, `[count][head_dim]`: row 0 is of position `first`.
+template <class T>
+struct Fresh {
+  const T* keys;
+  const T* values;
+  u32 first, count;
+};
+
 // ---------------------------------------------------------------- arithmetic of a tile
 
 __device__ __forceinline__ u32 lane() { return threadIdx.x % 32; }
@@ -163,6 +177,25 @@ __device__ __forceinline__ u32 pack(float low, float high) {
 // The elements of `a` and `b` at `j` of two f16 each.
 __device__ __forceinline__ u32 pick(u32 a, u32 b, u32 j) {
   return j % 2 ? a >> 16 | (b & 0xFFFF0000u) : (a & 0xFFFFu) | b << 16;
+}
+
+__device__ __forceinline__ void load4(const float* from, float x[4]) {
+  F32x4 four = *reinterpret_cast<const F32x4*>(from);
+  x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+}
+__device__ __forceinline__ void store4(const float x[4], float* to) {
+  *reinterpret_cast<F32x4*>(to) = {x[0], x[1], x[2], x[3]};
+}
+__device__ __forceinline__ void store4(const float x[4], u16* to) {
+  *reinterpret_cast<U32x2*>(to) = {pack(x[0], x[1]), pack(x[2], x[3])};
+}
+
+// A pair of elements of a head, half of it apart; the arithmetic is `cpu::rope`'s, bit for bit:
+//   y[i] = x[i] cos[i] - x[i + h] sin[i],   y[i + h] = x[i + h] cos[i] + x[i] sin[i],   h = head_dim / 2
+__device__ __forceinline__ void rotate(float& low, float& high, float cos, float sin) {
+  float rotated = low * cos - high * sin;
+  high = high * cos + low * sin;
+  low = rotated;
 }
 
 // What 16 queries gave so far. A lane holds ROWS rows of the tile, of each COLS columns; `max` and
@@ -207,6 +240,7 @@ __device__ __forceinline__ float finish(float acc, float inverse) { return acc *
 template <u32 D>
 struct Half {
   static constexpr u32 ROWS = 2, KEYS = 8, COLS = D / 4;
+  static constexpr u32 WIDTH = D;                  // of a head, in whole 32s
   static constexpr u32 CHUNKS = D / 32;
   static constexpr u32 PITCH = D + 16;             // of a row in shared memory: 32 bytes more
 
@@ -260,10 +294,12 @@ struct Half {
     return x + __shfl_xor_sync(ALL_LANES, x, 2);
   }
 
-  // Queries at `from + row(0) ..`; rows from `count` on are none. `head_dim <= D`, a multiple of 8.
+  // What queries are multiplied by before they are rounded.
+  __device__ static float factor(float scale) { return scale * 1.44269504f; }    // log2(e)
+
+  // Queries at `from + at(row(0)) ..`; rows from `count` on are none. `head_dim <= D`, a multiple of 8.
   template <class F>
   __device__ void load(const float* from, F at, u32 count, u32 head_dim, float scale) {
-    float factor = scale * 1.44269504f;          // log2(e)
     #pragma unroll
     for (u32 r = 0; r < ROWS; r++) {
       #pragma unroll
@@ -271,10 +307,26 @@ struct Half {
         float x[8] = {0, 0, 0, 0, 0, 0, 0, 0};
         if (row(r) < count && key_column(c) < head_dim) {
           #pragma unroll
-          for (u32 e = 0; e < 8; e++) x[e] = from[at(row(r)) + key_column(c) + e] * factor;
+          for (u32 e = 0; e < 8; e++) x[e] = from[at(row(r)) + key_column(c) + e] * factor(scale);
         }
         #pragma unroll
         for (u32 i = 0; i < 4; i++) q[c][i / 2][r + 2 * (i % 2)] = pack(x[2 * i], x[2 * i + 1]);
+      }
+    }
+  }
+
+  // The same from rows one after the other, multiplied and rounded.
+  __device__ void take(const u16* from, u32 count, u32 head_dim, float) {
+    #pragma unroll
+    for (u32 r = 0; r < ROWS; r++) {
+      #pragma unroll
+      for (u32 c = 0; c < CHUNKS; c++) {
+        U32x4 x = {0, 0, 0, 0};
+        if (row(r) < count && key_column(c) < head_dim) {
+          x = *reinterpret_cast<const U32x4*>(from + row(r) * head_dim + key_column(c));
+        }
+        q[c][0][r] = x.x, q[c][0][r + 2] = x.y;
+        q[c][1][r] = x.z, q[c][1][r + 2] = x.w;
       }
     }
   }
@@ -346,7 +398,7 @@ struct Half {
     U32x4 keys[STEP / 8][CHUNKS];
     U32x2 values[CHUNKS][2][4];
 
-    __device__ void read(const Stored<u16>& stored, u32 first, u32 head_dim) {
+    __device__ void read_keys(const Stored<u16>& stored, u32 first, u32 head_dim) {
       #pragma unroll
       for (u32 i = 0; i < STEP / 8; i++) {
         u32 at = first + key_row(i);
@@ -358,6 +410,8 @@ struct Half {
           }
         }
       }
+    }
+    __device__ void read_values(const Stored<u16>& stored, u32 first, u32 head_dim) {
       #pragma unroll
       for (u32 u = 0; u < 2; u++) {
         #pragma unroll
@@ -373,9 +427,41 @@ struct Half {
         }
       }
     }
+    // Those of the pass's own tokens.
+    __device__ void add_keys(const Fresh<u16>& fresh, u32 first, u32 head_dim) {
+      if (first + STEP <= fresh.first) return;
+      #pragma unroll
+      for (u32 i = 0; i < STEP / 8; i++) {
+        u32 at = first + key_row(i) - fresh.first;   // before the first: a very large one
+        #pragma unroll
+        for (u32 c = 0; c < CHUNKS; c++) {
+          if (at < fresh.count && key_column(c) < head_dim) {
+            keys[i][c] = *reinterpret_cast<const U32x4*>(fresh.keys + at * head_dim + key_column(c));
+          }
+        }
+      }
+    }
+    __device__ void add_values(const Fresh<u16>& fresh, u32 first, u32 head_dim) {
+      if (first + STEP <= fresh.first) return;
+      #pragma unroll
+      for (u32 u = 0; u < 2; u++) {
+        #pragma unroll
+        for (u32 i = 0; i < 4; i++) {
+          u32 at = first + value_row(u, i) - fresh.first;
+          #pragma unroll
+          for (u32 c = 0; c < CHUNKS; c++) {
+            if (at < fresh.count && value_column(c) < head_dim) {
+              values[c][u][i] =
+                *reinterpret_cast<const U32x2*>(fresh.values + at * head_dim + value_column(c));
+            }
+          }
+        }
+      }
+    }
     __device__ U32x4 key(u32 i, u32 chunk) const { return keys[i][chunk]; }
     __device__ U32x2 value(u32 chunk, u32 u, u32 i) const { return values[chunk][u][i]; }
   };
+  using Joined = Fetched;
 
   // One step's keys and values in shared memory, for all warps.
   struct Staged {
@@ -436,6 +522,7 @@ struct Half {
 // 16 queries on f32 keys and values. All lanes hold all rows; of the columns, lane `l` holds `l + 32 c`.
 struct Float {
   static constexpr u32 ROWS = TILE, KEYS = 1, COLS = 4;
+  static constexpr u32 WIDTH = 32 * COLS;
   static constexpr u32 TOGETHER = 4;               // rows that share a read of the values
 
   const float* queries;
@@ -467,6 +554,10 @@ struct Float {
     #pragma unroll
     for (u32 r = 0; r < ROWS; r++) q[r] = at(r);
   }
+  __device__ static float factor(float) { return 1; }
+  __device__ void take(const float* from, u32 rows, u32 columns, float factor) {
+    load(from, [&](u32 row) { return row * columns; }, rows, columns, factor);
+  }
 
   // One step's keys and values, where they are: `count` of the 32 are there.
   struct Fetched {
@@ -475,19 +566,45 @@ struct Float {
     u32 stride;
     u32 count;
 
-    __device__ void read(const Stored<float>& stored, u32 first, u32) {
+    __device__ void read(const Stored<float>& stored, u32 first) {
       keys = stored.key(first, 0);
       values = stored.value(first, 0);
       stride = stored.stride;
       count = first < stored.count ? stored.count - first : 0;
     }
+    __device__ const float* key(u32 row) const { return keys + row * stride; }
+    __device__ float value(u32 row, u32 column) const { return values[row * stride + column]; }
   };
 
-  __device__ void scores(float s[ROWS][KEYS], const Fetched& step) const {
+  // The same with those of the pass's own tokens behind them.
+  struct Joined : Fetched {
+    const float* fresh_keys;
+    const float* fresh_values;
+    u32 cached, skipped;     // `row` is in the cache below `cached`, or fresh row `row + skipped`, which may wrap
+
+    __device__ void read_keys(const Stored<float>& stored, u32 first, u32) { read(stored, first); }
+    __device__ void read_values(const Stored<float>&, u32, u32) {}
+    __device__ void add_keys(const Fresh<float>& fresh, u32 first, u32) {
+      fresh_keys = fresh.keys, fresh_values = fresh.values;
+      cached = count, skipped = first - fresh.first;
+      u32 end = fresh.first + fresh.count;
+      count = first < end ? end - first : 0;
+    }
+    __device__ void add_values(const Fresh<float>&, u32, u32) {}
+    __device__ const float* key(u32 row) const {
+      return row < cached ? keys + row * stride : fresh_keys + (row + skipped) * stride;
+    }
+    __device__ float value(u32 row, u32 column) const {
+      return (row < cached ? values + row * stride : fresh_values + (row + skipped) * stride)[column];
+    }
+  };
+
+  template <class Step>
+  __device__ void scores(float s[ROWS][KEYS], const Step& step) const {
     #pragma unroll
     for (u32 r = 0; r < ROWS; r++) s[r][0] = 0;
     if (lane() < step.count) {
-      const float* key = step.keys + lane() * step.stride;
+      const float* key = step.key(lane());
       for (u32 e = 0; e < head_dim; e += 4) {
         F32x4 k = *reinterpret_cast<const F32x4*>(key + e);
         #pragma unroll
@@ -506,8 +623,9 @@ struct Float {
     for (u32 r = 0; r < ROWS; r++) s[r][0] *= scale;
   }
 
+  template <class Step>
   __device__ void weigh(
-    State<Float>& state, const float factor[ROWS], const float s[ROWS][KEYS], const Fetched& step
+    State<Float>& state, const float factor[ROWS], const float s[ROWS][KEYS], const Step& step
   ) const {
     __shared__ float weights[WARPS][STEP][TILE];
     #pragma unroll
@@ -521,9 +639,7 @@ struct Float {
       for (u32 j = 0; j < keys; j++) {
         float v[COLS];
         #pragma unroll
-        for (u32 c = 0; c < COLS; c++) {
-          v[c] = column(c) < head_dim ? step.values[j * step.stride + column(c)] : 0;
-        }
+        for (u32 c = 0; c < COLS; c++) v[c] = column(c) < head_dim ? step.value(j, column(c)) : 0;
         #pragma unroll
         for (u32 r = 0; r < TOGETHER; r++) {
           float weight = weights[warp()][j][first + r];
@@ -548,7 +664,7 @@ struct Float {
   __device__ static void copy(Buffer&, u32, const Stored<float>&, u32, u32) {}
   __device__ static Fetched step(const Buffer&, u32, const Stored<float>& stored, u32 first) {
     Fetched step;
-    step.read(stored, first, 0);
+    step.read(stored, first);
     return step;
   }
 };
@@ -712,6 +828,15 @@ struct Layer {
   }
 };
 
+// What a pass of decoding brings with it.
+template <class T>
+struct Brought {
+  const float* cos;        // [tokens][head_dim / 2]
+  const float* sin;
+  T* keys;                 // the layer's
+  T* values;
+};
+
 // Partial results of the blocks of 256, for up to 16 rows of a KV head each.
 struct Partials {
   float* acc;              // [blocks][heads * tokens][head_dim]
@@ -750,31 +875,80 @@ struct Results {
 
 // One thread block: blocks `split`, `split + splits` ... of 256 positions, for 16 queries of a KV head
 // (tokens times heads of the group), a step a warp. The last thread block to be through merges all.
+//
+// Queries are rotated here, and so are the keys of the pass's own tokens, which come to the cache by this
+// launch. No thread block could know when another has written them. So each rotates all that it may need, its
+// queries and the keys and values of all tokens of the pass, to shared memory (16 rows and twice up to 8), and
+// of the cache reads what is before the first of them. One thread block of a KV head also writes them to
+// the cache, where this launch reads nothing from `first` on: there is no address that one thread writes and
+// one of another thread block reads or writes, but the partial results, which have their fence.
 template <class P, class T>
-__device__ __forceinline__ void attend_split(const Layer<T>& layer, Partials out, Results y) {
+__device__ __forceinline__ void
+attend_split(const Layer<T>& layer, const Brought<T>& brought, Partials out, Results y) {
   __shared__ float max_of[WARPS][TILE], sum_of[WARPS][TILE];
   __shared__ u32 is_last;
   DYN_SHARED(float, acc_of);                       // [WARPS][rows][head_dim]
   const Heads& heads = layer.heads;
   u32 kv_head = blockIdx.y, tile = blockIdx.z, head_dim = heads.head_dim, group = heads.group();
-  u32 all = layer.tokens * group, rows = all - tile * TILE < TILE ? all - tile * TILE : TILE;
-  u32 first = *layer.first, first_head = kv_head * group;
-  Stored<T> stored = layer.stored(kv_head);
+  u32 tokens = layer.tokens, all = tokens * group;
+  u32 rows = all - tile * TILE < TILE ? all - tile * TILE : TILE, first_head = kv_head * group;
   auto token = [&](u32 row) { return (tile * TILE + row) / group; };
   auto head = [&](u32 row) { return first_head + (tile * TILE + row) % group; };
+
+  // Rows of `qkv` as this thread block needs them: queries, multiplied; keys, values.
+  T* own = reinterpret_cast<T*>(acc_of + WARPS * rows * head_dim);    // [rows + 2 * tokens][head_dim]
+  constexpr u32 PAIRS = 4, LANES = 128 / 2 / PAIRS;    // of a thread; threads of a row
+  struct Place {
+    u32 token, column;
+  };
+  auto place = [&](u32 i) {
+    if (i < rows) return Place{token(i), heads.query(head(i))};
+    i -= rows;
+    return i < tokens ? Place{i, heads.key(kv_head)} : Place{i - tokens, heads.value(kv_head)};
+  };
+  u32 half = head_dim / 2, pair = threadIdx.x % LANES * PAIRS;
+  u32 earliest = token(0), latest = token(rows - 1);
+  Place from = place(threadIdx.x / LANES);
+
+  after_previous();                                // what can be known without memory is known
+  u32 first = *layer.first;
+  Stored<T> cached = layer.stored(kv_head);
+  u32 count = cached.count;
+  if (first < count) cached.count = first;
+  for (u32 i = threadIdx.x / LANES; i < rows + 2 * tokens; i += THREADS / LANES, from = place(i)) {
+    if (pair >= half) continue;
+    const float* x = layer.qkv + (from.token * heads.columns() + from.column + pair);
+    float low[PAIRS], high[PAIRS];
+    load4(x, low), load4(x + half, high);
+    if (i < rows + tokens) {
+      float cos[PAIRS], sin[PAIRS];
+      load4(brought.cos + from.token * half + pair, cos);
+      load4(brought.sin + from.token * half + pair, sin);
+      #pragma unroll
+      for (u32 j = 0; j < PAIRS; j++) rotate(low[j], high[j], cos[j], sin[j]);
+    }
+    if (i < rows) {
+      #pragma unroll
+      for (u32 j = 0; j < PAIRS; j++) low[j] *= P::factor(layer.scale), high[j] *= P::factor(layer.scale);
+    }
+    T* to = own + i * head_dim + pair;
+    store4(low, to), store4(high, to + half);
+    if (i >= rows && blockIdx.x == 0 && tile == 0 && first + from.token < layer.context) {
+      to = (i < rows + tokens ? brought.keys : brought.values)
+        + ((kv_head * layer.context + first + from.token) * head_dim + pair);
+      store4(low, to), store4(high, to + half);
+    }
+  }
+  Fresh<T> fresh = {
+    own + rows * head_dim, own + (rows + tokens) * head_dim, first, first < count ? count - first : 0
+  };
   auto query = [&](u32 row) { return Query{head(row), first + token(row)}; };
 
-  P p;
-  p.load(
-    layer.qkv, [&](u32 row) { return token(row) * heads.columns() + heads.query(head(row)); }, rows,
-    head_dim, layer.scale
-  );
-
   // The blocks that somebody sees, and where their partial results go.
-  u32 begin = layer.mask.block ? 0 : layer.mask.next(0, 0, first + token(0)) / WARPS;
-  u32 end = (stored.count - 1) / BLOCK + 1;
+  u32 begin = layer.mask.block ? 0 : layer.mask.next(0, 0, first + earliest) / WARPS;
+  u32 end = (count - 1) / BLOCK + 1;
   bool alone = end - begin == 1;
-  u32 partials = heads.heads * layer.tokens, partial = first_head * layer.tokens + tile * TILE;
+  u32 partials = heads.heads * tokens, partial = first_head * tokens + tile * TILE;
   auto put = [&](u32 row, u32 column, float v) {
     y.put(((u64)token(row) * heads.heads + head(row)) * head_dim + column, v);
   };
@@ -784,16 +958,24 @@ __device__ __forceinline__ void attend_split(const Layer<T>& layer, Partials out
     u32 at = b * WARPS + warp();
     bool live = false;
     for (u32 h = 0; h < group; h++) {
-      live = live || layer.mask.next(at, first_head + h, first + token(0)) == at;
+      live = live || layer.mask.next(at, first_head + h, first + earliest) == at;
     }
-    live = live && at * STEP <= first + token(rows - 1);
+    live = live && at * STEP <= first + latest;
 
-    typename P::Fetched step;
+    P p;
+    typename P::Joined step;
     float s[P::ROWS][P::KEYS], max[P::ROWS], sum[P::ROWS], factor[P::ROWS];
     #pragma unroll
     for (u32 r = 0; r < P::ROWS; r++) max[r] = NOTHING, sum[r] = 0, factor[r] = 0;
+    Stored<T> seen = cached;
+    if (!live) seen.count = 0;                     // not a branch: values kept over one cost registers
+    step.read_keys(seen, at * STEP, head_dim);
+    // The pass's own rows are there, and nobody needs the maxima of the block before any more.
+    __syncthreads();
     if (live) {
-      step.read(stored, at * STEP, head_dim);
+      p.take(own, rows, head_dim, layer.scale);
+      step.read_values(cached, at * STEP, head_dim);
+      step.add_keys(fresh, at * STEP, head_dim);
       p.scores(s, step);
       hide<P>(s, layer.mask, at * STEP, query);
       maxima<P>(s, max);
@@ -806,9 +988,14 @@ __device__ __forceinline__ void attend_split(const Layer<T>& layer, Partials out
     if (live) {
       #pragma unroll
       for (u32 r = 0; r < P::ROWS; r++) {
-        for (u32 w = 0; w < warp(); w++) max[r] = fmaxf(max[r], max_of[w][P::row(r)]);
+        #pragma unroll
+        for (u32 w = 0; w < WARPS - 1; w++) {
+          float before = max_of[w][P::row(r)];     // all reads at once
+          if (w < warp()) max[r] = fmaxf(max[r], before);
+        }
       }
       weights<P>(s, max, sum);
+      step.add_values(fresh, at * STEP, head_dim);
       State<P> own;
       own.clear();
       p.weigh(own, factor, s, step);
@@ -824,15 +1011,23 @@ __device__ __forceinline__ void attend_split(const Layer<T>& layer, Partials out
     }
     __syncthreads();
     // What `attend_tile` does with one step after the other, an element a thread.
-    for (u32 i = threadIdx.x; i < rows * head_dim; i += THREADS) {
-      u32 row = i / head_dim, column = i % head_dim;
-      float max = NOTHING, sum = 0, acc = 0;
+    for (u32 i = threadIdx.x; i < rows * P::WIDTH; i += THREADS) {
+      u32 row = i / P::WIDTH, column = i % P::WIDTH;
+      if (column >= head_dim) continue;
+      float max_w[WARPS], sum_w[WARPS], acc_w[WARPS];
+      #pragma unroll
       for (u32 w = 0; w < WARPS; w++) {
-        if (saw_nothing(max_of[w][row], sum_of[w][row])) continue;
-        float now = fmaxf(max, max_of[w][row]), factor = P::exp(max - reference(now));
-        max = now;
-        sum = fmaf(sum, factor, sum_of[w][row]);
-        acc = fmaf(acc, factor, acc_of[(w * rows + row) * head_dim + column]);
+        max_w[w] = max_of[w][row], sum_w[w] = sum_of[w][row];
+        acc_w[w] = acc_of[(w * rows + row) * head_dim + column];    // anything, where nothing was seen
+      }
+      float max = NOTHING, sum = 0, acc = 0;
+      #pragma unroll
+      for (u32 w = 0; w < WARPS; w++) {
+        bool saw = !saw_nothing(max_w[w], sum_w[w]);
+        float now = fmaxf(max, max_w[w]), factor = P::exp(max - reference(now));
+        max = saw ? now : max;
+        sum = saw ? fmaf(sum, factor, sum_w[w]) : sum;
+        acc = saw ? fmaf(acc, factor, acc_w[w]) : acc;
       }
       if (alone) {
         put(row, column, finish(acc, inverse(sum)));
@@ -842,7 +1037,6 @@ __device__ __forceinline__ void attend_split(const Layer<T>& layer, Partials out
       out.acc[to * head_dim + column] = acc;
       if (column == 0) out.max[to] = max, out.sum[to] = sum;
     }
-    __syncthreads();    // before the next block's maxima
   }
   if (alone) return;
 
@@ -854,8 +1048,9 @@ __device__ __forceinline__ void attend_split(const Layer<T>& layer, Partials out
   if (!is_last) return;
   __threadfence();
   if (threadIdx.x == 0) *done = 0;
-  for (u32 i = threadIdx.x; i < rows * head_dim; i += THREADS) {
-    u32 row = i / head_dim, column = i % head_dim;
+  for (u32 i = threadIdx.x; i < rows * P::WIDTH; i += THREADS) {
+    u32 row = i / P::WIDTH, column = i % P::WIDTH;
+    if (column >= head_dim) continue;
     float max = NOTHING, sum = 0, acc = 0;
     constexpr u32 FLIGHT = 8;                    // reads under way at once
     for (u32 b = begin; b < end; b += FLIGHT) {
@@ -882,7 +1077,7 @@ __device__ __forceinline__ void attend_split(const Layer<T>& layer, Partials out
 // ---------------------------------------------------------------- kernels
 
 #define LAYER(T)                                                                                   \
-  const float *qkv, const T *keys, const T *values, const u32 *first, u32 tokens, u32 heads,     \
+  const float *qkv, T *keys, T *values, const u32 *first, u32 tokens, u32 heads,                 \
     u32 kv_heads, u32 head_dim, u32 grouped, u32 context, u32 window, u32 block,               \
     u32 local_blocks, u32 vert_stride, u32 head_step, float scale
 #define THE_LAYER                                                                                  \
@@ -919,16 +1114,17 @@ attend_full(const float* qkv, u32 tokens, const Heads& heads, float scale, float
 #define ATTEND(NAME, P, T)                                                                         \
   /* grid [splits, kv_heads, tiles of 16 rows] */                                                \
   extern "C" __global__ void __launch_bounds__(THREADS) attend_decode_##NAME(                    \
-    LAYER(T), float* acc, float* max, float* sum, u32* done, void* y, Head* y_heads, u32 form, \
-    i32 zero                                                                                   \
+    LAYER(T), const float* cos, const float* sin, float* acc, float* max, float* sum,          \
+    u32* done, void* y, Head* y_heads, u32 form, i32 zero                                      \
   ) {                                                                                            \
-    after_previous();                                                                          \
     Layer<T> layer = THE_LAYER;                                                                \
-    attend_split<P, T>(layer, {acc, max, sum, done}, {y, y_heads, form, zero});                \
+    attend_split<P, T>(                                                                        \
+      layer, {cos, sin, keys, values}, {acc, max, sum, done}, {y, y_heads, form, zero}       \
+    );                                                                                         \
   }                                                                                              \
   /* grid [tiles of 128 tokens, heads] */                                                        \
   extern "C" __global__ void __launch_bounds__(THREADS) attend_prompt_##NAME(                    \
-    LAYER(T), float* y                                                                         \
+    LAYER(const T), float* y                                                                   \
   ) {                                                                                            \
     after_previous();                                                                          \
     Layer<T> layer = THE_LAYER;                                                                \
@@ -954,10 +1150,8 @@ ATTEND(f32, Float, float)
 __device__ __forceinline__ void store(float x, float* to) { *to = x; }
 __device__ __forceinline__ void store(float x, u16* to) { *to = f32_to_f16(x); }
 
-// Queries are rotated where they are; keys, rotated, and values go to positions `first ..` of the
-// cache. The pairs are halves apart, and the arithmetic is `cpu::rope`'s, bit for bit:
-//   y[i] = x[i] cos[i] - x[i + h] sin[i],   y[i + h] = x[i + h] cos[i] + x[i] sin[i],   h = head_dim / 2
-// A thread a pair of a head of a token, values too. Positions outside the cache are left out.
+// Before a prompt: queries are rotated where they are; keys, rotated, and values go to positions `first ..` of
+// the cache. A thread a pair of a head of a token, values too. Positions outside the cache are left out.
 template <class T>
 __device__ __forceinline__ void rope_and_store(
   float* qkv, const float* cos, const float* sin, T* keys, T* values, const u32* first, u32 tokens,
@@ -973,10 +1167,7 @@ __device__ __forceinline__ void rope_and_store(
     + (is_query ? heads.query(slot) : is_key ? heads.key(kv_head) : heads.value(kv_head)) + i;
   float low = x[0], high = x[half];
   if (is_key) {           // or a query
-    float c = cos[(u64)token * half + i], s = sin[(u64)token * half + i];
-    float rotated = low * c - high * s;
-    high = high * c + low * s;
-    low = rotated;
+    rotate(low, high, cos[(u64)token * half + i], sin[(u64)token * half + i]);
   }
   if (is_query) {
     x[0] = low, x[half] = high;

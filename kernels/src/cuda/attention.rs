@@ -39,6 +39,8 @@ const TILE: usize = 16;
 const THREADS: usize = 32 * WARPS;
 /// The widest head; its elements are a multiple of 8.
 pub const HEAD_DIM: usize = 128;
+/// Most tokens of a pass that is spread by ranges of the cache: what is new of it is in shared memory.
+pub const FEW: usize = 8;
 /// Columns that are quantized together: what a warp has of the results.
 const QUANTS: usize = phidias_quant::BLOCK;
 
@@ -192,6 +194,16 @@ pub struct Rotations<'m> {
     pub sin: Span<'m, f32>,
 }
 
+impl Rotations<'_> {
+    /// # Panics
+    /// When they are not of so many tokens.
+    fn check(&self, heads: Heads, tokens: usize) {
+        let pairs = tokens * heads.head_dim / 2;
+        assert_eq!(self.cos.len(), pairs, "cosines of {tokens} tokens");
+        assert_eq!(self.sin.len(), pairs, "sines of {tokens} tokens");
+    }
+}
+
 /// In what attention without a cache computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Arithmetic {
@@ -201,7 +213,7 @@ pub enum Arithmetic {
     F32,
 }
 
-/// Room for the partial results of passes of a few tokens over a long cache. One serves all layers.
+/// Room for the partial results of [`rope_store_attention`]. One serves all layers.
 #[derive(Debug)]
 pub struct Scratch {
     memory: Memory,
@@ -214,12 +226,11 @@ pub struct Scratch {
 }
 
 impl Scratch {
-    /// For passes of up to `tokens` tokens with `context` positions allocated: these are split among
-    /// thread blocks by ranges of the cache, longer ones by queries, with the same results.
+    /// For passes of up to `tokens` tokens with `context` positions allocated.
     /// # Errors
     /// [`DeviceError::OutOfMemory`].
     /// # Panics
-    /// When the kernels cannot take the heads.
+    /// When the kernels cannot take the heads, or these are not [`FEW`].
     pub fn new(
         device: &Arc<dyn Device>,
         heads: Heads,
@@ -227,6 +238,7 @@ impl Scratch {
         tokens: usize,
     ) -> Result<Self, DeviceError> {
         heads.check();
+        assert!(tokens <= FEW, "{tokens} tokens, at most {FEW} are few");
         let memory = Memory::new(device, Self::bytes(heads, context, tokens))?;
         let scratch = Self {
             heads: heads.heads,
@@ -249,11 +261,16 @@ impl Scratch {
         (partials * (heads.head_dim + 2) + rows) * size_of::<f32>()
     }
 
-    /// Whether attention of a pass can leave its results as a matrix takes them: it does where a pass is split
-    /// by ranges of the cache, and a block of 32 columns is of one head.
+    /// Whether it is for passes of so many tokens.
     #[must_use]
-    pub fn gives_inputs(&self, tokens: usize) -> bool {
-        tokens <= self.tokens && self.head_dim.is_multiple_of(QUANTS)
+    pub fn takes(&self, tokens: usize) -> bool {
+        tokens <= self.tokens
+    }
+
+    /// Whether a pass can leave its results as a matrix takes them: where a block of 32 columns is of one head.
+    #[must_use]
+    pub fn gives_inputs(&self) -> bool {
+        self.head_dim.is_multiple_of(QUANTS)
     }
 
     /// Weighted values, maxima, sums, and counts of thread blocks.
@@ -303,9 +320,7 @@ pub fn rope_and_store(
     heads.check();
     let tokens = heads.tokens(qkv);
     let context = cache.context(heads);
-    let pairs = tokens * heads.head_dim / 2;
-    assert_eq!(rotations.cos.len(), pairs, "cosines of {tokens} tokens");
-    assert_eq!(rotations.sin.len(), pairs, "sines of {tokens} tokens");
+    rotations.check(heads, tokens);
     assert_eq!(first.len(), 1, "positions of the first token");
     if tokens == 0 {
         return Ok(());
@@ -335,20 +350,18 @@ pub fn rope_and_store(
 }
 
 /// Attention of the queries in `qkv`, the first at position `first[0]`, over a layer's cache, which holds
-/// their keys and values already. `qkv` is `[tokens, heads.columns()]`, `y` `[tokens, heads.queries()]`: rows
-/// of f32, or where [`Scratch::gives_inputs`] as a matrix takes them.
+/// their keys and values already. `qkv` is `[tokens, heads.columns()]`, `y` `[tokens, heads.queries()]`.
 ///
-/// A query's result is the same bit for bit whatever is computed beside it, and however large cache,
-/// scratch and device are.
+/// A query's result is the same bit for bit whatever is computed beside it, and however large the cache is.
 /// # Errors
 /// When the launch fails.
 /// # Panics
-/// When the shapes do not fit, `scratch` is for other heads or a smaller cache, or does not give inputs.
+/// When the shapes do not fit.
 #[allow(
     clippy::too_many_arguments,
     reason = "one operation, every argument of its own type"
 )]
-pub fn attention<'m>(
+pub fn attention(
     device: &dyn Device,
     qkv: Span<'_, f32>,
     heads: Heads,
@@ -356,69 +369,163 @@ pub fn attention<'m>(
     mask: Mask,
     scale: f32,
     first: Span<'_, u32>,
+    y: Span<'_, f32>,
+) -> Result<(), DeviceError> {
+    let pass = Pass::new(qkv, heads, cache, mask, scale, first);
+    let tokens = pass.tokens;
+    assert_eq!(
+        y.len(),
+        tokens * heads.queries(),
+        "results of {tokens} tokens"
+    );
+    if tokens == 0 {
+        return Ok(());
+    }
+    let launch = Launch {
+        grid: [tokens.div_ceil(WARPS * TILE), heads.heads, 1].map(|n| n as u32),
+        block: [THREADS as u32, 1, 1],
+        shared: 0,
+    };
+    let mut args = pass.args(device);
+    args.push(y.on(device));
+    let kernel = heads.kernel("attend_prompt", cache.is_half());
+    // SAFETY: queries and results are read and written inside `tokens` rows; of the cache, of `context`
+    // positions, nothing behind the last token or the context is read.
+    unsafe { device.launch(kernel, launch, &args) }
+}
+
+/// [`rope_and_store`] and [`attention`] of a few tokens in one launch, with the same results bit for bit, but
+/// that queries in `qkv` stay as they are. The pass is spread over the device by ranges of the cache.
+///
+/// `y` is rows of f32, or where [`Scratch::gives_inputs`] as a matrix takes them. Neither the number of positions
+/// that scratch and cache have nor the size of the device shows in it.
+/// # Errors
+/// When the launch fails.
+/// # Panics
+/// When the shapes do not fit, `scratch` is for other heads, fewer tokens or a smaller cache, or does not give
+/// inputs; or where `qkv` and rotations do not begin at a multiple of 16 bytes.
+#[allow(
+    clippy::too_many_arguments,
+    reason = "one operation, every argument of its own type"
+)]
+pub fn rope_store_attention<'m>(
+    device: &dyn Device,
+    qkv: Span<'_, f32>,
+    heads: Heads,
+    rotations: Rotations<'_>,
+    cache: Cache<'_>,
+    mask: Mask,
+    scale: f32,
+    first: Span<'_, u32>,
     scratch: &Scratch,
     y: impl Into<Output<'m>>,
 ) -> Result<(), DeviceError> {
-    heads.check();
-    let tokens = heads.tokens(qkv);
-    let context = cache.context(heads);
-    let y = y.into();
+    let pass = Pass::new(qkv, heads, cache, mask, scale, first);
+    let (tokens, y) = (pass.tokens, y.into());
+    rotations.check(heads, tokens);
     assert!(
-        matches!(y, Output::Rows(_)) || scratch.gives_inputs(tokens),
-        "{tokens} tokens with heads of {} as a matrix takes them",
+        matches!(y, Output::Rows(_)) || scratch.gives_inputs(),
+        "heads of {} as a matrix takes them",
         heads.head_dim
     );
     let y = Target::new(device, y, tokens as u32, heads.queries() as u32);
-    assert_eq!(first.len(), 1, "positions of the first token");
     assert_eq!(
         (heads.heads, heads.head_dim),
         (scratch.heads, scratch.head_dim),
         "heads of the scratch"
     );
+    let blocks = pass.context.div_ceil(BLOCK);
+    assert!(
+        tokens <= scratch.tokens && blocks <= scratch.blocks,
+        "{tokens} tokens, {blocks} blocks of {BLOCK} positions, scratch for {} and {}",
+        scratch.tokens,
+        scratch.blocks
+    );
     if tokens == 0 {
         return Ok(());
     }
-    let mut args = vec![qkv.on(device)];
-    args.extend(cache.args(device));
-    args.extend([first.on(device), number(tokens)]);
-    args.extend(heads.args());
-    args.push(number(context));
-    args.extend(mask.args());
-    args.push(Arg::F32(scale));
-
-    let half = cache.is_half();
-    let (kernel, launch) = if tokens <= scratch.tokens {
-        let blocks = context.div_ceil(BLOCK);
-        assert!(
-            blocks <= scratch.blocks,
-            "{context} positions, scratch for {} blocks of {BLOCK}",
-            scratch.blocks
-        );
-        let rows = tokens * heads.group();
-        let tiles = rows.div_ceil(TILE);
-        let splits = scratch.places.div_ceil(heads.kv_heads * tiles).min(blocks);
-        args.extend(scratch.parts().map(|part| part.on(device)));
-        args.extend([y.values, y.heads, number(y.form), Arg::I32(y.zero)]);
-        let launch = Launch {
-            grid: [splits, heads.kv_heads, tiles].map(|n| n as u32),
-            block: [THREADS as u32, 1, 1],
-            shared: WARPS * rows.min(TILE) * heads.head_dim * size_of::<f32>(),
-        };
-        (heads.kernel("attend_decode", half), launch)
+    let rows = tokens * heads.group();
+    let tiles = rows.div_ceil(TILE);
+    let splits = scratch.places.div_ceil(heads.kv_heads * tiles).min(blocks);
+    let element = if cache.is_half() {
+        size_of::<f16>()
     } else {
-        let launch = Launch {
-            grid: [tokens.div_ceil(WARPS * TILE), heads.heads, 1].map(|n| n as u32),
-            block: [THREADS as u32, 1, 1],
-            shared: 0,
-        };
-        args.push(y.values);
-        (heads.kernel("attend_prompt", half), launch)
+        size_of::<f32>()
     };
-    // SAFETY: queries and results are read and written inside `tokens` rows; of the cache, of `context`
-    // positions, nothing behind the last token or the context is read; partial results are of
-    // `context / 256` blocks and the rows of `tokens`, for which the scratch has room, and its counts are
-    // of fewer tiles than there are rows.
+    let rows = rows.min(TILE);
+    // What each warp gives, and the pass's own rows: queries, keys and values.
+    let shared = WARPS * rows * size_of::<f32>() + (rows + 2 * tokens) * element;
+    let launch = Launch {
+        grid: [splits, heads.kv_heads, tiles].map(|n| n as u32),
+        block: [THREADS as u32, 1, 1],
+        shared: shared * heads.head_dim,
+    };
+    let mut args = pass.args(device);
+    args.extend([rotations.cos.on(device), rotations.sin.on(device)]);
+    for read in [args[0], args[args.len() - 2], args[args.len() - 1]] {
+        assert!(
+            matches!(read, Arg::Address(at) if at.is_multiple_of(16)),
+            "four values at once from {read:?}"
+        );
+    }
+    args.extend(scratch.parts().map(|part| part.on(device)));
+    args.extend([y.values, y.heads, number(y.form), Arg::I32(y.zero)]);
+    let kernel = heads.kernel("attend_decode", cache.is_half());
+    // SAFETY: `qkv`, rotations and results are read and written inside `tokens` rows; the cache, of `context`
+    // positions, is read before `first` and written from there to the last token, nothing behind the context;
+    // partial results are of `context / 256` blocks and the rows of `tokens`, for which the scratch has
+    // room, and its counts are of fewer tiles than there are rows.
     unsafe { device.launch(kernel, launch, &args) }
+}
+
+/// What both kinds of attention over a cache begin with.
+struct Pass<'m> {
+    qkv: Span<'m, f32>,
+    heads: Heads,
+    cache: Cache<'m>,
+    mask: Mask,
+    scale: f32,
+    first: Span<'m, u32>,
+    tokens: usize,
+    context: usize,
+}
+
+impl<'m> Pass<'m> {
+    /// # Panics
+    /// When the shapes do not fit.
+    fn new(
+        qkv: Span<'m, f32>,
+        heads: Heads,
+        cache: Cache<'m>,
+        mask: Mask,
+        scale: f32,
+        first: Span<'m, u32>,
+    ) -> Self {
+        heads.check();
+        assert_eq!(first.len(), 1, "positions of the first token");
+        Self {
+            tokens: heads.tokens(qkv),
+            context: cache.context(heads),
+            qkv,
+            heads,
+            cache,
+            mask,
+            scale,
+            first,
+        }
+    }
+
+    /// `LAYER` of `attention.cu`
+    fn args(&self, device: &dyn Device) -> Vec<Arg> {
+        let mut args = vec![self.qkv.on(device)];
+        args.extend(self.cache.args(device));
+        args.extend([self.first.on(device), number(self.tokens)]);
+        args.extend(self.heads.args());
+        args.push(number(self.context));
+        args.extend(self.mask.args());
+        args.push(Arg::F32(self.scale));
+        args
+    }
 }
 
 /// Attention of every token with every token of its sequence. `qkv` holds sequences of `tokens` rows one
@@ -472,7 +579,8 @@ mod tests {
     const U: f64 = 1.0 / (1u64 << 24) as f64;
     const HALF_U: f64 = 1.0 / 2048.0;
 
-    /// What an attention test works on: queries, and a cache that holds all their keys and values.
+    /// What an attention test works on: projections, and a cache that holds all their keys and values.
+    #[derive(Clone)]
     struct Scene {
         heads: Heads,
         half: bool,
@@ -481,6 +589,11 @@ mod tests {
         context: usize,
         /// `[tokens, columns]`; the first token is at position 0.
         qkv: Vec<f32>,
+        /// `[tokens, head_dim / 2]`
+        cos: Vec<f32>,
+        sin: Vec<f32>,
+        /// `qkv`, its queries and keys rotated by the CPU.
+        rotated: Vec<f32>,
         /// `[kv_heads, context, head_dim]`, as stored.
         keys: Vec<f32>,
         values: Vec<f32>,
@@ -500,33 +613,153 @@ mod tests {
         }
     }
 
+    /// A head in a row of projections.
+    #[derive(Clone, Copy)]
+    enum Part {
+        Query(usize),
+        Key(usize),
+        Value(usize),
+    }
+
+    /// Where it begins.
+    fn column(heads: Heads, part: Part) -> usize {
+        let (group, kv_heads) = (heads.group(), heads.kv_heads);
+        let slot = match (heads.order, part) {
+            (HeadOrder::Parts, Part::Query(head)) => head,
+            (HeadOrder::Parts, Part::Key(kv_head)) => heads.heads + kv_head,
+            (HeadOrder::Parts, Part::Value(kv_head)) => heads.heads + kv_heads + kv_head,
+            (HeadOrder::Groups, Part::Query(head)) => head + 2 * (head / group),
+            (HeadOrder::Groups, Part::Key(kv_head)) => kv_head * (group + 2) + group,
+            (HeadOrder::Groups, Part::Value(kv_head)) => kv_head * (group + 2) + group + 1,
+        };
+        slot * heads.head_dim
+    }
+
+    /// What a pass works on, on a device.
+    struct OnDevice {
+        heads: Heads,
+        half: bool,
+        mask: Mask,
+        scale: f32,
+        qkv: Memory,
+        cos: Memory,
+        sin: Memory,
+        keys: Memory,
+        values: Memory,
+        first: Memory,
+    }
+
+    impl OnDevice {
+        fn cache(&self) -> Cache<'_> {
+            cache(self.half, &self.keys, &self.values)
+        }
+
+        fn rotations(&self) -> Rotations<'_> {
+            Rotations {
+                cos: self.cos.span(),
+                sin: self.sin.span(),
+            }
+        }
+
+        /// In two launches.
+        fn two(&self, device: &dyn Device, y: Span<'_, f32>) -> Result<(), DeviceError> {
+            let (qkv, heads, first) = (self.qkv.span(), self.heads, self.first.span());
+            rope_and_store(device, qkv, heads, self.rotations(), self.cache(), first)?;
+            let (cache, mask, scale) = (self.cache(), self.mask, self.scale);
+            attention(device, qkv, heads, cache, mask, scale, first, y)
+        }
+
+        /// In one.
+        fn one<'m>(
+            &self,
+            device: &dyn Device,
+            scratch: &Scratch,
+            y: impl Into<Output<'m>>,
+        ) -> Result<(), DeviceError> {
+            rope_store_attention(
+                device,
+                self.qkv.span(),
+                self.heads,
+                self.rotations(),
+                self.cache(),
+                self.mask,
+                self.scale,
+                self.first.span(),
+                scratch,
+                y,
+            )
+        }
+
+        /// Bits of keys and values.
+        fn stored(&self) -> Result<[Vec<u32>; 2], DeviceError> {
+            let bits = |memory: &Memory| -> Result<Vec<u32>, DeviceError> {
+                Ok(match self.half {
+                    true => {
+                        let all = memory.span::<u16>().to_vec()?;
+                        all.into_iter().map(u32::from).collect()
+                    }
+                    false => memory.span::<u32>().to_vec()?,
+                })
+            };
+            Ok([bits(&self.keys)?, bits(&self.values)?])
+        }
+    }
+
     impl Scene {
         fn new(heads: Heads, half: bool, mask: Mask, tokens: usize, context: usize) -> Self {
-            let mut random = Random(tokens as u64);
+            let (mut random, d) = (Random(tokens as u64), heads.head_dim);
+            let mut qkv = random.values(tokens * heads.columns(), 1.0);
+            let angles = random.values(tokens * d / 2, 3.0);
+            let cos: Vec<f32> = angles.iter().map(|a| a.cos()).collect();
+            let sin: Vec<f32> = angles.iter().map(|a| a.sin()).collect();
+            for row in qkv.chunks_exact_mut(heads.columns()) {
+                for head in 0..heads.heads {
+                    let query = &mut row[column(heads, Part::Query(head))..][..d];
+                    query.iter_mut().for_each(|v| *v *= 8.0);
+                }
+            }
+            let mut rotated = qkv.clone();
+            let queries = (0..heads.heads).map(Part::Query);
+            let turned: Vec<_> = queries
+                .chain((0..heads.kv_heads).map(Part::Key))
+                .map(|part| column(heads, part))
+                .collect();
+            let scalar = Kernels::for_isa(Isa::Scalar).expect("everywhere");
+            for (t, row) in rotated.chunks_exact_mut(heads.columns()).enumerate() {
+                let own = t * d / 2..(t + 1) * d / 2;
+                for at in &turned {
+                    scalar.rope(&mut row[*at..][..d], &cos[own.clone()], &sin[own.clone()]);
+                }
+            }
             // What is behind the tokens is NaN: nobody may use it.
-            let mut stored = || -> Vec<f32> {
-                let mut all = vec![f32::NAN; heads.kv_heads * context * heads.head_dim];
-                for head in all.chunks_exact_mut(context * heads.head_dim) {
-                    for v in &mut head[..tokens * heads.head_dim] {
-                        let value = random.value();
-                        *v = match half {
-                            true => f16::from_f32(value).to_f32(),
-                            false => value,
-                        };
+            let stored = |part: fn(usize) -> Part| -> Vec<f32> {
+                let mut all = vec![f32::NAN; heads.kv_heads * context * d];
+                for (kv_head, head) in all.chunks_exact_mut(context * d).enumerate() {
+                    let rows = rotated.chunks_exact(heads.columns());
+                    for (to, row) in head.chunks_exact_mut(d).zip(rows) {
+                        let from = &row[column(heads, part(kv_head))..];
+                        for (to, v) in to.iter_mut().zip(from) {
+                            *to = match half {
+                                true => f16::from_f32(*v).to_f32(),
+                                false => *v,
+                            };
+                        }
                     }
                 }
                 all
             };
-            let (keys, values) = (stored(), stored());
             Self {
                 heads,
                 half,
                 mask,
-                scale: 1.0 / (heads.head_dim as f32).sqrt(),
+                scale: 1.0 / (d as f32).sqrt(),
                 context,
-                qkv: random.values(tokens * heads.columns(), 8.0),
-                keys,
-                values,
+                keys: stored(Part::Key),
+                values: stored(Part::Value),
+                qkv,
+                cos,
+                sin,
+                rotated,
             }
         }
 
@@ -548,20 +781,27 @@ mod tests {
             };
             Self {
                 context,
-                qkv: self.qkv.clone(),
                 keys: resize(&self.keys),
                 values: resize(&self.values),
-                ..*self
+                ..self.clone()
             }
         }
 
+        /// The same with nothing in the cache from a position on.
+        fn before(&self, position: usize) -> Self {
+            let mut now = self.clone();
+            for all in [&mut now.keys, &mut now.values] {
+                for head in all.chunks_exact_mut(self.context * self.heads.head_dim) {
+                    let cached = (position * self.heads.head_dim).min(head.len());
+                    head[cached..].fill(f32::NAN);
+                }
+            }
+            now
+        }
+
         fn query(&self, token: usize, head: usize) -> &[f32] {
-            let d = self.heads.head_dim;
-            let at = match self.heads.order {
-                HeadOrder::Parts => head,
-                HeadOrder::Groups => head + 2 * (head / self.heads.group()),
-            };
-            &self.qkv[token * self.heads.columns() + at * d..][..d]
+            let at = column(self.heads, Part::Query(head));
+            &self.rotated[token * self.heads.columns() + at..][..self.heads.head_dim]
         }
 
         /// The keys that a query sees, from the definition.
@@ -627,55 +867,64 @@ mod tests {
             (y, off * largest)
         }
 
-        fn upload(&self, device: &Arc<dyn Device>) -> Result<[Memory; 2], DeviceError> {
+        /// A pass of some tokens with the cache as it is.
+        fn upload(
+            &self,
+            device: &Arc<dyn Device>,
+            tokens: std::ops::Range<usize>,
+        ) -> Result<OnDevice, DeviceError> {
             let halves = |v: &[f32]| v.iter().map(|v| f16::from_f32(*v)).collect::<Vec<_>>();
-            Ok(match self.half {
-                true => [
-                    Memory::from_slice(device, &halves(&self.keys))?,
-                    Memory::from_slice(device, &halves(&self.values))?,
-                ],
-                false => [
-                    Memory::from_slice(device, &self.keys)?,
-                    Memory::from_slice(device, &self.values)?,
-                ],
+            let stored = |v: &[f32]| match self.half {
+                true => Memory::from_slice(device, &halves(v)),
+                false => Memory::from_slice(device, v),
+            };
+            let rows = |all: &[f32], columns: usize| {
+                Memory::from_slice(device, &all[tokens.start * columns..tokens.end * columns])
+            };
+            let pairs = self.heads.head_dim / 2;
+            Ok(OnDevice {
+                heads: self.heads,
+                half: self.half,
+                mask: self.mask,
+                scale: self.scale,
+                qkv: rows(&self.qkv, self.heads.columns())?,
+                cos: rows(&self.cos, pairs)?,
+                sin: rows(&self.sin, pairs)?,
+                keys: stored(&self.keys)?,
+                values: stored(&self.values)?,
+                first: Memory::from_slice(device, &[tokens.start as u32])?,
             })
         }
 
-        /// Attention of tokens `from..to` in passes of `cut` tokens; passes of up to `split` are decoded.
-        /// What a pass does not have yet is not in the cache: it is NaN.
+        /// Attention of tokens `from..to` in passes of `cut` tokens; those of up to `few` are done in one launch.
+        /// What a pass does not have yet is not in the cache: it is NaN, and so is what it does not see.
         fn attend(
             &self,
             device: &Arc<dyn Device>,
             from: usize,
             cut: usize,
-            split: usize,
+            few: usize,
         ) -> Result<Vec<f32>, DeviceError> {
-            let scratch = Scratch::new(device, self.heads, self.context, split)?;
-            let columns = self.heads.columns();
+            let scratch = Scratch::new(device, self.heads, self.context, few)?;
             let mut y = Vec::new();
             for start in (from..self.tokens()).step_by(cut) {
                 let end = self.tokens().min(start + cut);
-                let mut now = self.with_context(end).with_context(self.context);
-                now.forget_unseen(start..end);
-                let [keys, values] = now.upload(device)?;
-                let cache = cache(self.half, &keys, &values);
-                let qkv = Memory::from_slice(device, &self.qkv[start * columns..end * columns])?;
+                let at = |positions: usize| {
+                    let mut now = self.before(positions);
+                    now.forget_unseen(start..end);
+                    now
+                };
+                let pass = at(start).upload(device, start..end)?;
                 let out = Memory::from_slice(
                     device,
                     &vec![f32::NAN; (end - start) * self.heads.queries()],
                 )?;
-                let first = Memory::from_slice(device, &[start as u32])?;
-                attention(
-                    &**device,
-                    qkv.span(),
-                    self.heads,
-                    cache,
-                    self.mask,
-                    self.scale,
-                    first.span(),
-                    &scratch,
-                    out.span(),
-                )?;
+                match scratch.takes(end - start) {
+                    true => pass.one(&**device, &scratch, out.span::<f32>())?,
+                    false => pass.two(&**device, out.span())?,
+                }
+                let after = at(end).upload(device, start..end)?.stored()?;
+                assert!(pass.stored()? == after, "the cache behind {start}..{end}");
                 y.extend(out.span::<f32>().to_vec()?);
             }
             Ok(y)
@@ -798,7 +1047,7 @@ mod tests {
             let h = heads(1, 1, 96, HeadOrder::Parts);
             let mut scene = Scene::new(h, half, Mask::Causal { window: Some(20) }, 37, 37);
             // Scores near 0: every key weighs about a twentieth.
-            scene.qkv.iter_mut().for_each(|v| *v /= 8.0);
+            scene.rotated.iter_mut().for_each(|v| *v /= 8.0);
             let seen = scene.seen(0, 36);
             let (right, bound) = scene.exact(36, 0, &seen);
             for wrong in [&seen[1..], &seen[..seen.len() - 1]] {
@@ -838,32 +1087,83 @@ mod tests {
         });
     }
 
+    /// Rotation, storing and attention in one launch leave what they leave in two: every number of tokens, groups
+    /// that are several tiles, passes across the borders of steps and blocks and the end of the cache.
+    #[test]
+    fn one_launch_gives_the_bits_of_two() {
+        const BLOCKS: Mask = Mask::BlockSparse(BlockSparse {
+            block: 16,
+            local_blocks: 1,
+            vert_stride: 3,
+            head_step: 1,
+        });
+        let window = |w| Mask::Causal { window: Some(w) };
+        let (parts, groups) = (HeadOrder::Parts, HeadOrder::Groups);
+        each_device(|device| {
+            for (i, (h, mask, start, context)) in [
+                (heads(2, 2, 96, parts), CAUSAL, 252, 300),
+                (heads(8, 2, 32, groups), CAUSAL, 250, 300),
+                (heads(3, 1, 64, groups), window(9), 253, 270),
+                (heads(5, 1, 40, parts), BLOCKS, 254, 264),
+                (heads(4, 2, 128, parts), window(300), 509, 600),
+                (heads(2, 1, 8, groups), SPARSE, 28, 40),
+                // The first pass, and one of which a part, or all, is outside the cache.
+                (heads(4, 2, 24, groups), window(3), 0, 8),
+                (heads(4, 2, 48, parts), CAUSAL, 253, 256),
+                (heads(2, 2, 32, groups), CAUSAL, 30, 31),
+                (heads(2, 2, 32, parts), CAUSAL, 32, 32),
+            ]
+            .into_iter()
+            .enumerate()
+            {
+                for (half, tokens) in [true, false]
+                    .into_iter()
+                    .flat_map(|half| (1..=FEW).map(move |tokens| (half, tokens)))
+                {
+                    let room = context.max(start + tokens);
+                    let scene = Scene::new(h, half, mask, start + tokens, room);
+                    let before = scene.with_context(context).before(start);
+                    let [one, two] = [(); 2].map(|()| before.upload(device, start..start + tokens));
+                    let (one, two) = (one?, two?);
+                    let mut scratch = Scratch::new(device, h, context, tokens)?;
+                    // Each block of positions a thread block, and one for all.
+                    scratch.places = if tokens % 2 == 0 { 1 } else { 1000 };
+                    let [of_one, of_two] =
+                        [(); 2].map(|()| Memory::zeroed(device, tokens * h.queries() * 4));
+                    let (of_one, of_two) = (of_one?, of_two?);
+                    one.one(&**device, &scratch, of_one.span::<f32>())?;
+                    two.two(&**device, of_two.span())?;
+                    let what = format!("case {i}, {tokens} tokens, half: {half}");
+                    assert!(one.stored()? == two.stored()?, "{what}: the cache");
+                    assert_eq!(
+                        one.qkv.span::<f32>().to_vec()?,
+                        scene.qkv[start * h.columns()..]
+                    );
+                    // Nobody asks for tokens that have no place.
+                    let inside = tokens.min(context - start) * h.queries();
+                    let bits = |y: &Memory| -> Result<Vec<u32>, DeviceError> {
+                        y.span().slice(..inside).to_vec()
+                    };
+                    assert!(bits(&of_one)? == bits(&of_two)?, "{what}: results");
+                }
+            }
+            Ok(())
+        });
+    }
+
     /// The number of thread blocks that share the cache does not show.
     #[test]
     fn splits_do_not_show() {
         each_device(|device| {
             let h = heads(2, 1, 32, HeadOrder::Parts);
             let scene = Scene::new(h, true, CAUSAL, 1300, 1400);
-            let [keys, values] = scene.upload(device)?;
-            let (keys, values) = (keys.span(), values.span());
-            let qkv = Memory::from_slice(device, &scene.qkv[1299 * h.columns()..])?;
-            let first = Memory::from_slice(device, &[1299u32])?;
+            let pass = scene.before(1299).upload(device, 1299..1300)?;
             let mut scratch = Scratch::new(device, h, 1400, 1)?;
             let mut results = Vec::new();
             for places in [1, 2, 4, 1000] {
                 scratch.places = places;
                 let y = Memory::zeroed(device, h.queries() * 4)?;
-                attention(
-                    &**device,
-                    qkv.span(),
-                    h,
-                    Cache::F16 { keys, values },
-                    CAUSAL,
-                    scene.scale,
-                    first.span(),
-                    &scratch,
-                    y.span(),
-                )?;
+                pass.one(&**device, &scratch, y.span::<f32>())?;
                 results.push(y.span::<f32>().to_vec()?);
             }
             scene.check(1299, &results[0], "split");
@@ -892,26 +1192,13 @@ mod tests {
             infinite.values[40] = f32::INFINITY;
             for scene in &scenes {
                 let (h, last) = (scene.heads, scene.tokens());
-                let [keys, values] = scene.upload(device)?;
-                let cache = cache(scene.half, &keys, &values);
                 for tokens in [1, 3] {
                     let start = last - tokens;
-                    let qkv = Memory::from_slice(device, &scene.qkv[start * h.columns()..])?;
-                    let first = Memory::from_slice(device, &[start as u32])?;
+                    let pass = scene.upload(device, start..last)?;
                     let scratch = Scratch::new(device, h, scene.context, 3)?;
-                    assert!(scratch.gives_inputs(tokens));
+                    assert!(scratch.takes(tokens) && scratch.gives_inputs());
                     let y = in_every_form(device, (tokens, h.queries()), |y| {
-                        attention(
-                            &**device,
-                            qkv.span(),
-                            h,
-                            cache,
-                            scene.mask,
-                            scene.scale,
-                            first.span(),
-                            &scratch,
-                            y,
-                        )
+                        pass.one(&**device, &scratch, y)
                     })?;
                     let finite = y.iter().all(|v| v.is_finite());
                     assert_eq!(
@@ -926,11 +1213,9 @@ mod tests {
                     }
                 }
             }
-            // A pass that is not split, and heads in whose blocks of columns another begins.
+            // Heads in whose blocks of columns another begins, and a pass of too many tokens.
             let scratch = Scratch::new(device, heads(2, 2, 48, HeadOrder::Parts), 40, 3)?;
-            assert!(!scratch.gives_inputs(1));
-            let scratch = Scratch::new(device, heads(2, 2, 64, HeadOrder::Parts), 40, 3)?;
-            assert!(!scratch.gives_inputs(4));
+            assert!(!scratch.gives_inputs() && !scratch.takes(4));
             Ok(())
         });
     }
@@ -941,36 +1226,24 @@ mod tests {
         each_device(|device| {
             let h = heads(4, 2, 32, HeadOrder::Groups);
             let scene = Scene::new(h, true, Mask::Causal { window: Some(100) }, 262, 300);
-            let [keys, values] = scene.upload(device)?;
-            let cache = Cache::F16 {
-                keys: keys.span(),
-                values: values.span(),
-            };
-            let qkv = Memory::zeroed(device, h.columns() * 4)?;
-            let first = Memory::zeroed(device, 4)?;
+            let pass = scene.before(250).upload(device, 250..251)?;
             let y = Memory::zeroed(device, h.queries() * 4)?;
             let scratch = Scratch::new(device, h, 300, 1)?;
-            let step = device.record(&mut || {
-                attention(
-                    &**device,
-                    qkv.span(),
-                    h,
-                    cache,
-                    scene.mask,
-                    scene.scale,
-                    first.span(),
-                    &scratch,
-                    y.span(),
-                )
-            })?;
+            let step = device.record(&mut || pass.one(&**device, &scratch, y.span::<f32>()))?;
             let mut all = Vec::new();
             for t in 250..262 {
-                qkv.span()
-                    .upload(&scene.qkv[t * h.columns()..][..h.columns()])?;
-                first.span().upload(&[t as u32])?;
+                for (to, rows, columns) in [
+                    (&pass.qkv, &scene.qkv, h.columns()),
+                    (&pass.cos, &scene.cos, h.head_dim / 2),
+                    (&pass.sin, &scene.sin, h.head_dim / 2),
+                ] {
+                    to.span().upload(&rows[t * columns..][..columns])?;
+                }
+                pass.first.span().upload(&[t as u32])?;
                 step.replay()?;
                 all.extend(y.span::<f32>().to_vec()?);
             }
+            assert!(pass.stored()? == scene.upload(device, 261..262)?.stored()?);
             scene.check(250, &all, "replayed");
             Ok(())
         });
@@ -1023,7 +1296,10 @@ mod tests {
                         mask: CAUSAL,
                         scale,
                         context: tokens,
-                        qkv: qkv.to_vec(),
+                        qkv: Vec::new(),
+                        cos: Vec::new(),
+                        sin: Vec::new(),
+                        rotated: qkv.to_vec(),
                         keys: part(h.queries()),
                         values: part(h.queries() + h.kv_heads * head_dim),
                     };

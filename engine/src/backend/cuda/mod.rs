@@ -347,7 +347,7 @@ impl CudaOps<'_> {
         }
     }
 
-    /// Attention over a layer of the cache; `y` says where its results go.
+    /// Rotation, storing and attention of a few tokens; `y` says where results go.
     fn attend<'y>(
         &self,
         qkv: &Rows,
@@ -358,10 +358,11 @@ impl CudaOps<'_> {
         y: impl FnOnce() -> Output<'y>,
     ) {
         self.run(|device, _| {
-            attention::attention(
+            attention::rope_store_attention(
                 device,
                 qkv.span(),
                 heads,
+                tokens.rotations(),
                 cache.layer(seen.layer),
                 seen.mask,
                 seen.scale,
@@ -512,22 +513,29 @@ impl Ops<Cuda> for CudaOps<'_> {
         y: &mut Rows,
         out: &mut DeviceInput,
     ) {
-        self.run(|device, _| {
-            let rotations = tokens.rotations();
-            let (layer, first) = (cache.layer(seen.layer), tokens.first());
-            attention::rope_and_store(device, qkv.span(), heads, rotations, layer, first)
-        });
-        let (qkv, cache) = (&*qkv, &*cache);
-        if self.cuda.partials.gives_inputs(qkv.rows()) {
+        let (qkv, cache, partials) = (&*qkv, &*cache, &self.cuda.partials);
+        let (few, inputs) = (partials.takes(qkv.rows()), partials.gives_inputs());
+        if few && inputs {
             self.shape(out, next, qkv.rows());
-            self.attend(qkv, heads, tokens, cache, seen, || {
+            return self.attend(qkv, heads, tokens, cache, seen, || {
                 Output::Input(out.activations())
             });
-        } else {
-            y.reshape(self, qkv.rows(), heads.queries());
-            self.attend(qkv, heads, tokens, cache, seen, || Output::Rows(y.span()));
-            self.input(y, next, out);
         }
+        y.reshape(self, qkv.rows(), heads.queries());
+        if few {
+            self.attend(qkv, heads, tokens, cache, seen, || Output::Rows(y.span()));
+        } else {
+            let (layer, first) = (|| cache.layer(seen.layer), || tokens.first());
+            self.run(|device, _| {
+                let rotations = tokens.rotations();
+                attention::rope_and_store(device, qkv.span(), heads, rotations, layer(), first())
+            });
+            self.run(|device, _| {
+                let (qkv, Seen { mask, scale, .. }) = (qkv.span(), seen);
+                attention::attention(device, qkv, heads, layer(), mask, scale, first(), y.span())
+            });
+        }
+        self.input(y, next, out);
     }
 
     fn full_attention(&self, qkv: &Rows, heads: Heads, tokens: usize, scale: f32, y: &mut Rows) {
