@@ -67,7 +67,7 @@
 //
 // Registers  (at most, of sm_80, 89 and 90; no spills; 256 threads a block)
 //         head_dim       32    64    96   128     f32
-//         decode         80   128   172   222     158
+//         decode         93   128   173   223     160
 //         prompt         96   135   176   174     246
 //         full           80   128   174   174     251
 #include "common.cuh"
@@ -842,35 +842,7 @@ struct Partials {
   float* acc;              // [blocks][heads * tokens][head_dim]
   float* max;              // [blocks][heads * tokens]
   float* sum;              // [blocks][heads * tokens]
-  u32* done;               // [kv_heads][tiles]: thread blocks that are through; 0 between launches
-};
-
-// Where results go: rows of f32, or as the next matrix takes them. A warp has 32 neighbouring columns, a block
-// of them where it becomes bytes, which wants heads of whole 32s.
-struct Results {
-  void* values;            // [tokens][heads][head_dim]
-  Head* block_heads;       // [tokens][heads * head_dim / 32], of bytes
-  u32 form;                // 0: f32, 1: bf16, 2: signed bytes
-  i32 zero;                // of the weights that bytes will meet
-
-  __device__ __forceinline__ void put(u64 at, float v) const {
-    if (form == 0) {
-      static_cast<float*>(values)[at] = v;
-    } else if (form == 1) {
-      static_cast<u16*>(values)[at] = f32_to_bf16(v);
-    } else {
-      u32 largest = ByteStep::magnitude(v);
-      #pragma unroll
-      for (u32 apart = WARP / 2; apart > 0; apart /= 2) {
-        largest = max(largest, __shfl_xor_sync(ALL_LANES, largest, apart));
-      }
-      ByteStep step = ByteStep::of(largest);
-      i8 quant = (i8)step.quant(v);
-      i32 sum = warp_sum((i32)quant);
-      static_cast<i8*>(values)[at] = quant;
-      if (lane() == 0) block_heads[at / WARP] = step.head(sum, zero);
-    }
-  }
+  u32* done;               // [kv_heads][tiles]: thread blocks with positions that are through; 0 between launches
 };
 
 // One thread block: blocks `split`, `split + splits` ... of 256 positions, for 16 queries of a KV head
@@ -888,6 +860,7 @@ attend_split(const Layer<T>& layer, const Brought<T>& brought, Partials out, Res
   __shared__ float max_of[WARPS][TILE], sum_of[WARPS][TILE];
   __shared__ u32 is_last;
   DYN_SHARED(float, acc_of);                       // [WARPS][rows][head_dim]
+  let_next_begin();
   const Heads& heads = layer.heads;
   u32 kv_head = blockIdx.y, tile = blockIdx.z, head_dim = heads.head_dim, group = heads.group();
   u32 tokens = layer.tokens, all = tokens * group;
@@ -910,7 +883,7 @@ attend_split(const Layer<T>& layer, const Brought<T>& brought, Partials out, Res
   u32 earliest = token(0), latest = token(rows - 1);
   Place from = place(threadIdx.x / LANES);
 
-  after_previous();                                // what can be known without memory is known
+  await_previous();                                // what can be known without memory is known
   u32 first = *layer.first;
   Stored<T> cached = layer.stored(kv_head);
   u32 count = cached.count;
@@ -948,9 +921,12 @@ attend_split(const Layer<T>& layer, const Brought<T>& brought, Partials out, Res
   u32 begin = layer.mask.block ? 0 : layer.mask.next(0, 0, first + earliest) / WARPS;
   u32 end = (count - 1) / BLOCK + 1;
   bool alone = end - begin == 1;
+  // More may be allocated than there is: the thread blocks without positions are through.
+  u32 splits = min(gridDim.x, end - begin);
+  if (blockIdx.x >= splits) return;
   u32 partials = heads.heads * tokens, partial = first_head * tokens + tile * TILE;
   auto put = [&](u32 row, u32 column, float v) {
-    y.put(((u64)token(row) * heads.heads + head(row)) * head_dim + column, v);
+    y.put(token(row), head(row) * head_dim + column, v);
   };
 
   for (u32 b = begin + blockIdx.x; b < end; b += gridDim.x) {
@@ -1043,7 +1019,7 @@ attend_split(const Layer<T>& layer, const Brought<T>& brought, Partials out, Res
   __threadfence();        // this block's partial results, before it says that it is through
   __syncthreads();
   u32* done = out.done + kv_head * gridDim.z + tile;
-  if (threadIdx.x == 0) is_last = atomicAdd(done, 1u) == gridDim.x - 1;
+  if (threadIdx.x == 0) is_last = atomicAdd(done, 1u) == splits - 1;
   __syncthreads();
   if (!is_last) return;
   __threadfence();
@@ -1119,7 +1095,7 @@ attend_full(const float* qkv, u32 tokens, const Heads& heads, float scale, float
   ) {                                                                                            \
     Layer<T> layer = THE_LAYER;                                                                \
     attend_split<P, T>(                                                                        \
-      layer, {cos, sin, keys, values}, {acc, max, sum, done}, {y, y_heads, form, zero}       \
+      layer, {cos, sin, keys, values}, {acc, max, sum, done}, {y, y_heads, heads * head_dim, form, zero}       \
     );                                                                                         \
   }                                                                                              \
   /* grid [tiles of 128 tokens, heads] */                                                        \

@@ -225,6 +225,16 @@ pub struct Scratch {
     places: usize,
 }
 
+/// Decoding blocks that a multiprocessor holds at once, by their registers: more would only wait, most of them for
+/// nothing, since a cache is seldom full.
+fn at_once(head_dim: usize) -> usize {
+    match head_dim {
+        ..=32 => 3,
+        33..=64 => 2,
+        _ => 1,
+    }
+}
+
 impl Scratch {
     /// For passes of up to `tokens` tokens with `context` positions allocated.
     /// # Errors
@@ -245,7 +255,7 @@ impl Scratch {
             head_dim: heads.head_dim,
             blocks: context.div_ceil(BLOCK),
             tokens,
-            places: 4 * device.limits().multiprocessors as usize,
+            places: at_once(heads.head_dim) * device.limits().multiprocessors as usize,
             memory,
         };
         // The counts are 0 between launches.

@@ -222,3 +222,35 @@ struct ByteStep {
  private:
   static constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23
 };
+
+// Where a kernel's results go: rows of f32, or as the next matrix takes them.
+struct Results {
+  void* values;   // [rows][stride]
+  Head* heads;    // [rows][stride / 32], of bytes
+  u32 stride;     // columns, for a matrix in whole 32s
+  u32 form;       // 0: f32, 1: bf16, 2: signed bytes
+  i32 zero;       // of the weights that bytes will meet
+
+  __device__ __forceinline__ float* row(u32 row) const { return static_cast<float*>(values) + (u64)row * stride; }
+
+  // A lane puts `v` of one column. Where it becomes bytes, a warp has a block of 32, all its lanes here.
+  __device__ __forceinline__ void put(u32 at_row, u32 column, float v) const {
+    if (form == 0) {
+      if (column < stride) row(at_row)[column] = v;
+      return;
+    }
+    u64 at = (u64)at_row * stride + column;
+    if (form == 1) {
+      static_cast<u16*>(values)[at] = f32_to_bf16(v);
+      return;
+    }
+    u32 largest = ByteStep::magnitude(v);
+#pragma unroll
+    for (u32 apart = WARP / 2; apart > 0; apart /= 2) largest = max(largest, __shfl_xor_sync(ALL_LANES, largest, apart));
+    ByteStep step = ByteStep::of(largest);
+    i8 quant = (i8)step.quant(v);
+    i32 sum = warp_sum((i32)quant);
+    static_cast<i8*>(values)[at] = quant;
+    if (column % WARP == 0) heads[at / WARP] = step.head(sum, zero);
+  }
+};

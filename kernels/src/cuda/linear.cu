@@ -102,38 +102,6 @@ struct Tile {
   u32 unused;
 };
 
-// Where results go: rows of f32, or, those of gates, as the next matrix takes them.
-struct Results {
-  void* values;   // [slots][stride]
-  Head* heads;    // [slots][stride / 32], of bytes
-  u32 stride;
-  u32 form;       // 0: f32, 1: bf16, 2: signed bytes
-  i32 zero;       // of the weights that bytes will meet
-
-  __device__ __forceinline__ float* row(u32 slot) const { return static_cast<float*>(values) + u64(slot) * stride; }
-
-  // A warp puts 32 neighbouring columns, the first of them a multiple of 32; a lane has `v` of column `column`.
-  __device__ __forceinline__ void put(u32 slot, u32 column, float v) const {
-    if (form == 0) {
-      if (column < stride) row(slot)[column] = v;
-      return;
-    }
-    u64 at = u64(slot) * stride + column;
-    if (form == 1) {
-      static_cast<u16*>(values)[at] = f32_to_bf16(v);
-      return;
-    }
-    u32 largest = ByteStep::magnitude(v);
-#pragma unroll
-    for (u32 apart = WARP / 2; apart > 0; apart /= 2) largest = max(largest, __shfl_xor_sync(ALL_LANES, largest, apart));
-    ByteStep step = ByteStep::of(largest);
-    i8 quant = i8(step.quant(v));
-    i32 sum = warp_sum(i32(quant));
-    static_cast<i8*>(values)[at] = quant;
-    if (column % BLOCK == 0) heads[at / BLOCK] = step.head(sum, zero);
-  }
-};
-
 struct Product {
   Matrix first, second, third;
   u32 blocks;          // of 32 columns
