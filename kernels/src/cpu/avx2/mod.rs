@@ -22,6 +22,7 @@ pub(super) fn table() -> Option<&'static Kernels> {
     let available = is_x86_feature_detected!("avx2")
         && is_x86_feature_detected!("fma")
         && is_x86_feature_detected!("f16c");
+    super::prefetch::ask_the_vendor();
     available.then_some(&TABLE)
 }
 
