@@ -456,7 +456,10 @@ pub fn rope_store_attention<'m>(
     }
     let rows = tokens * heads.group();
     let tiles = rows.div_ceil(TILE);
-    let splits = scratch.places.div_ceil(heads.kv_heads * tiles).min(blocks);
+    // One wave of thread blocks, no second one that is nearly empty.
+    let splits = (scratch.places / (heads.kv_heads * tiles))
+        .min(blocks)
+        .max(1);
     let element = if cache.is_half() {
         size_of::<f16>()
     } else {
