@@ -132,6 +132,7 @@ pub struct Kernels {
     isa: Isa,
     gemm_q4: gemm::GemmPacked,
     gemm_q8: gemm::GemmPacked,
+    panels_a_call: usize,
     gemm_f32: gemm::GemmDense<f32>,
     gemm_f16: gemm::GemmDense<phidias_quant::f16>,
     gemm_bf16: gemm::GemmDense<phidias_quant::bf16>,

@@ -12,6 +12,7 @@ pub(super) fn table() -> Option<&'static Kernels> {
         isa: Isa::Amx,
         gemm_q4: packed::gemm_q4,
         gemm_q8: packed::gemm_q8,
+        panels_a_call: packed::PANELS,
         ..super::avx512::KERNELS
     };
     let available = is_x86_feature_detected!("avx512bf16") && tile::available();

@@ -39,11 +39,11 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 /// Fewer tokens go the way of AVX-512.
-const FEWEST: usize = 16;
+const FEWEST: usize = 48;
 /// Tokens that meet weights once converted.
 const TOKENS: usize = 512;
 /// Panels that meet activations once converted.
-const PANELS: usize = 32;
+pub(super) const PANELS: usize = 32;
 /// Panels of which pieces are in the first-level cache together.
 const SIDE_BY_SIDE: usize = 2;
 /// Blocks of a piece.
@@ -132,6 +132,20 @@ macro_rules! multiply {
     };
 }
 
+/// Asks for an eighth of what the next piece takes from the second-level cache.
+macro_rules! ahead {
+    ($b:literal) => {
+        concat!(
+            ahead!(@ $b: 0, 1, 2, 3, 4, 5, 6, 7),
+            "prefetcht0 [{next_sums} + 128 * ", $b, "]\n",
+            "prefetcht0 [{next_sums} + 128 * ", $b, " + 64]\n",
+        )
+    };
+    (@ $b:literal: $($line:literal),+) => {
+        concat!($("prefetcht0 [{next_x} + 512 * ", $b, " + 64 * ", $line, "]\n"),+)
+    };
+}
+
 /// Tile `$from` to the stage of that number.
 macro_rules! store {
     ($from:literal) => {
@@ -200,7 +214,7 @@ macro_rules! add {
 /// # Safety
 /// The tiles are this thread's; the code reads what is there.
 macro_rules! with_sums {
-    ($x:ident, $w:ident, $sums:ident, $stages:ident, $($code:expr),+ $(,)?) => {
+    ($x:ident, $w:ident, $sums:ident, $stages:ident, $next:ident; $($code:expr),+ $(,)?) => {
         asm!(
             each_token!(load_sum!()),
             $($code,)+
@@ -211,6 +225,8 @@ macro_rules! with_sums {
             sums = in(reg) $sums.as_mut_ptr(),
             stages = in(reg) $stages.as_mut_ptr(),
             line = in(reg) 64usize,
+            next_x = in(reg) $next.x,
+            next_sums = in(reg) $next.sums,
             out("zmm0") _,
             out("zmm16") _, out("zmm17") _, out("zmm18") _, out("zmm19") _,
             out("zmm20") _, out("zmm21") _, out("zmm22") _, out("zmm23") _,
@@ -221,6 +237,14 @@ macro_rules! with_sums {
     };
 }
 
+/// What the next piece takes from the second-level cache: asked for only.
+#[derive(Clone, Copy)]
+struct Next {
+    /// As much of the next tokens as one of the panels side by side asks for.
+    x: *const Halves,
+    sums: *const Floats,
+}
+
 /// Adds the products of 16 tokens and a panel, block after block, for `blocks` of a piece.
 #[target_feature(enable = "avx512f")]
 fn piece(
@@ -229,6 +253,7 @@ fn piece(
     blocks: usize,
     sums: &mut Floats,
     stages: &mut [Floats; STAGES],
+    next: Next,
     _: &Tiles,
 ) {
     if blocks == PIECE {
@@ -238,27 +263,24 @@ fn piece(
         // that changes is named; tiles are used in `asm!` only.
         unsafe {
             with_sums!(
-                x,
-                w,
-                sums,
-                stages,
-                multiply!(0, 0, 4, 5),
-                multiply!(1, 1, 6, 7),
-                multiply!(2, 2, 4, 5),
+                x, w, sums, stages, next;
+                ahead!(0), multiply!(0, 0, 4, 5),
+                ahead!(1), multiply!(1, 1, 6, 7),
+                ahead!(2), multiply!(2, 2, 4, 5),
                 store!(0),
-                multiply!(3, 3, 6, 7),
+                ahead!(3), multiply!(3, 3, 6, 7),
                 add!(0, 0),
                 store!(1),
-                multiply!(4, 0, 4, 5),
+                ahead!(4), multiply!(4, 0, 4, 5),
                 add!(1, 1),
                 store!(2),
-                multiply!(5, 1, 6, 7),
+                ahead!(5), multiply!(5, 1, 6, 7),
                 add!(2, 2),
                 store!(3),
-                multiply!(6, 2, 4, 5),
+                ahead!(6), multiply!(6, 2, 4, 5),
                 add!(3, 3),
                 store!(0),
-                multiply!(7, 3, 6, 7),
+                ahead!(7), multiply!(7, 3, 6, 7),
                 add!(4, 0),
                 store!(1),
                 add!(5, 1),
@@ -279,13 +301,8 @@ fn piece(
         // SAFETY: as above, for one block.
         unsafe {
             with_sums!(
-                x,
-                w,
-                sums,
-                stages,
-                multiply!(0, 0, 4, 5),
-                store!(0),
-                add!(0, 0)
+                x, w, sums, stages, next;
+                multiply!(0, 0, 4, 5), store!(0), add!(0, 0), "/* {next_x} {next_sums} */",
             );
         }
     }
@@ -325,13 +342,15 @@ fn widen(x: Tile<'_>, blocks: Range<usize>, first: usize, to: &mut [Halves; PIEC
 fn unpack<const LINES: usize>(panel: Panel<'_>, blocks: Range<usize>, zero: i32, to: &mut Weights) {
     /// 2^23: the float of these bits and a small integer is their sum.
     const MAGIC: i32 = 0x4B00_0000;
+    /// `a & b | c`
+    const AND_OR: i32 = 0xEA;
     let magic = _mm512_set1_epi32(MAGIC);
     let bias = _mm512_set1_ps(f32::from_bits(MAGIC as u32) + zero as f32);
     let byte = _mm512_set1_epi32(0xFF);
     let high = _mm512_set1_epi32(0xFFFF_0000u32 as i32);
     // The lowest byte of each row, as the bits of a float; only the upper 16 are ever set.
     let float = |v: __m512i| {
-        let bits = _mm512_or_si512(_mm512_and_si512(v, byte), magic);
+        let bits = _mm512_ternarylogic_epi32::<AND_OR>(v, byte, magic);
         _mm512_castps_si512(_mm512_sub_ps(_mm512_castsi512_ps(bits), bias))
     };
     for ((b, tile), scales) in blocks.zip(&mut to.tiles).zip(&mut to.scales) {
@@ -344,7 +363,7 @@ fn unpack<const LINES: usize>(panel: Panel<'_>, blocks: Range<usize>, zero: i32,
             ];
             for ([first, second], line) in pairs.into_iter().zip(lines) {
                 let first = _mm512_srli_epi32::<16>(float(first));
-                let pair = _mm512_or_si512(first, _mm512_and_si512(float(second), high));
+                let pair = _mm512_ternarylogic_epi32::<AND_OR>(float(second), high, first);
                 // SAFETY: 64 bytes; the store needs no alignment.
                 unsafe { _mm512_storeu_si512(line.0.as_mut_ptr().cast(), pair) };
             }
@@ -392,9 +411,21 @@ fn some<const LINES: usize>(
             for (p, weights) in (p..panels.end).zip(weights.iter_mut()) {
                 unpack::<LINES>(w.panel(p), blocks.clone(), zero, weights);
             }
+            let at_once = sums.len() / groups;
             for (group, x) in tokens[..groups].iter().enumerate() {
-                for (sums, w) in sums.chunks_mut(groups).zip(weights.iter()) {
-                    piece(x, w, blocks.len(), &mut sums[group], stages, in_tiles);
+                let after = (group + 1) % groups;
+                for (p, w) in weights[..at_once].iter().enumerate() {
+                    let after_sums = if p + 1 < at_once {
+                        (p + 1) * groups + group
+                    } else {
+                        after
+                    };
+                    let next = Next {
+                        x: tokens[after][p * (PIECE / SIDE_BY_SIDE)..].as_ptr(),
+                        sums: &raw const sums[after_sums],
+                    };
+                    let sums = &mut sums[p * groups + group];
+                    piece(x, w, blocks.len(), sums, stages, next, in_tiles);
                 }
             }
         }
@@ -402,7 +433,11 @@ fn some<const LINES: usize>(
     for t in 0..rows {
         let y = &mut y.row(first + t)[column..];
         for (sums, y) in sums.chunks(groups).zip(y.chunks_mut(PANEL_ROWS)) {
-            y.copy_from_slice(&sums[t / ROWS][t % ROWS].0[..y.len()]);
+            let sums = &sums[t / ROWS][t % ROWS].0;
+            match <&mut [f32; PANEL_ROWS]>::try_from(&mut *y).ok() {
+                Some(y) => *y = *sums,
+                None => y.copy_from_slice(&sums[..y.len()]),
+            }
         }
     }
 }
