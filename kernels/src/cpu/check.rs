@@ -608,6 +608,96 @@ fn gemm_packed_does_not_hide_a_nan() {
     }
 }
 
+/// Tiles change how the products of a block are made, not what they are: the results are those of AVX-512, bit for
+/// bit, for few tokens and many, whatever the scales.
+#[test]
+fn gemm_packed_in_tiles_is_that_of_avx512_bit_for_bit() {
+    let [Some(tiles), Some(plain)] = [Isa::Amx, Isa::Avx512].map(Kernels::for_isa) else {
+        tables().for_each(drop); // says what is skipped
+        return;
+    };
+    let check = |w: &Weights, x: &Activations, panels: Range<usize>, what: &str| {
+        let (rows, n) = (w.layout.rows(), x.rows());
+        let width = (panels.end * PANEL_ROWS).min(rows) - panels.start * PANEL_ROWS;
+        let [got, want] = [tiles, plain].map(|k| {
+            let mut y = page_end(&vec![f32::NAN; n * width]);
+            let cols = ColsMut::new(&mut y, n, width);
+            k.gemm_packed(w.view(), panels.clone(), x, cols);
+            // Which NaN it is says nothing.
+            let bits = |v: &f32| if v.is_nan() { u32::MAX } else { v.to_bits() };
+            y.iter().map(bits).collect::<Vec<_>>()
+        });
+        assert!(
+            got == want,
+            "{rows} x {}, {n} tokens, panels {panels:?}, {what}",
+            w.layout.cols()
+        );
+    };
+    let mut random = Random(18);
+    for format in FORMATS {
+        // Odd blocks, whole pieces of eight, and what is left of them; rows that are not whole panels.
+        for (rows, cols) in [(1, 1), (17, 97), (33, 256), (49, 31 * 32 + 5), (70, 520)] {
+            let w = Weights::new(format, rows, cols, &random.values(rows * cols, 1.0));
+            let all = random.values(80 * cols, 1.0);
+            for n in 1..=80 {
+                let x = activations(format, &all[..n * cols], n, cols);
+                let panels = w.layout.panels();
+                check(&w, &x, 0..panels, "random");
+                let some = n % panels..panels - n / 3 % (panels - n % panels);
+                check(&w, &x, some, "random, some panels");
+            }
+        }
+        // More than are converted at once: 512 tokens, 32 panels.
+        for (rows, cols, n) in [(33 * 16 + 3, 40, 30), (20, 300, 515), (33, 64, 1041)] {
+            let (w, x) = packed_case(
+                &mut random,
+                format,
+                (rows, cols, n),
+                (Fill::Random, Fill::Random),
+            );
+            check(&w, &x, 0..w.layout.panels(), "more than once");
+        }
+        for w_fill in FILLS {
+            for x_fill in FILLS {
+                let (w, x) = packed_case(&mut random, format, (35, 330, 37), (w_fill, x_fill));
+                check(
+                    &w,
+                    &x,
+                    0..3,
+                    &format!("weights {w_fill:?}, activations {x_fill:?}"),
+                );
+            }
+        }
+        // Every scale there is: tiny and large blocks beside each other, and some that are NaN.
+        let (rows, cols, n) = (33, 9 * 32 + 3, 45);
+        let mut w: Vec<_> = random.values(rows * cols, 1.0);
+        for (i, v) in w.iter_mut().enumerate() {
+            *v *= 2f32.powi((i / 29 % 30) as i32 - 22);
+        }
+        let mut x = random.values(n * cols, 1.0);
+        for (i, v) in x.iter_mut().enumerate() {
+            *v *= 2f32.powi((i / 31 % 235) as i32 - 128);
+        }
+        for at in [3, 77, 20 * cols + 40, (n - 1) * cols] {
+            x[at] = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY][at % 3];
+        }
+        let mut w = Weights::new(format, rows, cols, &w);
+        let x = activations(format, &x, n, cols);
+        check(&w, &x, 0..3, "all scales");
+        w.spoil(5, 2);
+        w.spoil(32, 9);
+        check(&w, &x, 0..3, "all scales, and NaN");
+        // As long as rows of the model are.
+        let (w, x) = packed_case(
+            &mut random,
+            format,
+            (48, 3072, 130),
+            (Fill::Random, Fill::Random),
+        );
+        check(&w, &x, 0..3, "long rows");
+    }
+}
+
 // ------------------------------------------------------------------------------- dense GEMM
 
 /// Roundings that a product takes part in when its sum has 16 partial sums: its own, those of its

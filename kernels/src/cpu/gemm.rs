@@ -86,6 +86,13 @@ impl Kernels {
         unsafe { gemm(w, panels, x, y) }
     }
 
+    /// Panels that a call of [`Kernels::gemm_packed`] with many tokens had better have: what it prepares serves
+    /// them all.
+    #[must_use]
+    pub fn panels_a_call(&self) -> usize {
+        self.panels_a_call
+    }
+
     /// Weights as stored times f32 activations: `y[t, r] = <x[t], w[r]>` for `rows` of `w`;
     /// `x` is `[y.rows(), w.cols()]`, `y` is `[.., rows.len()]`.
     /// # Panics

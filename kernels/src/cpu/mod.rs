@@ -5,6 +5,8 @@ use std::str::FromStr;
 
 mod activation;
 mod ahead;
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -41,6 +43,8 @@ pub enum Isa {
     AvxVnni,
     /// AVX-512 with VNNI.
     Avx512,
+    /// AVX-512 with the tiles of AMX for many tokens.
+    Amx,
     /// NEON: every AArch64.
     Neon,
     /// NEON with the 8-bit inner products of the dotprod extension.
@@ -52,11 +56,12 @@ pub enum Isa {
 impl Isa {
     /// Every instruction set there is a table for, on one architecture or another, the plainest of
     /// each first.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Scalar,
         Self::Avx2,
         Self::AvxVnni,
         Self::Avx512,
+        Self::Amx,
         Self::Neon,
         Self::NeonDotprod,
         Self::NeonI8mm,
@@ -70,6 +75,7 @@ impl Isa {
             Self::Avx2 => "avx2",
             Self::AvxVnni => "avxvnni",
             Self::Avx512 => "avx512",
+            Self::Amx => "amx",
             Self::Neon => "neon",
             Self::NeonDotprod => "dotprod",
             Self::NeonI8mm => "i8mm",
@@ -126,6 +132,7 @@ pub struct Kernels {
     isa: Isa,
     gemm_q4: gemm::GemmPacked,
     gemm_q8: gemm::GemmPacked,
+    panels_a_call: usize,
     gemm_f32: gemm::GemmDense<f32>,
     gemm_f16: gemm::GemmDense<phidias_quant::f16>,
     gemm_bf16: gemm::GemmDense<phidias_quant::bf16>,
@@ -156,8 +163,10 @@ impl Kernels {
             Isa::AvxVnni => avx2::vnni_table(),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => avx512::table(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => amx::table(),
             #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx2 | Isa::AvxVnni | Isa::Avx512 => None,
+            Isa::Avx2 | Isa::AvxVnni | Isa::Avx512 | Isa::Amx => None,
             #[cfg(target_arch = "aarch64")]
             Isa::Neon => neon::table(),
             #[cfg(target_arch = "aarch64")]

@@ -5,7 +5,6 @@ use super::{Activation, CpuOps, Heads, Input, assert_columns};
 use crate::tensor::{Buffer, Linear};
 use phidias_kernels::cpu::{AttentionState, AttentionTask, Cached, KEY_PANEL, Kernels};
 use phidias_kernels::view::{ColsMut, Elements};
-use phidias_quant::packed::PANEL_ROWS;
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -33,7 +32,8 @@ impl CpuOps<'_> {
         assert_columns(x.cols, &w.weight);
         y.reshape(x.rows(), w.weight.rows());
         let widths = [w.weight.rows()];
-        let cut = self.cut(x.rows(), &widths, PANEL_ROWS);
+        let unit = self.unit(x.rows(), w.weight.rows());
+        let cut = self.cut(x.rows(), &widths, unit);
         self.team.columns(y.columns_mut(), cut, |_, rows, mut y| {
             multiply(kernels, w, rows, x, y.reborrow());
             (0..y.rows()).for_each(|t| activation.apply(kernels, y.row(t)));

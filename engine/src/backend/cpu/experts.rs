@@ -177,7 +177,7 @@ impl CpuOps<'_> {
         self.grouped(
             &groups,
             inputs,
-            GateUp::rows_at_once,
+            |tokens| GateUp::rows_at_once(self.kernels, tokens),
             &mut s.gated,
             |k, e, rows, x, y| {
                 e.gate_up.compute(k, rows, x, y);

@@ -10,14 +10,20 @@ use phidias_quant::activations::TILE;
 use phidias_quant::packed::PANEL_ROWS;
 use std::ops::Range;
 
+/// Panels that many tokens meet together at least: not all that the kernel wishes for, so that the threads
+/// end together.
+fn part(kernels: &Kernels) -> usize {
+    kernels.panels_a_call().div_ceil(4)
+}
+
 impl GateUp {
     /// Outputs that are computed before the gate is applied.
-    pub(super) fn rows_at_once(tokens: usize) -> usize {
+    pub(super) fn rows_at_once(kernels: &Kernels, tokens: usize) -> usize {
         // A few tokens wait for memory, and each change to the other projection begins a run anew.
         if tokens <= TILE {
             8 * PANEL_ROWS
         } else {
-            2 * PANEL_ROWS
+            2 * part(kernels) * PANEL_ROWS
         }
     }
 
@@ -31,7 +37,7 @@ impl GateUp {
         mut y: ColsMut<'_>,
     ) {
         let n = x.rows();
-        let rows = Self::rows_at_once(n);
+        let rows = Self::rows_at_once(kernels, n);
         let mut scratch = vec![0.0; 2 * n * rows.min(out.len())];
         for first in out.clone().step_by(rows) {
             let width = rows.min(out.end - first);
@@ -108,7 +114,8 @@ impl CpuOps<'_> {
         ws.iter().for_each(|w| assert_columns(x.cols, &w.weight));
         y.reshape(x.rows(), widths.iter().sum());
         let kernels = self.kernels;
-        let cut = self.cut(x.rows(), &widths, PANEL_ROWS);
+        let unit = self.unit(x.rows(), widths.iter().sum());
+        let cut = self.cut(x.rows(), &widths, unit);
         self.team.columns(y.columns_mut(), cut, |i, rows, y| {
             multiply(kernels, ws[i], rows, x, y);
         });
@@ -133,7 +140,7 @@ impl CpuOps<'_> {
         if n > TILE && w.divides() {
             gated.reshape(n, inner);
             let widths = [inner];
-            let cut = self.cut(n, &widths, GateUp::rows_at_once(n));
+            let cut = self.cut(n, &widths, GateUp::rows_at_once(kernels, n));
             (self.team).columns(gated.columns_mut(), cut, |_, rows, y| {
                 w.compute(kernels, rows, x, y);
             });
@@ -181,9 +188,22 @@ impl CpuOps<'_> {
             usize::MAX
         } else {
             let units: usize = widths.iter().map(|w| w.div_ceil(unit)).sum();
-            units.div_ceil(PIECES * self.team.threads()).max(1)
+            let least = self.kernels.panels_a_call() * PANEL_ROWS / unit;
+            units
+                .div_ceil(PIECES * self.team.threads())
+                .max(least.max(1))
         };
         Cut { widths, unit, most }
+    }
+
+    /// Weight rows, of `rows`, that a thread had better take together: whole panels, and some for every thread.
+    pub(super) fn unit(&self, tokens: usize, rows: usize) -> usize {
+        const EACH: usize = 4;
+        if tokens <= TILE {
+            return PANEL_ROWS;
+        }
+        let share = rows / PANEL_ROWS / (EACH * self.team.threads());
+        part(self.kernels).min(share).max(1) * PANEL_ROWS
     }
 
     /// Blocks of a row that one thread quantizes: not so few that handing them out takes longer.

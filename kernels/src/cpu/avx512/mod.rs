@@ -1,7 +1,7 @@
 //! Kernels for AVX-512 with VNNI: servers since Ice Lake (2019) and Zen 4 (2022), desktops since Zen 4.
 
 mod lanes;
-mod packed;
+pub(super) mod packed;
 
 use crate::cpu::avx2::{Ymm2, Ymm2Sums};
 

@@ -36,7 +36,7 @@ use std::ops::Range;
 /// nibbles, 8 for bytes.
 #[target_feature(enable = "avx512f,avx512bw")]
 #[inline]
-fn unpack<const LINES: usize>(lines: &[[u8; LINE]; LINES]) -> [__m512i; 8] {
+pub(in crate::cpu) fn unpack<const LINES: usize>(lines: &[[u8; LINE]; LINES]) -> [__m512i; 8] {
     // SAFETY: a line is 64 bytes; the load needs no alignment.
     let load = |g: usize| unsafe { _mm512_loadu_si512(lines[g].as_ptr().cast()) };
     if LINES == 8 {
@@ -55,7 +55,7 @@ fn unpack<const LINES: usize>(lines: &[[u8; LINE]; LINES]) -> [__m512i; 8] {
 /// 16 scales as f32.
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn scales(scales: &[f16; PANEL_ROWS]) -> __m512 {
+pub(in crate::cpu) fn scales(scales: &[f16; PANEL_ROWS]) -> __m512 {
     // SAFETY: 16 scales are 32 bytes; the load needs no alignment.
     _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(scales.as_ptr().cast()) })
 }

@@ -7,7 +7,8 @@
 //!    constants is not taken out of the loop.
 //! ```
 
-use super::{MultiplyLoop, Number, Operands, Run};
+use super::{MultiplyLoop, Number, OPERANDS, Operands, Run};
+use crate::cpu::amx::tile::{self, ROWS, Tiles};
 use std::arch::asm;
 use std::arch::x86_64::*;
 
@@ -17,6 +18,10 @@ const ACCUMULATORS: usize = 12;
 /// accumulators then, for as many partial sums.
 const BEFORE_WIDENING: usize = 8;
 const WIDENING_ACCUMULATORS: usize = 6;
+
+/// Tiles of sums, of 16 cycles' instructions of 52 cycles' latency, each sum a product of all lanes.
+const TILES: usize = 4;
+const TILE_PRODUCTS: usize = TILES * ROWS * 16;
 
 pub(super) fn available(number: Number) -> Vec<MultiplyLoop> {
     let mut loops = Vec::new();
@@ -34,6 +39,7 @@ pub(super) fn available(number: Number) -> Vec<MultiplyLoop> {
     let vnni = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni");
     match number {
         Number::Int8 => {
+            add(tile::available(), "tdpbusd tmm", 64, TILE_PRODUCTS, tdpbusd);
             add(vnni, "vpdpbusd zmm", 64, ACCUMULATORS, vpdpbusd_512);
             let vl = vnni && is_x86_feature_detected!("avx512vl");
             if vl {
@@ -51,6 +57,13 @@ pub(super) fn available(number: Number) -> Vec<MultiplyLoop> {
             );
         }
         Number::Bf16 => {
+            add(
+                tile::available(),
+                "tdpbf16ps tmm",
+                32,
+                TILE_PRODUCTS,
+                tdpbf16ps,
+            );
             let has = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16");
             add(has, "vdpbf16ps zmm", 32, ACCUMULATORS, vdpbf16ps);
         }
@@ -224,4 +237,65 @@ fn fma_256(o: &Operands, rounds: u64) -> f64 {
         unsafe { _mm256_storeu_ps(out.as_mut_ptr(), v) };
     }
     lanes.iter().map(|v| f64::from(*v)).sum()
+}
+
+/// The loop of a tile instruction, on 16 rows of `$a` and 16 columns of what `$b` has; the sums, `[[$sum; 256]; TILES]`.
+macro_rules! tiles {
+    ($instruction:literal, $a:expr, $b:expr, $sum:ty, $rounds:expr) => {{
+        let mut sums = [[<$sum>::default(); ROWS * 16]; TILES];
+        // SAFETY: the loop exists only where tiles are available.
+        let _tiles = unsafe { Tiles::take() };
+        // SAFETY: a tile is 16 lines of 64 bytes: 16 times the one of `a`, all of `b`, and `sums` has four. Tiles
+        // are this thread's while `_tiles` lives, and used in `asm!` only.
+        unsafe {
+            asm!(
+                "tileloadd tmm4, [{a} + {same}]",
+                "tileloadd tmm5, [{b} + {line}]",
+                "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+                "test {rounds}, {rounds}",
+                "jz 3f",
+                "2:",
+                concat!($instruction, " tmm0, tmm4, tmm5"),
+                concat!($instruction, " tmm1, tmm4, tmm5"),
+                concat!($instruction, " tmm2, tmm4, tmm5"),
+                concat!($instruction, " tmm3, tmm4, tmm5"),
+                "dec {rounds}",
+                "jnz 2b",
+                "3:",
+                "tilestored [{sums} + {line}], tmm0",
+                "tilestored [{sums} + {line} + 1024], tmm1",
+                "tilestored [{sums} + {line} + 2048], tmm2",
+                "tilestored [{sums} + {line} + 3072], tmm3",
+                a = in(reg) $a.as_ptr(),
+                b = in(reg) $b.as_ptr(),
+                sums = in(reg) sums.as_mut_ptr(),
+                same = in(reg) 0usize,
+                line = in(reg) 64usize,
+                rounds = inout(reg) $rounds => _,
+                options(nostack),
+            );
+        }
+        sums
+    }};
+}
+
+fn tdpbusd(o: &Operands, rounds: u64) -> f64 {
+    let b: [[i8; OPERANDS]; ROWS] =
+        std::array::from_fn(|k| std::array::from_fn(|i| o.b[4 * k + i % 4]));
+    let sums = tiles!("tdpbusd", o.a, b, i32, rounds);
+    sums.as_flattened()
+        .iter()
+        .map(|v| i64::from(*v))
+        .sum::<i64>() as f64
+}
+
+fn tdpbf16ps(o: &Operands, rounds: u64) -> f64 {
+    // Small integers are bf16 in the upper halves of their floats.
+    let half = |v: f32| (v.to_bits() >> 16) as u16;
+    let a = o.a_f32::<32>().map(half);
+    let columns = o.b_f32::<32>().map(half);
+    let b: [[u16; 32]; ROWS] =
+        std::array::from_fn(|k| std::array::from_fn(|i| columns[2 * k + i % 2]));
+    let sums = tiles!("tdpbf16ps", a, b, f32, rounds);
+    sums.as_flattened().iter().map(|v| f64::from(*v)).sum()
 }

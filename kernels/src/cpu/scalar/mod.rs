@@ -13,6 +13,7 @@ pub(super) const KERNELS: Kernels = Kernels {
     isa: Isa::Scalar,
     gemm_q4: gemm::gemm_q4,
     gemm_q8: gemm::gemm_q8,
+    panels_a_call: 1,
     gemm_f32: gemm::gemm_dense::<f32>,
     gemm_f16: gemm::gemm_dense::<f16>,
     gemm_bf16: gemm::gemm_dense::<bf16>,

@@ -186,6 +186,7 @@ macro_rules! vector_table {
             isa: $isa,
             gemm_q4: $q4,
             gemm_q8: $q8,
+            panels_a_call: 1,
             gemm_f32: gemm_dense::<f32>,
             gemm_f16: gemm_dense::<f16>,
             gemm_bf16: gemm_dense::<bf16>,

@@ -1,0 +1,21 @@
+//! Kernels for AMX: Xeons since Sapphire Rapids (2023). The table of AVX-512, with the packed GEMMs of many
+//! tokens in tiles.
+
+mod packed;
+pub(super) mod tile;
+
+use super::{Isa, Kernels};
+
+/// The table, if this CPU has the instructions and the system lets this process use the tiles.
+pub(super) fn table() -> Option<&'static Kernels> {
+    static TABLE: Kernels = Kernels {
+        isa: Isa::Amx,
+        gemm_q4: packed::gemm_q4,
+        gemm_q8: packed::gemm_q8,
+        panels_a_call: packed::PANELS,
+        ..super::avx512::KERNELS
+    };
+    let available = is_x86_feature_detected!("avx512bf16") && tile::available();
+    super::avx512::table().filter(|_| available)?;
+    Some(&TABLE)
+}
