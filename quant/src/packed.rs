@@ -22,6 +22,7 @@
 //! | | register | rows in it | inner product of four |
 //! |---|---|---|---|
 //! | AVX-512 VNNI | 64 bytes | 16 | `vpdpbusd` |
+//! | AMX | the same, converted to tiles of bf16 | 16 | `tdpbf16ps` |
 //! | AVX2 | 32 bytes | 8 | `vpmaddubsw`, `vpmaddwd` |
 //! | NEON dotprod | 16 bytes | 4 | `sdot` by lane |
 //! | NEON i8mm | 16 bytes | 4 | `zip1`/`zip2` of two lines give the 2 x 8 tiles of `smmla` |
