@@ -647,8 +647,9 @@ fn gemm_packed_in_tiles_is_that_of_avx512_bit_for_bit() {
                 check(&w, &x, some, "random, some panels");
             }
         }
+        // From here on enough tokens for tiles, and in a last tile fewer than it has lines.
         // More than are converted at once: 512 tokens, 32 panels.
-        for (rows, cols, n) in [(33 * 16 + 3, 40, 30), (20, 300, 515), (33, 64, 1041)] {
+        for (rows, cols, n) in [(33 * 16 + 3, 40, 70), (20, 300, 515), (33, 64, 1041)] {
             let (w, x) = packed_case(
                 &mut random,
                 format,
@@ -659,7 +660,7 @@ fn gemm_packed_in_tiles_is_that_of_avx512_bit_for_bit() {
         }
         for w_fill in FILLS {
             for x_fill in FILLS {
-                let (w, x) = packed_case(&mut random, format, (35, 330, 37), (w_fill, x_fill));
+                let (w, x) = packed_case(&mut random, format, (35, 330, 77), (w_fill, x_fill));
                 check(
                     &w,
                     &x,
@@ -669,7 +670,7 @@ fn gemm_packed_in_tiles_is_that_of_avx512_bit_for_bit() {
             }
         }
         // Every scale there is: tiny and large blocks beside each other, and some that are NaN.
-        let (rows, cols, n) = (33, 9 * 32 + 3, 45);
+        let (rows, cols, n) = (33, 9 * 32 + 3, 75);
         let mut w: Vec<_> = random.values(rows * cols, 1.0);
         for (i, v) in w.iter_mut().enumerate() {
             *v *= 2f32.powi((i / 29 % 30) as i32 - 22);
