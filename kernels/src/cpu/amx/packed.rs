@@ -15,10 +15,9 @@
 //! 1. Bytes have `tdpbssd`, which needs no conversion of activations, but then a token takes three vector
 //!    instructions instead of one: 18 ns a tile instead of 11.
 //! 2. Steps overlap: while the product of block b is made, the sums take up block b - 3, and block b - 2 is
-//!    stored. A store that waits for its product holds up those behind it: 13 ns a tile.
+//!    stored, from one piece to the next without a gap. A store that waits for its product holds up those behind it.
 //! 3. A piece of 8 blocks of two panels (16 KiB), of 16 tokens (8 KiB) and four products on their way (4 KiB)
-//!    are in the first-level cache together. With the tokens from the second a tile takes 17 ns.
-//!    While a piece is computed, the tokens and sums of the next are asked for.
+//!    are in the first-level cache together.
 //! 4. Weights are converted once for 512 tokens, activations once for 32 panels.
 //! 5. Few tokens are not worth the conversion and go the way of AVX-512.
 //! Work    16 x 16 x 32 multiply-adds a `tdpbf16ps`, 16 cycles
@@ -68,6 +67,7 @@ const _: () = assert!(size_of::<Halves>() == 1024 && size_of::<Floats>() == 1024
 
 /// A piece of a panel.
 #[derive(Clone, Copy)]
+#[repr(C)]
 struct Weights {
     tiles: [Halves; PIECE],
     scales: [Line<[f32; PANEL_ROWS]>; PIECE],
@@ -75,13 +75,15 @@ struct Weights {
 
 /// What a thread converts to and sums in: 1.3 MiB.
 struct Scratch {
-    /// `[groups of 16 tokens][blocks]`
+    /// `[groups of 16 tokens][blocks of a piece]`
     tokens: Vec<[Halves; PIECE]>,
     /// `[panels side by side]`
     weights: Vec<Weights>,
-    /// `[panels][groups of 16 tokens]`
+    /// Panels that are side by side after those before them, each time `[groups of 16 tokens][panels]`
     sums: Vec<Floats>,
     stages: [Floats; STAGES],
+    /// Of one panel, of two...: `[groups of 16 tokens][panels]`
+    jobs: [Vec<Job>; SIDE_BY_SIDE],
 }
 
 const NO_HALVES: Halves = [Line([0; BLOCK]); ROWS];
@@ -93,11 +95,16 @@ impl Scratch {
             tiles: [NO_HALVES; PIECE],
             scales: [Line([0.0; PANEL_ROWS]); PIECE],
         };
+        let jobs = |panels: usize| {
+            let all = (0..TOKENS / ROWS).flat_map(|x| (0..panels).map(move |w| Job { x, w }));
+            all.collect()
+        };
         Self {
             tokens: vec![[NO_HALVES; PIECE]; TOKENS / ROWS],
             weights: vec![weights; SIDE_BY_SIDE],
             sums: vec![NO_FLOATS; PANELS * (TOKENS / ROWS)],
             stages: [NO_FLOATS; STAGES],
+            jobs: std::array::from_fn(|i| jobs(i + 1)),
         }
     }
 }
@@ -131,20 +138,6 @@ macro_rules! multiply {
             $w,
             "\n",
         )
-    };
-}
-
-/// Asks for an eighth of what the next piece takes from the second-level cache.
-macro_rules! ahead {
-    ($b:literal) => {
-        concat!(
-            ahead!(@ $b: 0, 1, 2, 3, 4, 5, 6, 7),
-            "prefetcht0 [{next_sums} + 128 * ", $b, "]\n",
-            "prefetcht0 [{next_sums} + 128 * ", $b, " + 64]\n",
-        )
-    };
-    (@ $b:literal: $($line:literal),+) => {
-        concat!($("prefetcht0 [{next_x} + 512 * ", $b, " + 64 * ", $line, "]\n"),+)
     };
 }
 
@@ -211,117 +204,97 @@ macro_rules! add {
     };
 }
 
-/// Code between the loads and the stores of the sums.
-///
-/// # Safety
-/// The tiles are this thread's; the code reads what is there.
-macro_rules! with_sums {
-    ($x:ident, $w:ident, $sums:ident, $stages:ident, $next:ident; $($code:expr),+ $(,)?) => {
+/// 16 tokens times a panel.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Job {
+    /// Which tokens.
+    x: usize,
+    /// Which panel.
+    w: usize,
+}
+
+/// The products of a piece for every job, added to the sums of that number block after block. While the first
+/// three blocks of a job are multiplied, the last three of the one before are added.
+#[target_feature(enable = "avx512f")]
+fn multiply(
+    jobs: &[Job],
+    tokens: &[[Halves; PIECE]],
+    weights: &[Weights],
+    sums: &mut [Floats],
+    stages: &mut [Floats; STAGES],
+    _: &Tiles,
+) {
+    let inside = |job: &Job| job.x < tokens.len() && job.w < weights.len();
+    assert!(!jobs.is_empty() && jobs.len() == sums.len() && jobs.iter().all(inside));
+    // Before the first job there is none: these sums are not looked at.
+    let mut nobody = NO_FLOATS;
+    let scales = [Line([0.0f32; PANEL_ROWS]); PIECE];
+    // SAFETY: a `Tiles` proves that there are tiles and that they are this thread's, 16 lines of 64 bytes each.
+    // Jobs name tokens and weights that are there, as just asserted, and have as many sums. Blocks 0 to 7 are inside of a
+    // piece, tokens 0 to 15 inside sums, stages 0 to 3 inside `stages`; all lines are aligned. What is written is borrowed
+    // exclusively, and every register that changes is named; tiles are used in `asm!` only.
+    unsafe {
         asm!(
             each_token!(load_sum!()),
-            $($code,)+
+            "2:",
+            "imul {x}, [{job}], {bytes_x}",
+            "imul {w}, [{job} + 8], {bytes_w}",
+            "add {x}, {tokens}",
+            "add {w}, {weights}",
+            multiply!(0, 0, 4, 5), store!(2), add!(5, 1),
+            multiply!(1, 1, 6, 7), store!(3), add!(6, 2),
+            multiply!(2, 2, 4, 5), store!(0), add!(7, 3),
             each_token!(store_sum!()),
-            x = in(reg) $x.as_ptr(),
-            w = in(reg) $w.tiles.as_ptr(),
-            scales = in(reg) $w.scales.as_ptr(),
-            sums = in(reg) $sums.as_mut_ptr(),
-            stages = in(reg) $stages.as_mut_ptr(),
+            "lea {scales}, [{w} + {tiles}]",
+            "mov {sums}, {next}",
+            "add {next}, 1024",
+            each_token!(load_sum!()),
+            multiply!(3, 3, 6, 7), store!(1), add!(0, 0),
+            multiply!(4, 0, 4, 5), store!(2), add!(1, 1),
+            multiply!(5, 1, 6, 7), store!(3), add!(2, 2),
+            multiply!(6, 2, 4, 5), store!(0), add!(3, 3),
+            multiply!(7, 3, 6, 7), store!(1), add!(4, 0),
+            "add {job}, 16",
+            "dec {n}",
+            "jnz 2b",
+            store!(2), add!(5, 1),
+            store!(3), add!(6, 2),
+            add!(7, 3),
+            each_token!(store_sum!()),
+            job = inout(reg) jobs.as_ptr() => _,
+            n = inout(reg) jobs.len() => _,
+            scales = inout(reg) scales.as_ptr() => _,
+            sums = inout(reg) &raw mut nobody => _,
+            next = inout(reg) sums.as_mut_ptr() => _,
+            x = out(reg) _,
+            w = out(reg) _,
+            tokens = in(reg) tokens.as_ptr(),
+            weights = in(reg) weights.as_ptr(),
+            stages = in(reg) stages.as_mut_ptr(),
             line = in(reg) 64usize,
-            next_x = in(reg) $next.x,
-            next_sums = in(reg) $next.sums,
+            bytes_x = const size_of::<[Halves; PIECE]>(),
+            bytes_w = const size_of::<Weights>(),
+            tiles = const std::mem::offset_of!(Weights, scales),
             out("zmm0") _,
             out("zmm16") _, out("zmm17") _, out("zmm18") _, out("zmm19") _,
             out("zmm20") _, out("zmm21") _, out("zmm22") _, out("zmm23") _,
             out("zmm24") _, out("zmm25") _, out("zmm26") _, out("zmm27") _,
             out("zmm28") _, out("zmm29") _, out("zmm30") _, out("zmm31") _,
-            options(nostack, preserves_flags),
-        )
-    };
-}
-
-/// What the next piece takes from the second-level cache: asked for only.
-#[derive(Clone, Copy)]
-struct Next {
-    /// As much of the next tokens as one of the panels side by side asks for.
-    x: *const Halves,
-    sums: *const Floats,
-}
-
-/// Adds the products of 16 tokens and a panel, block after block, for `blocks` of a piece.
-#[target_feature(enable = "avx512f")]
-fn piece(
-    x: &[Halves; PIECE],
-    w: &Weights,
-    blocks: usize,
-    sums: &mut Floats,
-    stages: &mut [Floats; STAGES],
-    next: Next,
-    _: &Tiles,
-) {
-    if blocks == PIECE {
-        // SAFETY: a `Tiles` proves that there are tiles and that they are this thread's, 16 lines of 64 bytes each.
-        // Blocks 0 to 7 are inside `x` and `w`, tokens 0 to 15 inside `sums`, stages 0 to 3 inside
-        // `stages`; all lines are aligned. What is written is borrowed exclusively, and every register
-        // that changes is named; tiles are used in `asm!` only.
-        unsafe {
-            with_sums!(
-                x, w, sums, stages, next;
-                ahead!(0), multiply!(0, 0, 4, 5),
-                ahead!(1), multiply!(1, 1, 6, 7),
-                ahead!(2), multiply!(2, 2, 4, 5),
-                store!(0),
-                ahead!(3), multiply!(3, 3, 6, 7),
-                add!(0, 0),
-                store!(1),
-                ahead!(4), multiply!(4, 0, 4, 5),
-                add!(1, 1),
-                store!(2),
-                ahead!(5), multiply!(5, 1, 6, 7),
-                add!(2, 2),
-                store!(3),
-                ahead!(6), multiply!(6, 2, 4, 5),
-                add!(3, 3),
-                store!(0),
-                ahead!(7), multiply!(7, 3, 6, 7),
-                add!(4, 0),
-                store!(1),
-                add!(5, 1),
-                store!(2),
-                add!(6, 2),
-                store!(3),
-                add!(7, 3),
-            );
-        }
-        return;
-    }
-    for b in 0..blocks {
-        let x = &x[b];
-        let w = BlockOf {
-            tiles: &w.tiles[b],
-            scales: &w.scales[b].0,
-        };
-        // SAFETY: as above, for one block.
-        unsafe {
-            with_sums!(
-                x, w, sums, stages, next;
-                multiply!(0, 0, 4, 5), store!(0), add!(0, 0), "/* {next_x} {next_sums} */",
-            );
-        }
+            options(nostack),
+        );
     }
 }
 
-/// One block of [`Weights`].
-struct BlockOf<'a> {
-    tiles: &'a Halves,
-    scales: &'a [f32; PANEL_ROWS],
-}
-
-/// Blocks of up to eight tokens as bf16, scaled, from line `first` of the tiles on.
+/// Blocks of up to eight tokens as bf16, scaled, from line `first` of the tiles on; what a piece has more is zero.
 #[target_feature(enable = "avx512f,avx512bf16")]
 fn widen(x: Tile<'_>, blocks: Range<usize>, first: usize, to: &mut [Halves; PIECE]) {
     /// `MAGIC * RATIO` is 1 when rounded, so a scale's `magic` gives the scale, exactly.
     const RATIO: f32 = (2.0 / 3.0) / (1 << 23) as f32;
     let quants = x.quants.as_chunks::<BLOCK>().0;
+    for to in &mut to[blocks.len()..] {
+        to[first..first + x.rows].fill(Line([0; BLOCK]));
+    }
     for (b, to) in blocks.zip(to) {
         let at = b * x.rows..(b + 1) * x.rows;
         let lines = &mut to[first..first + x.rows];
@@ -339,7 +312,7 @@ fn widen(x: Tile<'_>, blocks: Range<usize>, first: usize, to: &mut [Halves; PIEC
     }
 }
 
-/// Blocks of a panel as bf16.
+/// Blocks of a panel as bf16; what a piece has more adds -0, which changes no sum.
 #[target_feature(enable = "avx512f,avx512bw")]
 fn unpack<const LINES: usize>(panel: Panel<'_>, blocks: Range<usize>, zero: i32, to: &mut Weights) {
     /// 2^23: the float of these bits and a small integer is their sum.
@@ -355,6 +328,8 @@ fn unpack<const LINES: usize>(panel: Panel<'_>, blocks: Range<usize>, zero: i32,
         let bits = _mm512_ternarylogic_epi32::<AND_OR>(v, byte, magic);
         _mm512_castps_si512(_mm512_sub_ps(_mm512_castsi512_ps(bits), bias))
     };
+    to.tiles[blocks.len()..].fill(NO_HALVES);
+    to.scales[blocks.len()..].fill(Line([-0.0; PANEL_ROWS]));
     for ((b, tile), scales) in blocks.zip(&mut to.tiles).zip(&mut to.scales) {
         let block = panel.block::<LINES>(b);
         let quants = avx512::unpack(block.quants);
@@ -390,6 +365,7 @@ fn some<const LINES: usize>(
         weights,
         sums,
         stages,
+        jobs,
     } = scratch;
     let rows = (x.rows() - first).min(TOKENS);
     let groups = rows.div_ceil(ROWS);
@@ -413,29 +389,18 @@ fn some<const LINES: usize>(
             for (p, weights) in (p..panels.end).zip(weights.iter_mut()) {
                 unpack::<LINES>(w.panel(p), blocks.clone(), zero, weights);
             }
-            let at_once = sums.len() / groups;
-            for (group, x) in tokens[..groups].iter().enumerate() {
-                let after = (group + 1) % groups;
-                for (p, w) in weights[..at_once].iter().enumerate() {
-                    let after_sums = if p + 1 < at_once {
-                        (p + 1) * groups + group
-                    } else {
-                        after
-                    };
-                    let next = Next {
-                        x: tokens[after][p * (PIECE / SIDE_BY_SIDE)..].as_ptr(),
-                        sums: &raw const sums[after_sums],
-                    };
-                    let sums = &mut sums[p * groups + group];
-                    piece(x, w, blocks.len(), sums, stages, next, in_tiles);
-                }
-            }
+            let jobs = &jobs[sums.len() / groups - 1][..sums.len()];
+            multiply(jobs, tokens, weights, sums, stages, in_tiles);
         }
     }
     for t in 0..rows {
         let y = &mut y.row(first + t)[column..];
-        for (sums, y) in sums.chunks(groups).zip(y.chunks_mut(PANEL_ROWS)) {
-            let sums = &sums[t / ROWS][t % ROWS].0;
+        let sums = sums.chunks(SIDE_BY_SIDE * groups).flat_map(|sums| {
+            let at_once = sums.len() / groups;
+            &sums[t / ROWS * at_once..][..at_once]
+        });
+        for (sums, y) in sums.zip(y.chunks_mut(PANEL_ROWS)) {
+            let sums = &sums[t % ROWS].0;
             match <&mut [f32; PANEL_ROWS]>::try_from(&mut *y).ok() {
                 Some(y) => *y = *sums,
                 None => y.copy_from_slice(&sums[..y.len()]),
