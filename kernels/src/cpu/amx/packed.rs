@@ -88,6 +88,8 @@ struct Scratch {
 
 const NO_HALVES: Halves = [Line([0; BLOCK]); ROWS];
 const NO_FLOATS: Floats = [Line([0.0; PANEL_ROWS]); ROWS];
+/// Where new sums begin.
+static ZERO: Floats = NO_FLOATS;
 
 impl Scratch {
     fn new() -> Self {
@@ -168,7 +170,7 @@ macro_rules! each_token {
 
 macro_rules! load_sum {
     ($t:literal, $sum:literal) => {
-        concat!("vmovaps zmm", $sum, ", [{sums} + 64 * ", $t, "]\n")
+        concat!("vmovaps zmm", $sum, ", [{from} + 64 * ", $t, "]\n")
     };
 }
 
@@ -214,7 +216,8 @@ struct Job {
     w: usize,
 }
 
-/// The products of a piece for every job, added to the sums of that number block after block. While the first
+/// The products of a piece for every job, added to the sums of that number, or to nothing where they are `new`, block
+/// after block. While the first
 /// three blocks of a job are multiplied, the last three of the one before are added.
 #[target_feature(enable = "avx512f")]
 fn multiply(
@@ -222,14 +225,20 @@ fn multiply(
     tokens: &[[Halves; PIECE]],
     weights: &[Weights],
     sums: &mut [Floats],
+    new: bool,
     stages: &mut [Floats; STAGES],
     _: &Tiles,
 ) {
     let inside = |job: &Job| job.x < tokens.len() && job.w < weights.len();
     assert!(!jobs.is_empty() && jobs.len() == sums.len() && jobs.iter().all(inside));
-    // Before the first job there is none: these sums are not looked at.
+    // Before the first job there is none: its sums are not looked at.
     let mut nobody = NO_FLOATS;
     let scales = [Line([0.0f32; PANEL_ROWS]); PIECE];
+    let (from, step) = if new {
+        (&raw const ZERO, 0)
+    } else {
+        (sums.as_ptr(), size_of::<Floats>())
+    };
     // SAFETY: a `Tiles` proves that there are tiles and that they are this thread's, 16 lines of 64 bytes each.
     // Jobs name tokens and weights that are there, as just asserted, and have as many sums. Blocks 0 to 7 are inside of a
     // piece, tokens 0 to 15 inside sums, stages 0 to 3 inside `stages`; all lines are aligned. What is written is borrowed
@@ -247,9 +256,10 @@ fn multiply(
             multiply!(2, 2, 4, 5), store!(0), add!(7, 3),
             each_token!(store_sum!()),
             "lea {scales}, [{w} + {tiles}]",
+            each_token!(load_sum!()),
+            "add {from}, {step}",
             "mov {sums}, {next}",
             "add {next}, 1024",
-            each_token!(load_sum!()),
             multiply!(3, 3, 6, 7), store!(1), add!(0, 0),
             multiply!(4, 0, 4, 5), store!(2), add!(1, 1),
             multiply!(5, 1, 6, 7), store!(3), add!(2, 2),
@@ -267,6 +277,8 @@ fn multiply(
             scales = inout(reg) scales.as_ptr() => _,
             sums = inout(reg) &raw mut nobody => _,
             next = inout(reg) sums.as_mut_ptr() => _,
+            from = inout(reg) from => _,
+            step = in(reg) step,
             x = out(reg) _,
             w = out(reg) _,
             tokens = in(reg) tokens.as_ptr(),
@@ -370,7 +382,6 @@ fn some<const LINES: usize>(
     let rows = (x.rows() - first).min(TOKENS);
     let groups = rows.div_ceil(ROWS);
     let sums = &mut sums[..panels.len() * groups];
-    sums.fill(NO_FLOATS);
     let zero = w.layout().format().zero();
     for blocks in (0..x.blocks()).step_by(PIECE) {
         let blocks = blocks..(blocks + PIECE).min(x.blocks());
@@ -390,20 +401,21 @@ fn some<const LINES: usize>(
                 unpack::<LINES>(w.panel(p), blocks.clone(), zero, weights);
             }
             let jobs = &jobs[sums.len() / groups - 1][..sums.len()];
-            multiply(jobs, tokens, weights, sums, stages, in_tiles);
+            let new = blocks.start == 0;
+            multiply(jobs, tokens, weights, sums, new, stages, in_tiles);
         }
     }
     for t in 0..rows {
         let y = &mut y.row(first + t)[column..];
-        let sums = sums.chunks(SIDE_BY_SIDE * groups).flat_map(|sums| {
-            let at_once = sums.len() / groups;
-            &sums[t / ROWS * at_once..][..at_once]
-        });
-        for (sums, y) in sums.zip(y.chunks_mut(PANEL_ROWS)) {
-            let sums = &sums[t % ROWS].0;
-            match <&mut [f32; PANEL_ROWS]>::try_from(&mut *y).ok() {
-                Some(y) => *y = *sums,
-                None => y.copy_from_slice(&sums[..y.len()]),
+        let columns = y.chunks_mut(SIDE_BY_SIDE * PANEL_ROWS);
+        for (sums, y) in sums.chunks(SIDE_BY_SIDE * groups).zip(columns) {
+            let sums = &sums[t / ROWS * (sums.len() / groups)..];
+            for (sums, y) in sums.iter().zip(y.chunks_mut(PANEL_ROWS)) {
+                let Line(sums) = &sums[t % ROWS];
+                match y.first_chunk_mut() {
+                    Some(y) => *y = *sums,
+                    None => y.copy_from_slice(&sums[..y.len()]),
+                }
             }
         }
     }
