@@ -15,7 +15,7 @@ pub(super) fn table() -> Option<&'static Kernels> {
         panels_a_call: packed::PANELS,
         ..super::avx512::KERNELS
     };
-    let available = is_x86_feature_detected!("avx512bf16") && tile::available();
+    let available = is_x86_feature_detected!("avx512vbmi") && tile::available();
     super::avx512::table().filter(|_| available)?;
     Some(&TABLE)
 }

@@ -5,8 +5,8 @@
 //! Maths   P[t, r] = sum over the 32 columns of a block of (sx[t] * a[t, i]) * (u[r, i] - zero)
 //!         y[t, r] += sw[r] * P[t, r], block after block, fused
 //! Layout  of tiles, 16 lines of 64 bytes:
-//!         16 tokens, one block   line t   | a[t, 0] a[t, 1] ... a[t, 31] |                    bf16, scaled
-//!         16 rows, one block     line k   | w[0, 2k] w[0, 2k + 1] w[1, 2k] ... w[15, 2k + 1] | bf16
+//!         16 tokens, one block   line t   | a[t, 0] a[t, 16] a[t, 1] a[t, 17] ... a[t, 31] |      bf16, scaled
+//!         16 rows, one block     line k   | w[0, k] w[0, k + 16] w[1, k] ... w[15, k + 16] | bf16
 //!         products               line t   | P[t, 0] ... P[t, 15] |                            f32
 //!
 //! `tdpbf16ps` multiplies two tiles of bf16 and sums in f32. Scales change with every block of 32 columns, so one
@@ -18,11 +18,13 @@
 //!    stored, from one piece to the next without a gap. A store that waits for its product holds up those behind it.
 //! 3. A piece of 8 blocks of two panels (16 KiB), of 16 tokens (8 KiB) and four products on their way (4 KiB)
 //!    are in the first-level cache together.
-//! 4. Weights are converted once for 512 tokens, activations once for 32 panels.
-//! 5. Few tokens are not worth the conversion and go the way of AVX-512.
+//! 4. Weights are converted once for 512 tokens, activations once for 32 panels. Columns 16 apart stand together,
+//!    as nibbles do: a table gives both.
+//! 5. While a panel is converted, its successor two further on is asked for.
+//! 6. Few tokens are not worth the conversion and go the way of AVX-512.
 //! Work    16 x 16 x 32 multiply-adds a `tdpbf16ps`, 16 cycles
 //! Limit   `tdpbf16ps` and `tilestored` take 16 cycles each and hardly overlap: half of the rate of the former.
-//!         Measured: 0.17 to 0.19 of it, of which the conversions take a fifth
+//!         Measured, 512 tokens: 0.24 of it; the rest is tokens and sums from the second-level cache, and conversions
 //! Exact   weights (8 bits) and scaled activations (7 bits times 2^-120 to 2^103) are bf16 exactly; products and their
 //!         sums are less than 2^24 times sx and never subnormal: exact in any order, and P is what AVX-512
 //!         multiplies with the weights' scales. All results are its results, bit for bit
@@ -33,14 +35,14 @@ use crate::cpu::avx512::packed as avx512;
 use crate::view::ColsMut;
 use phidias_quant::activations::{Activations, TILE, Tile};
 use phidias_quant::packed::{PANEL_ROWS, Panel};
-use phidias_quant::{BLOCK, Packed};
+use phidias_quant::{BLOCK, Packed, q4, q8};
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 use std::ops::Range;
 
-/// Fewer tokens go the way of AVX-512.
-const FEWEST: usize = 64;
+/// Fewer tokens go the way of AVX-512, of nibbles and of bytes.
+const FEWEST: [usize; 2] = [16, 32];
 /// Tokens that meet weights once converted.
 const TOKENS: usize = 512;
 /// Panels that meet activations once converted.
@@ -298,63 +300,70 @@ fn multiply(
     }
 }
 
+/// `a & b | c`
+const AND_OR: i32 = 0xEA;
+
+/// Pairs of bf16 from floats that are bf16 exactly: `low` to the lower halves, `high` to the upper.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn pairs(low: __m512, high: __m512) -> __m512i {
+    let upper = _mm512_set1_epi32(0xFFFF_0000u32 as i32);
+    let low = _mm512_srli_epi32::<16>(_mm512_castps_si512(low));
+    _mm512_ternarylogic_epi32::<AND_OR>(_mm512_castps_si512(high), upper, low)
+}
+
 /// Blocks of up to eight tokens as bf16, scaled, from line `first` of the tiles on; what a piece has more is zero.
-#[target_feature(enable = "avx512f,avx512bf16")]
+#[target_feature(enable = "avx512f")]
 fn widen(x: Tile<'_>, blocks: Range<usize>, first: usize, to: &mut [Halves; PIECE]) {
-    /// `MAGIC * RATIO` is 1 when rounded, so a scale's `magic` gives the scale, exactly.
-    const RATIO: f32 = (2.0 / 3.0) / (1 << 23) as f32;
-    let quants = x.quants.as_chunks::<BLOCK>().0;
     for to in &mut to[blocks.len()..] {
-        to[first..first + x.rows].fill(Line([0; BLOCK]));
+        to[first..first + x.rows].fill(NO_HALVES[0]);
     }
+    let quants = x.quants.as_chunks::<BLOCK>().0;
     for (b, to) in blocks.zip(to) {
         let at = b * x.rows..(b + 1) * x.rows;
         let lines = &mut to[first..first + x.rows];
         for ((a, magic), line) in quants[at.clone()].iter().zip(&x.magics[at]).zip(lines) {
-            let scale = _mm512_set1_ps(magic * RATIO);
+            let magic = _mm512_set1_ps(*magic);
             let half = |i: usize| {
                 // SAFETY: 16 of 32 bytes; the load needs no alignment.
                 let bytes = unsafe { _mm_loadu_si128(a.as_ptr().add(16 * i).cast()) };
-                _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), scale)
+                let units =
+                    _mm512_add_epi32(_mm512_castps_si512(magic), _mm512_cvtepi8_epi32(bytes));
+                _mm512_sub_ps(_mm512_castsi512_ps(units), magic)
             };
-            let halves = _mm512_cvtne2ps_pbh(half(1), half(0));
-            // SAFETY: both are 64 bytes, of integers.
-            line.0 = unsafe { std::mem::transmute::<__m512bh, [u16; BLOCK]>(halves) };
+            // SAFETY: 64 bytes; the store needs no alignment.
+            unsafe { _mm512_storeu_si512(line.0.as_mut_ptr().cast(), pairs(half(0), half(1))) };
         }
     }
 }
 
 /// Blocks of a panel as bf16; what a piece has more adds -0, which changes no sum.
-#[target_feature(enable = "avx512f,avx512bw")]
-fn unpack<const LINES: usize>(panel: Panel<'_>, blocks: Range<usize>, zero: i32, to: &mut Weights) {
-    /// 2^23: the float of these bits and a small integer is their sum.
-    const MAGIC: i32 = 0x4B00_0000;
-    /// `a & b | c`
-    const AND_OR: i32 = 0xEA;
-    let magic = _mm512_set1_epi32(MAGIC);
-    let bias = _mm512_set1_ps(f32::from_bits(MAGIC as u32) + zero as f32);
-    let byte = _mm512_set1_epi32(0xFF);
-    let high = _mm512_set1_epi32(0xFFFF_0000u32 as i32);
-    // The lowest byte of each row, as the bits of a float; only the upper 16 are ever set.
-    let float = |v: __m512i| {
-        let bits = _mm512_ternarylogic_epi32::<AND_OR>(v, byte, magic);
-        _mm512_castps_si512(_mm512_sub_ps(_mm512_castsi512_ps(bits), bias))
-    };
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+fn unpack<const LINES: usize>(
+    panel: Panel<'_>,
+    blocks: Range<usize>,
+    ahead: usize,
+    to: &mut Weights,
+) {
     to.tiles[blocks.len()..].fill(NO_HALVES);
     to.scales[blocks.len()..].fill(Line([-0.0; PANEL_ROWS]));
     for ((b, tile), scales) in blocks.zip(&mut to.tiles).zip(&mut to.scales) {
         let block = panel.block::<LINES>(b);
-        let quants = avx512::unpack(block.quants);
-        for (four, lines) in quants.into_iter().zip(tile.as_chunks_mut::<2>().0) {
-            let pairs = [
-                [four, _mm512_srli_epi32::<8>(four)],
-                [_mm512_srli_epi32::<16>(four), _mm512_srli_epi32::<24>(four)],
-            ];
-            for ([first, second], line) in pairs.into_iter().zip(lines) {
-                let first = _mm512_srli_epi32::<16>(float(first));
-                let pair = _mm512_ternarylogic_epi32::<AND_OR>(float(second), high, first);
+        for line in block.quants {
+            let line = line.as_ptr().cast::<i8>().wrapping_add(ahead);
+            // SAFETY: SSE is part of x86-64, and the instruction reads nothing.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(line) };
+        }
+        for (g, lines) in tile.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+            // SAFETY: a line is 64 bytes; the load needs no alignment.
+            let load = |g: usize| unsafe { _mm512_loadu_si512(block.quants[g].as_ptr().cast()) };
+            let quads = match LINES {
+                4 => nibbles(load(g)),
+                _ => bytes(load(g), load(g + 4)),
+            };
+            for (line, quads) in lines.iter_mut().zip(quads) {
                 // SAFETY: 64 bytes; the store needs no alignment.
-                unsafe { _mm512_storeu_si512(line.0.as_mut_ptr().cast(), pair) };
+                unsafe { _mm512_storeu_si512(line.0.as_mut_ptr().cast(), quads) };
             }
         }
         // SAFETY: 16 floats; the store needs no alignment.
@@ -362,8 +371,52 @@ fn unpack<const LINES: usize>(panel: Panel<'_>, blocks: Range<usize>, zero: i32,
     }
 }
 
+/// A line of nibbles, four columns and the four 16 further on, as lines of a tile.
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+#[inline]
+fn nibbles(line: __m512i) -> [__m512i; 4] {
+    /// The weights as bf16, twice: an index has five bits, of which the nibble is four.
+    const WEIGHTS: [u16; 32] = {
+        let mut weights = [0; 32];
+        let mut i = 0;
+        while i < 32 {
+            let weight = (i % 16) as i32 - q4::ZERO;
+            weights[i] = ((weight as f32).to_bits() >> 16) as u16;
+            i += 1;
+        }
+        weights
+    };
+    // SAFETY: 64 bytes; the load needs no alignment.
+    let weights = unsafe { _mm512_loadu_si512(WEIGHTS.as_ptr().cast()) };
+    std::array::from_fn(|j| {
+        // Of byte j of each row, the bits from 0 on to its lower half and those from 4 on to its upper.
+        let row = (8 * j | (8 * j + 4) << 16) as i64;
+        let from = _mm512_set1_epi64(row | (row + 0x20_0020) << 32);
+        _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(from, line), weights)
+    })
+}
+
+/// Two lines of bytes, 16 columns apart, as lines of a tile.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn bytes(low: __m512i, high: __m512i) -> [__m512i; 4] {
+    /// 2^23: the float of these bits and a small integer is their sum.
+    const MAGIC: u32 = 0x4B00_0000;
+    let magic = _mm512_set1_epi32(MAGIC as i32);
+    let bias = _mm512_set1_ps(f32::from_bits(MAGIC) + q8::ZERO as f32);
+    let byte = _mm512_set1_epi32(0xFF);
+    std::array::from_fn(|j| {
+        let float = |line: __m512i| {
+            let byte_j = _mm512_srlv_epi32(line, _mm512_set1_epi32(8 * j as i32));
+            let bits = _mm512_ternarylogic_epi32::<AND_OR>(byte_j, byte, magic);
+            _mm512_sub_ps(_mm512_castsi512_ps(bits), bias)
+        };
+        pairs(float(low), float(high))
+    })
+}
+
 /// Up to [`PANELS`] panels, from column `column` of `y` on, times the tokens from `first` on, up to [`TOKENS`].
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
 fn some<const LINES: usize>(
     w: Packed<'_>,
     panels: Range<usize>,
@@ -381,8 +434,8 @@ fn some<const LINES: usize>(
     } = scratch;
     let rows = (x.rows() - first).min(TOKENS);
     let groups = rows.div_ceil(ROWS);
+    let next_panels = SIDE_BY_SIDE * w.layout().panel_bytes();
     let sums = &mut sums[..panels.len() * groups];
-    let zero = w.layout().format().zero();
     for blocks in (0..x.blocks()).step_by(PIECE) {
         let blocks = blocks..(blocks + PIECE).min(x.blocks());
         // The lines of a last group that has fewer tokens keep what they had; nobody reads their sums.
@@ -398,7 +451,7 @@ fn some<const LINES: usize>(
         let side_by_side = sums.chunks_mut(SIDE_BY_SIDE * groups);
         for (sums, p) in side_by_side.zip(panels.clone().step_by(SIDE_BY_SIDE)) {
             for (p, weights) in (p..panels.end).zip(weights.iter_mut()) {
-                unpack::<LINES>(w.panel(p), blocks.clone(), zero, weights);
+                unpack::<LINES>(w.panel(p), blocks.clone(), next_panels, weights);
             }
             let jobs = &jobs[sums.len() / groups - 1][..sums.len()];
             let new = blocks.start == 0;
@@ -421,14 +474,14 @@ fn some<const LINES: usize>(
     }
 }
 
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi")]
 fn gemm<const LINES: usize>(
     w: Packed<'_>,
     panels: Range<usize>,
     x: &Activations,
     mut y: ColsMut<'_>,
 ) {
-    if x.rows() < FEWEST {
+    if x.rows() < FEWEST[usize::from(LINES == 8)] {
         return match LINES {
             4 => avx512::gemm_q4(w, panels, x, y),
             _ => avx512::gemm_q8(w, panels, x, y),
@@ -447,4 +500,4 @@ fn gemm<const LINES: usize>(
     });
 }
 
-crate::cpu::packed::packed_gemm!("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16");
+crate::cpu::packed::packed_gemm!("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi");
