@@ -4,7 +4,7 @@
 mod packed;
 pub(super) mod tile;
 
-use super::{Isa, Kernels};
+use super::{FewTokens, Isa, Kernels};
 
 /// The table, if this CPU has the instructions and the system lets this process use the tiles.
 pub(super) fn table() -> Option<&'static Kernels> {
@@ -13,6 +13,10 @@ pub(super) fn table() -> Option<&'static Kernels> {
         gemm_q4: packed::gemm_q4,
         gemm_q8: packed::gemm_q8,
         panels_a_call: packed::PANELS,
+        few_tokens: Some(FewTokens {
+            below: packed::FEWEST,
+            isa: Isa::Avx512,
+        }),
         ..super::avx512::KERNELS
     };
     let available = is_x86_feature_detected!("avx512bf16") && tile::available();

@@ -41,7 +41,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 /// Fewer tokens go the way of AVX-512.
-const FEWEST: usize = 64;
+pub(super) const FEWEST: usize = 64;
 /// Tokens that meet weights once converted.
 const TOKENS: usize = 512;
 /// Panels that meet activations once converted.
