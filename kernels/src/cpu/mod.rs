@@ -152,6 +152,7 @@ pub struct Kernels {
     gemm_q8: gemm::GemmPacked,
     panels_a_call: usize,
     few_tokens: Option<FewTokens>,
+    scratch_bytes: usize,
     gemm_f32: gemm::GemmDense<f32>,
     gemm_f16: gemm::GemmDense<phidias_quant::f16>,
     gemm_bf16: gemm::GemmDense<phidias_quant::bf16>,

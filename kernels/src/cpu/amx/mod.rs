@@ -17,6 +17,7 @@ pub(super) fn table() -> Option<&'static Kernels> {
             below: packed::FEWEST,
             isa: Isa::Avx512,
         }),
+        scratch_bytes: packed::SCRATCH_BYTES,
         ..super::avx512::KERNELS
     };
     let available = is_x86_feature_detected!("avx512bf16") && tile::available();

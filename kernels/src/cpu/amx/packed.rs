@@ -84,6 +84,12 @@ struct Scratch {
     stages: [Floats; STAGES],
 }
 
+/// Bytes of that.
+pub(super) const SCRATCH_BYTES: usize = TOKENS / ROWS * size_of::<[Halves; PIECE]>()
+    + SIDE_BY_SIDE * size_of::<Weights>()
+    + PANELS * (TOKENS / ROWS) * size_of::<Floats>()
+    + size_of::<Scratch>();
+
 const NO_HALVES: Halves = [Line([0; BLOCK]); ROWS];
 const NO_FLOATS: Floats = [Line([0.0; PANEL_ROWS]); ROWS];
 
@@ -471,3 +477,19 @@ fn gemm<const LINES: usize>(
 }
 
 crate::cpu::packed::packed_gemm!("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16");
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scratch_is_as_large_as_the_table_says() {
+        let scratch = Scratch::new();
+        let bytes = size_of_val(&scratch)
+            + size_of_val(&scratch.tokens[..])
+            + size_of_val(&scratch.weights[..])
+            + size_of_val(&scratch.sums[..]);
+        assert_eq!(bytes, SCRATCH_BYTES);
+        assert_eq!(SCRATCH_BYTES >> 10, 1301);
+    }
+}
