@@ -780,6 +780,14 @@ fn eval_names_the_model_whose_logits_are_no_numbers() {
     fail(home.path(), 1, &["eval", bad, "--text", text], &words);
     let against = ["eval", good, "--text", text, "--against", bad];
     fail(home.path(), 1, &against, &words);
+    // Quantizing them says so before. The head is tied to the embedding.
+    let quantized = ["run", bad, "-p", "x", "--format", "q4"];
+    let words = [
+        bad,
+        "tensor 'model.embed_tokens.weight' cannot be stored as q4: expected finite weights",
+        "found NaN in row",
+    ];
+    fail(home.path(), 1, &quantized, &words);
 }
 
 #[test]
