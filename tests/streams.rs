@@ -162,6 +162,36 @@ fn a_signal_ends_a_program_that_reads_its_prompt() {
     }
 }
 
+/// Megabytes of a prompt are encoded in seconds, and in so much memory that the work is seen from outside.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_signal_ends_a_program_that_encodes_its_prompt() {
+    const PAGE: usize = 4 << 10;
+    let home = home();
+    let file = home.path().join("prompt");
+    fs::write(&file, "A tale of a king. ".repeat(220_000)).unwrap();
+    let file = file.to_str().unwrap();
+    for command in [
+        &["run", "-f", file][..],
+        &["eval", "--text", file],
+        &["run", "--raw", "-f", file],
+    ] {
+        let mut child = phidias(home.path()).args(command).spawn().unwrap();
+        let pages = format!("/proc/{}/statm", child.id());
+        let resident = || {
+            let pages = fs::read_to_string(&pages).unwrap_or_default();
+            let pages = pages.split(' ').nth(1).and_then(|n| n.parse().ok());
+            pages.unwrap_or(0) * PAGE
+        };
+        while resident() < 100 << 20 {
+            assert!(child.try_wait().unwrap().is_none(), "ended before it began");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        send("-INT", &child);
+        assert_eq!(ended(&mut child), Some(130), "{command:?}");
+    }
+}
+
 #[test]
 #[cfg(feature = "hub")]
 fn a_signal_ends_a_download() {
