@@ -134,13 +134,6 @@ impl FromStr for Isa {
     }
 }
 
-/// Numbers of tokens that a table's packed GEMMs take another table's way.
-#[derive(Clone, Copy, Debug)]
-struct FewTokens {
-    below: usize,
-    isa: Isa,
-}
-
 /// The kernels of one instruction set. Holding a reference proves that this CPU can run them.
 ///
 /// The functions behind the fields are reached through the safe methods of this type, which check
@@ -151,7 +144,8 @@ pub struct Kernels {
     gemm_q4: gemm::GemmPacked,
     gemm_q8: gemm::GemmPacked,
     panels_a_call: usize,
-    few_tokens: Option<FewTokens>,
+    /// With fewer tokens than these the packed GEMMs are those of another table.
+    few_tokens: Option<(usize, Isa)>,
     scratch_bytes: usize,
     gemm_f32: gemm::GemmDense<f32>,
     gemm_f16: gemm::GemmDense<phidias_quant::f16>,
@@ -219,7 +213,7 @@ impl Kernels {
     #[must_use]
     pub fn isa_for(&self, tokens: usize) -> Isa {
         match self.few_tokens {
-            Some(few) if tokens < few.below => few.isa,
+            Some((fewest, isa)) if tokens < fewest => isa,
             _ => self.isa,
         }
     }

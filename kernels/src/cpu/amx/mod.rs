@@ -4,7 +4,7 @@
 mod packed;
 pub(super) mod tile;
 
-use super::{FewTokens, Isa, Kernels};
+use super::{Isa, Kernels};
 
 /// The table, if this CPU has the instructions and the system lets this process use the tiles.
 pub(super) fn table() -> Option<&'static Kernels> {
@@ -13,10 +13,7 @@ pub(super) fn table() -> Option<&'static Kernels> {
         gemm_q4: packed::gemm_q4,
         gemm_q8: packed::gemm_q8,
         panels_a_call: packed::PANELS,
-        few_tokens: Some(FewTokens {
-            below: packed::FEWEST,
-            isa: Isa::Avx512,
-        }),
+        few_tokens: Some((packed::FEWEST, Isa::Avx512)),
         scratch_bytes: packed::SCRATCH_BYTES,
         ..super::avx512::KERNELS
     };
