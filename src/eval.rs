@@ -13,7 +13,7 @@
 //! ```
 
 use phidias_models::text::Bos;
-use phidias_models::{Error, Session};
+use phidias_models::{Error, Model, Session};
 
 /// What was measured.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -77,21 +77,41 @@ fn windows(tokens: usize, size: usize) -> Vec<Window> {
     windows
 }
 
-/// Measures the session's model on `text`, in windows of the session's context; `against` is a
+/// A text as a model's tokens.
+#[derive(Clone, Debug)]
+pub struct Encoded {
+    ids: Vec<u32>,
+    /// Of the text.
+    bytes: usize,
+}
+
+impl Encoded {
+    /// Encodes a text.
+    /// # Errors
+    /// A model without a tokenizer; what the tokenizer reports.
+    pub fn of(text: &str, model: &Model) -> Result<Self, Error> {
+        Ok(Self {
+            ids: model.text()?.tokenizer.encode(text, Bos::Omit)?,
+            bytes: text.len(),
+        })
+    }
+}
+
+/// Measures the session's model on `text`, encoded for it, in windows of the session's context; `against` is a
 /// session of another model (or format) with the same vocabulary. `progress` hears of tokens done
 /// and in all.
 /// # Errors
-/// What the tokenizer and the sessions report; [`Error::NoTokens`] for an empty text,
+/// What the sessions report; [`Error::NoTokens`] for an empty text,
 /// [`Error::NotFinite`] for damaged weights.
 pub fn evaluate(
     session: &mut Session,
     mut against: Option<&mut Session>,
-    text: &str,
+    text: &Encoded,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<Figures, Error> {
     let model = session.model().clone();
+    let Encoded { ids, bytes } = text;
     let tokenizer = &model.text()?.tokenizer;
-    let ids = tokenizer.encode(text, Bos::Omit)?;
     let bos = match tokenizer.default_bos() {
         Bos::Add => tokenizer.bos_id(),
         Bos::Omit => None,
@@ -123,7 +143,7 @@ pub fn evaluate(
             })?;
         }
         let mut others = other.chunks_exact(vocab);
-        let not_finite = |model: &phidias_models::Model, row: usize| Error::NotFinite {
+        let not_finite = |model: &Model, row: usize| Error::NotFinite {
             path: model.path().to_owned(),
             position: window.range.start + row + 1 - usize::from(bos.is_some()),
         };
@@ -164,7 +184,7 @@ pub fn evaluate(
     });
     Ok(Figures {
         tokens,
-        bytes: text.len(),
+        bytes: *bytes,
         nll: nll / tokens.max(1) as f64,
         against: distance,
     })

@@ -1241,7 +1241,7 @@ fn a_context_that_does_not_fit_in_memory() {
     assert!(small.check(&machine(1 << 30)).is_ok());
     let error = plan.check(&machine(1 << 30)).unwrap_err();
     assert_eq!(error.available, 1 << 30);
-    let rest = (1 << 30) - plan.weights - plan.activations;
+    let rest = (1 << 30) - plan.weights - plan.activations - plan.scratch;
     let fits = rest / per_position / 256 * 256;
     let message = error.to_string();
     assert!(

@@ -5,6 +5,7 @@
 
 mod common;
 
+use phidias::engine::Isa;
 use serde_json::{Value, json};
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
@@ -155,6 +156,8 @@ fn the_table_has_a_row_a_test_and_everything_else_goes_to_stderr() {
         "1",
         "--kv",
         "f32",
+        "--isa",
+        "scalar",
         "--rough-peaks",
     ]);
     assert_eq!(code, Some(0), "{err}");
@@ -162,7 +165,7 @@ fn the_table_has_a_row_a_test_and_everything_else_goes_to_stderr() {
     assert_eq!(lines.len(), 4, "{out}");
     assert!(lines[0].contains("tok/s median") && lines[0].contains("share of peak"));
     assert!(
-        lines[2].contains("pp4") && lines[2].contains("% of f32"),
+        lines[2].contains("pp4") && lines[2].contains("% of plain Rust f32"),
         "{out}"
     );
     assert!(
@@ -172,6 +175,39 @@ fn the_table_has_a_row_a_test_and_everything_else_goes_to_stderr() {
     // Progress: plain lines, each part once, where no terminal listens.
     assert_eq!(err.lines().filter(|l| *l == "pp4").count(), 1, "{err}");
     assert!(err.contains("decode is not limited by memory"), "{err}");
+}
+
+/// A share is of what the table in use could do, and says so.
+#[test]
+fn the_limit_is_that_of_the_table() {
+    for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+        let asked = "-p 8,64 -n 1 -r 1 --threads 1 --format q8 --isa";
+        let asked: Vec<_> = asked.split(' ').chain([isa.name()]).collect();
+        let records = json_lines(&asked);
+        let named: Vec<_> = (records.iter())
+            .map(|r| {
+                assert_eq!(r["peak_number"], "int8");
+                for side in ["before", "after"] {
+                    assert!(number(&r["peaks"][side], "int8_gop_s") > 0.0);
+                }
+                r["peak_instruction"].as_str().unwrap()
+            })
+            .collect();
+        // Eight tokens, 64, and one. Where two are as fast, either is the limit.
+        let (few, many) = match isa {
+            Isa::Avx2 => ("vpmaddubsw ymm", "vpmaddubsw ymm"),
+            Isa::AvxVnni => ("vpdpbusd ymm", "vpdpbusd ymm"),
+            Isa::Avx512 => ("vpdpbusd", "vpdpbusd"),
+            Isa::Amx => ("vpdpbusd", "tdpbusd tmm"),
+            _ => ("plain Rust int8", "plain Rust int8"),
+        };
+        for (named, expected) in named.iter().zip([few, many, few]) {
+            assert!(
+                named.starts_with(expected),
+                "{isa}: {named}, not {expected}"
+            );
+        }
+    }
 }
 
 #[test]

@@ -780,6 +780,14 @@ fn eval_names_the_model_whose_logits_are_no_numbers() {
     fail(home.path(), 1, &["eval", bad, "--text", text], &words);
     let against = ["eval", good, "--text", text, "--against", bad];
     fail(home.path(), 1, &against, &words);
+    // Quantizing them says so before. The head is tied to the embedding.
+    let quantized = ["run", bad, "-p", "x", "--format", "q4"];
+    let words = [
+        bad,
+        "tensor 'model.embed_tokens.weight' cannot be stored as q4: expected finite weights",
+        "found NaN in row",
+    ];
+    fail(home.path(), 1, &quantized, &words);
 }
 
 #[test]
@@ -1215,6 +1223,58 @@ fn pictures_stand_where_the_prompt_has_their_tags() {
     assert!(ran.err.contains("prompt: 3"), "{}", ran.err);
 }
 
+/// Weights of a revision are asked for, and a folder has one kind only.
+#[test]
+fn a_revision_of_what_is_not_fetched_is_bad_usage() {
+    let home = home();
+    let folder = fixture("phi3-mini-4k-tiny").display().to_string();
+    let out = home.path().join("out").display().to_string();
+    let commands: &[&[&str]] = &[
+        &["run", &folder, "-p", "x"],
+        &["chat", &folder],
+        &["inspect", &folder],
+        &["logits", &folder, "-p", "x", "--out", &out],
+        &["quantize", &folder, &out, "--format", "q4"],
+        &["eval", &folder, "--text", &out, "--against", &folder],
+        &["bench", &folder],
+    ];
+    for command in commands {
+        let arguments = [command, &["--revision", "main"][..]].concat();
+        let words = [
+            "--revision main: expected a model named by its Hugging Face id (org/name)",
+            &format!("found the folder {folder}"),
+        ];
+        fail(home.path(), 2, &arguments, &words);
+    }
+    for command in [
+        &["run", "-p", "x"][..],
+        &["bench", "--peaks"],
+        &["synth", "phi-3.5-mini", &out],
+    ] {
+        let arguments = [command, &["--revision", "main"]].concat();
+        fail(
+            home.path(),
+            2,
+            &arguments,
+            &["--revision main", "found no MODEL"],
+        );
+    }
+    // One of two is enough.
+    let text = home.path().join("text").display().to_string();
+    fs::write(&text, "A tale.").unwrap();
+    let mixed = [
+        "eval",
+        "org/name",
+        "--text",
+        &text,
+        "--against",
+        &folder,
+        "--revision",
+        "main",
+    ];
+    fail(home.path(), 1, &mixed, &["org/name"]);
+}
+
 #[test]
 fn embed_writes_the_features_of_one_picture() {
     let home = home();
@@ -1231,11 +1291,23 @@ fn embed_writes_the_features_of_one_picture() {
     let bytes = fs::read(&out).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     assert_eq!(file.tensor("features").unwrap().shape(), [757, 96]);
+    let words = ["--image: expected one picture", "Usage: phidias embed"];
+    for pictures in [&[][..], &["--image", &picture(2), "--image", &picture(1)]] {
+        let arguments = [&arguments[..4], pictures].concat();
+        fail(home.path(), 2, &arguments, &words);
+    }
+    // How many a folder holds is no matter of the command line.
+    let frames = home.path().join("frames");
+    fs::create_dir(&frames).unwrap();
+    for n in [1, 2] {
+        fs::copy(picture(n), frames.join(format!("{n}.png"))).unwrap();
+    }
+    let arguments = [&arguments[..], &[frames.to_str().unwrap()]].concat();
     fail(
         home.path(),
         1,
-        &[&arguments[..], &[&picture(2), "--image", &picture(1)]].concat(),
-        &["expected one picture"],
+        &arguments,
+        &["expected one picture, found 2"],
     );
 }
 

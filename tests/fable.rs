@@ -3,7 +3,7 @@
 #![cfg(feature = "fable")]
 
 use phidias::engine::generate::{GenerateOptions, generate};
-use phidias::eval::{Figures, evaluate};
+use phidias::eval::{Encoded, Figures, evaluate};
 use phidias::models::fable;
 use phidias::models::text::{Bos, Detokenizer, GenerationPrompt, Message, Special};
 use phidias::{Model, OpenOptions, Session, SessionOptions, WeightFormat};
@@ -139,7 +139,7 @@ fn figures(format: WeightFormat, against: Option<&Arc<Model>>, text: &str) -> Fi
     evaluate(
         &mut session(&model, Some(512)),
         other.as_mut(),
-        text,
+        &Encoded::of(text, &model).unwrap(),
         |_, _| {},
     )
     .unwrap()

@@ -162,6 +162,36 @@ fn a_signal_ends_a_program_that_reads_its_prompt() {
     }
 }
 
+/// Megabytes of a prompt are encoded in seconds, and in so much memory that the work is seen from outside.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_signal_ends_a_program_that_encodes_its_prompt() {
+    const PAGE: usize = 4 << 10;
+    let home = home();
+    let file = home.path().join("prompt");
+    fs::write(&file, "A tale of a king. ".repeat(220_000)).unwrap();
+    let file = file.to_str().unwrap();
+    for command in [
+        &["run", "-f", file][..],
+        &["eval", "--text", file],
+        &["run", "--raw", "-f", file],
+    ] {
+        let mut child = phidias(home.path()).args(command).spawn().unwrap();
+        let pages = format!("/proc/{}/statm", child.id());
+        let resident = || {
+            let pages = fs::read_to_string(&pages).unwrap_or_default();
+            let pages = pages.split(' ').nth(1).and_then(|n| n.parse().ok());
+            pages.unwrap_or(0) * PAGE
+        };
+        while resident() < 100 << 20 {
+            assert!(child.try_wait().unwrap().is_none(), "ended before it began");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        send("-INT", &child);
+        assert_eq!(ended(&mut child), Some(130), "{command:?}");
+    }
+}
+
 #[test]
 #[cfg(feature = "hub")]
 fn a_signal_ends_a_download() {
@@ -190,13 +220,12 @@ fn a_signal_during_an_answer_ends_the_answer_or_the_conversation() {
         let chat = [&["chat"][..], &ENDLESS].concat();
         let (mut child, _home) = started(&chat, "/help lists the commands\n");
         let mut stdin = child.stdin.take().unwrap();
-        stdin.write_all(b"A long story!\n").unwrap();
+        // The second line waits while the first is answered, and its answer fills what is left of the context.
+        stdin.write_all(b"A long story!\nAnother!\n").unwrap();
+        drop(stdin);
         let mut stdout = child.stdout.take().unwrap();
         stdout.read_exact(&mut [0; 1]).unwrap();
         send(signal, &child);
-        // The second answer fills what is left of the context.
-        let _ = stdin.write_all(b"Another!\n");
-        drop(stdin);
         let mut rest = String::new();
         stdout.read_to_string(&mut rest).unwrap();
         let ran = ran(child.wait_with_output().unwrap());
@@ -268,14 +297,18 @@ fn on_a_terminal(typed: &[&[u8]], act: impl FnOnce(&Child)) -> (Option<i32>, Str
         keyboard.write_all(text).unwrap();
     }
     act(&child);
-    let code = ended(&mut child);
-    assert!(
-        tcgetattr(&pty.slave).unwrap() == before,
-        "the terminal's settings have changed"
-    );
-    // After the program's last words.
-    File::from(pty.slave).write_all(b"(the end)").unwrap();
-    (code, until("(the end)"))
+    // What the program shows is read while it runs: a terminal takes some kilobytes only.
+    let end = std::thread::spawn(move || {
+        let code = ended(&mut child);
+        let after = tcgetattr(&pty.slave).unwrap();
+        // After the program's last words.
+        File::from(pty.slave).write_all(b"(the end)").unwrap();
+        (code, after)
+    });
+    let shown = until("(the end)");
+    let (code, after) = end.join().unwrap();
+    assert!(after == before, "the terminal's settings have changed");
+    (code, shown)
 }
 
 #[test]
@@ -288,6 +321,17 @@ fn a_signal_at_the_prompt_leaves_the_terminal_as_it_was() {
         assert_eq!(found, Some(code), "{signal}\n{shown}");
         assert!(shown.contains("\x1b[?2004l"), "{shown:?}");
     }
+}
+
+/// Lines that are there before they are asked for, as a terminal without bracketed paste gives them, wait for
+/// their turn: in the first read or in later ones.
+#[test]
+fn lines_that_are_typed_ahead_are_answered_one_after_the_other() {
+    let empty = "\r".repeat(2000);
+    let lines = format!("Hello\rWho are you?\r{empty}And again\r/exit\r");
+    let (code, shown) = on_a_terminal(&[lines.as_bytes()], |_| {});
+    assert_eq!(code, Some(0), "{shown}");
+    assert_eq!(shown.matches("answer: 5 tokens").count(), 3, "{shown}");
 }
 
 #[test]

@@ -41,6 +41,8 @@ pub struct MemoryPlan {
     pub dropped: usize,
     /// Activations of the largest chunk.
     pub activations: usize,
+    /// What kernels of many tokens keep, all threads together.
+    pub scratch: usize,
     /// Of pictures: their features, and what the encoder works with beyond what the decoder gives up or
     /// has not taken yet.
     pub pictures: usize,
@@ -93,6 +95,7 @@ impl MemoryPlan {
         self.weights
             .saturating_add(self.kv_cache)
             .saturating_add(self.activations)
+            .saturating_add(self.scratch)
             .saturating_add(self.pictures)
     }
 
@@ -145,6 +148,9 @@ impl fmt::Display for MemoryPlan {
             write!(f, ", {} dropped", Size(self.dropped))?;
         }
         write!(f, ") + activations {activations}")?;
+        if self.scratch > 0 {
+            write!(f, " + scratch {}", Size(self.scratch))?;
+        }
         if self.pictures > 0 {
             write!(f, " + pictures {}", Size(self.pictures))?;
         }
@@ -198,6 +204,16 @@ mod tests {
              8.00 GiB can be had; a context of 16384 fits"
         );
         assert_eq!(plan.check(&Machine::default()), Ok(Fit::Whole));
+        let with_scratch = MemoryPlan {
+            scratch: 3 << 20,
+            ..plan
+        };
+        assert_eq!(with_scratch.total() - plan.total(), 3 << 20);
+        let text = with_scratch.to_string();
+        assert!(
+            text.contains(" + activations 0 B + scratch 3.0 MiB = "),
+            "{text}"
+        );
         let dropping = MemoryPlan {
             kv_cache: 36 * gib,
             hidden: 12 * gib,

@@ -8,6 +8,7 @@ use crate::cancel::Cancel;
 use crate::huge::HugeBox;
 use crate::machine::Machine;
 use crate::pool::Pool;
+use phidias_kernels::cpu::Isa;
 use phidias_kernels::cpu::peak::{MultiplyLoop, Number, Reading};
 use rayon::prelude::*;
 use serde::Serialize;
@@ -104,6 +105,9 @@ pub struct Peak {
     pub variant: String,
     /// 10^9 bytes, or operations, a second; all threads together.
     pub rate: Spread,
+    /// The plainest table of kernels that can have the instruction; none where no table decides.
+    #[serde(skip)]
+    pub isa: Option<Isa>,
 }
 
 /// The limits of this machine with a number of threads, or of a device.
@@ -125,8 +129,20 @@ pub struct Peaks {
 
 impl Peak {
     pub(crate) fn of(variant: String, rates: &[f64]) -> Self {
-        let rate = Spread::of(rates).expect("at least one repetition");
-        Self { variant, rate }
+        Self {
+            variant,
+            rate: Spread::of(rates).expect("at least one repetition"),
+            isa: None,
+        }
+    }
+
+    /// Whether it is a limit of a table of `isa`; on a device, which has none, all are.
+    #[must_use]
+    pub fn limits(&self, isa: Option<Isa>) -> bool {
+        match (isa, self.isa) {
+            (Some(table), Some(needed)) => table.includes(needed),
+            _ => true,
+        }
     }
 }
 
@@ -173,7 +189,10 @@ impl Peaks {
         let of = |number| {
             (loops.iter().zip(&rates))
                 .filter(|(l, _)| l.number() == number)
-                .map(|(l, rates)| Peak::of(l.instruction().to_owned(), rates))
+                .map(|(l, rates)| Peak {
+                    isa: Some(l.isa()),
+                    ..Peak::of(l.instruction().to_owned(), rates)
+                })
                 .collect()
         };
         let buffer = filled(pool, options.buffer)?;
@@ -203,10 +222,13 @@ impl Peaks {
         best(&self.read).map_or(0.0, |p| p.rate.median)
     }
 
-    /// Rate of a kind of number, Gop/s; 0 where no instruction multiplies it.
+    /// The fastest that a table of `isa` can multiply a kind of number, Gop/s; 0 where none of its
+    /// instructions does.
     #[must_use]
-    pub fn gop_s(&self, number: Number) -> f64 {
-        best(self.loops(number)).map_or(0.0, |p| p.rate.median)
+    pub fn gop_s(&self, number: Number, isa: Option<Isa>) -> f64 {
+        let loops = self.loops(number).iter();
+        let rates = loops.filter(|p| p.limits(isa)).map(|p| p.rate.median);
+        rates.fold(0.0, f64::max)
     }
 
     /// The loops of a kind of number.
@@ -306,11 +328,40 @@ mod tests {
         assert_eq!(seen.last(), Some(&(total, total)));
         for rate in [
             peaks.read_gb_s(),
-            peaks.gop_s(Number::Int8),
-            peaks.gop_s(Number::F32),
+            peaks.gop_s(Number::Int8, None),
+            peaks.gop_s(Number::F32, Some(Isa::Scalar)),
         ] {
             assert!(rate.is_finite() && rate > 0.0);
         }
+        assert_eq!(peaks.gop_s(Number::Bf16, Some(Isa::Scalar)), 0.0);
+    }
+
+    #[test]
+    fn a_table_is_limited_by_the_fastest_loop_that_it_can_have() {
+        let peak = |variant: &str, isa, rate| Peak {
+            isa,
+            ..Peak::of(variant.to_owned(), &[rate])
+        };
+        let peaks = Peaks {
+            threads: 1,
+            buffer_bytes: 0,
+            read: Vec::new(),
+            int8: vec![
+                peak("tiles", Some(Isa::Amx), 6900.0),
+                peak("wide", Some(Isa::Avx512), 900.0),
+                peak("narrow", Some(Isa::AvxVnni), 1000.0),
+                peak("plain", Some(Isa::Scalar), 50.0),
+            ],
+            bf16: Vec::new(),
+            f32: Vec::new(),
+        };
+        let of = |isa| peaks.gop_s(Number::Int8, isa);
+        assert_eq!(of(None), 6900.0);
+        assert_eq!(of(Some(Isa::Amx)), 6900.0);
+        // Wider is not always faster.
+        assert_eq!(of(Some(Isa::Avx512)), 1000.0);
+        assert_eq!(of(Some(Isa::Avx2)), 50.0);
+        assert_eq!(of(Some(Isa::Scalar)), 50.0);
     }
 
     #[test]

@@ -43,7 +43,7 @@ impl Pool {
     /// # Errors
     /// [`PoolError`].
     pub fn new(threads: Option<usize>) -> Result<Self, PoolError> {
-        let threads = threads.unwrap_or_else(|| Machine::detect().threads().min(MAX_THREADS));
+        let threads = Self::threads_of(threads);
         if threads == 0 || threads > MAX_THREADS {
             return Err(PoolError::Count(threads));
         }
@@ -52,6 +52,12 @@ impl Pool {
             .thread_name(|i| format!("phidias-{i}"))
             .build()?;
         Ok(Self { pool, threads })
+    }
+
+    /// Threads of a pool that is asked for so many, or for as many as are worth using.
+    #[must_use]
+    pub fn threads_of(asked: Option<usize>) -> usize {
+        asked.unwrap_or_else(|| Machine::detect().threads().min(MAX_THREADS))
     }
 
     /// Number of threads.

@@ -163,7 +163,7 @@ impl Model {
         if options.check_memory && plan.total() - plan.weights > free {
             return Err(Error::DevicePlan {
                 device: device.name(),
-                plan: *plan,
+                plan: Box::new(*plan),
                 free,
             });
         }

@@ -270,6 +270,11 @@ pub fn memory_plan(
         activations,
     });
     let experts = (config.moe).map_or(0, |moe| pageable.experts / moe.experts * PICKS);
+    // The kernels of packed weights have some.
+    let scratch = format.packed().map_or(0, |_| {
+        let kernels = options.kernels.unwrap_or_else(Kernels::best);
+        (kernels.scratch_bytes()).saturating_mul(Pool::threads_of(options.threads))
+    });
     let row = pages_of_row(pageable.embedding / config.vocab_size);
     let embedded = options.pictures.embedded(config, context, row);
     Ok(MemoryPlan {
@@ -280,6 +285,7 @@ pub fn memory_plan(
         hidden: hidden(context),
         dropped: dropped(context),
         activations,
+        scratch,
         pictures: pictures.held,
         context,
     })
@@ -891,6 +897,30 @@ mod tests {
             plan(1000).pictures - plan(900).pictures,
             100 * 336 * 336 * 3
         );
+    }
+
+    /// Each thread keeps what the table says, where weights are packed.
+    #[test]
+    fn scratch_is_planned_for_every_thread() {
+        let (config, weights) = published();
+        for isa in phidias_engine::Isa::ALL {
+            let Some(kernels) = Kernels::for_isa(isa) else {
+                continue;
+            };
+            let scratch = |format, threads| {
+                let options = SessionOptions {
+                    kernels: Some(kernels),
+                    threads: Some(threads),
+                    ..SessionOptions::default()
+                };
+                let plan = memory_plan(&config, format, weights, &options).unwrap();
+                plan.scratch
+            };
+            let each = scratch(WeightFormat::Q4, 1);
+            assert_eq!(each > 0, isa == phidias_engine::Isa::Amx, "{isa}");
+            assert_eq!(scratch(WeightFormat::Q8, 3), 3 * each);
+            assert_eq!(scratch(WeightFormat::F32, 3), 0);
+        }
     }
 
     /// With next to no cache the encoder is what takes most.

@@ -90,6 +90,7 @@ pub fn synthesize(preset: Preset, out: &Path, options: SynthOptions<'_>) -> Resu
     let items = (drawn.iter())
         .map(|(spec, values)| Item {
             name: spec.name.clone(),
+            source: spec.name.clone(),
             values,
             treatment: match (options.format, options.format.packed()) {
                 (WeightFormat::F32, _) => Treatment::Cast(DType::F32),

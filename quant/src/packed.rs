@@ -103,7 +103,7 @@ impl Format {
 }
 
 /// Why a matrix cannot be packed, or bytes are not a packed matrix.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum PackError {
     /// `rows * cols` in this format does not fit in the address space, or a side is zero.
     #[error("a matrix of {rows} x {cols} cannot be packed")]
@@ -131,12 +131,16 @@ pub enum PackError {
     #[error("packed data must start on a 64-byte boundary, found an address {0} bytes past one")]
     Misaligned(usize),
     /// A weight cannot be represented.
-    #[error("the weight at row {row}, block {block} is not finite or too large for an f16 scale")]
+    #[error(
+        "expected finite weights of which an f16 scale can be made, found {found} in row {row}, block {block}"
+    )]
     Weight {
         /// Row within the panel.
         row: usize,
         /// Block of 32 columns.
         block: usize,
+        /// The largest of the block, or what is no number.
+        found: f32,
     },
 }
 
@@ -355,17 +359,23 @@ pub fn pack_panel(layout: &PackedLayout, rows: &[f32], out: &mut [u8]) -> Result
             let mut x = [0.0; BLOCK];
             x[..values.len()].copy_from_slice(values);
             let lines = &mut out[format.quants_at(b)..][..format.block_bytes()];
-            let bad = PackError::Weight { row: r, block: b };
+            let bad = || PackError::Weight {
+                row: r,
+                block: b,
+                found: (x.into_iter())
+                    .max_by(|a, b| a.abs().total_cmp(&b.abs()))
+                    .unwrap_or(f32::NAN),
+            };
             let scale = match format {
                 Format::Q4 => {
-                    let block = q4::quantize(&x).ok_or(bad)?;
+                    let block = q4::quantize(&x).ok_or_else(bad)?;
                     for (j, &byte) in block.nibbles.iter().enumerate() {
                         lines[j / 4 * LINE + r * 4 + j % 4] = byte;
                     }
                     block.scale
                 }
                 Format::Q8 => {
-                    let block = q8::quantize(&x).ok_or(bad)?;
+                    let block = q8::quantize(&x).ok_or_else(bad)?;
                     for (j, &byte) in block.quants.iter().enumerate() {
                         lines[j / 4 * LINE + r * 4 + j % 4] = byte;
                     }
@@ -462,12 +472,13 @@ mod tests {
     #[test]
     fn a_weight_that_cannot_be_kept_is_named() {
         let layout = PackedLayout::new(Format::Q4, 2, 64).unwrap();
-        let mut w = vec![0.5; 128];
-        w[64 + 40] = f32::NAN;
         let mut out = vec![0; layout.panel_bytes()];
-        assert_eq!(
-            pack_panel(&layout, &w, &mut out),
-            Err(PackError::Weight { row: 1, block: 1 })
-        );
+        for (bad, word) in [(f32::NAN, "found NaN"), (-1e9, "found -1000000000")] {
+            let mut w = vec![0.5; 128];
+            w[64 + 40] = bad;
+            let error = pack_panel(&layout, &w, &mut out).unwrap_err();
+            let named = format!("{word} in row 1, block 1");
+            assert!(error.to_string().ends_with(&named), "{error}");
+        }
     }
 }

@@ -6,11 +6,10 @@
 //! Weights and caches are larger together than the last cache; activations are not, so what works on
 //! activations alone can be faster than memory.
 
-use super::model::{Around, Limit, Limits};
+use super::limits::{Around, Limit, Roof};
 use super::operations::{CHECKED, Operation, Prepared, all};
 use super::{BenchError, PeakOptions, Peaks, Progress, Spread, Step};
 use phidias_engine::backend::Cpu;
-use phidias_engine::kernels::cpu::peak::Number;
 use phidias_engine::pool::Pool;
 use phidias_engine::{Cancel, Isa, Kernels};
 use serde::Serialize;
@@ -63,16 +62,48 @@ pub struct KernelRecord {
     pub gop_s: f64,
     /// Read bandwidth of the machine, mean of before and after.
     pub peak_gb_s: f64,
-    /// Multiply-add rate of the machine for `peak_number`, mean of before and after.
+    /// Multiply-add rate of `peak_instruction`, mean of before and after.
     pub peak_gop_s: f64,
     /// The numbers that `peak_gop_s` multiplies.
     pub peak_number: Limit,
+    /// The fastest instruction for them that the table in use can have for so many tokens.
+    pub peak_instruction: String,
     /// The limit that binds.
     pub bound: Limit,
     /// Of that limit.
     pub share_of_peak: f64,
     /// The limits before and after.
     pub peaks: Around,
+}
+
+impl KernelRecord {
+    /// The limit that binds, by name.
+    #[must_use]
+    pub fn limit(&self) -> &str {
+        match self.bound {
+            Limit::Memory => "memory",
+            _ => &self.peak_instruction,
+        }
+    }
+
+    /// The roofs that some records are under, each once.
+    #[must_use]
+    pub fn roofs(records: &[Self]) -> Vec<Roof> {
+        let mut roofs: Vec<Roof> = Vec::new();
+        for r in records {
+            if roofs
+                .iter()
+                .all(|roof| roof.instruction != r.peak_instruction)
+            {
+                roofs.push(Roof {
+                    number: r.peak_number,
+                    instruction: r.peak_instruction.clone(),
+                    gop_s: r.peak_gop_s,
+                });
+            }
+        }
+        roofs
+    }
 }
 
 impl KernelBench {
@@ -110,7 +141,7 @@ impl KernelBench {
                     total,
                 });
             };
-            Peaks::measure(&pool, &self.peaks, &self.cancel, told).map(|p| Limits::from(&p))
+            Peaks::measure(&pool, &self.peaks, &self.cancel, told)
         };
         let before = limits()?;
         let mut timed = Vec::new();
@@ -130,13 +161,10 @@ impl KernelBench {
                 timed.push((operation, tokens, prepared.stored(), samples));
             }
         }
-        let around = Around {
-            before,
-            after: limits()?,
-        };
+        let after = limits()?;
         Ok((timed.into_iter())
             .map(|(operation, tokens, stored, samples)| {
-                self.record(operation, tokens, stored, &samples, around)
+                self.record(operation, tokens, stored, &samples, [&before, &after])
             })
             .collect())
     }
@@ -173,16 +201,19 @@ impl KernelBench {
         tokens: usize,
         stored: usize,
         samples: &[f64],
-        peaks: Around,
+        [before, after]: [&Peaks; 2],
     ) -> KernelRecord {
         let cost = operation.cost(tokens, stored);
         let seconds = Spread::of(samples).expect("at least one sample");
         let (bytes, ops) = (cost.bytes as f64 / 1e9, cost.ops as f64 / 1e9);
+        let isa = Some(self.kernels.isa_for(tokens));
+        let peaks = Around::of(before, after, isa);
         let peak_gb_s = peaks.mean(|l| l.read_gb_s);
-        let (peak_number, peak_gop_s) = match cost.number {
-            Number::Int8 => (Limit::Int8, peaks.mean(|l| l.int8_gop_s)),
-            Number::Bf16 | Number::F32 => (Limit::F32, peaks.mean(|l| l.f32_gop_s)),
-        };
+        let Roof {
+            number: peak_number,
+            instruction: peak_instruction,
+            gop_s: peak_gop_s,
+        } = Roof::of(before, after, isa, cost.number);
         let (memory, compute) = (bytes / peak_gb_s, ops / peak_gop_s);
         KernelRecord {
             kernel: operation.kernel(),
@@ -199,6 +230,7 @@ impl KernelBench {
             peak_gb_s,
             peak_gop_s,
             peak_number,
+            peak_instruction,
             bound: if memory > compute {
                 Limit::Memory
             } else {

@@ -1,12 +1,14 @@
 //! Measuring: how fast a model runs, as a share of what the machine can do.
 //!
 //! [`account`] counts what a token must read and compute, [`model`] times it, and
-//! [`phidias_engine::peaks`] says what the machine could do at best, measured in the same run.
+//! [`phidias_engine::peaks`] says what the machine could do at best, measured in the same run;
+//! [`limits`], how much of that a table of kernels can have.
 //! [`kernels`] times the [`operations`] of a forward pass alone, [`roofline`] draws them. [`lookup`]
 //! times whole texts, with guesses and without; [`picture`] what a vision model does with a picture.
 
 pub mod account;
 pub mod kernels;
+pub mod limits;
 pub mod lookup;
 pub mod model;
 pub mod operations;
@@ -16,6 +18,7 @@ pub mod roofline;
 
 pub use account::{Account, Work};
 pub use kernels::{KernelBench, KernelRecord};
+pub use limits::{Around, Limit, Limits, Roof};
 pub use lookup::{LookupBench, LookupError, LookupRecord};
 pub use model::{ModelBench, Record, Test, TestError};
 pub use phidias_engine::peaks::{Peak, PeakError, PeakOptions, Peaks, Spread};

@@ -9,16 +9,16 @@
 //! each test has its own just before and just after it.
 
 use super::account::{Account, Work};
+use super::limits::{Around, Limit, Roof};
 use super::{
     BenchError, Conditions, PeakOptions, Peaks, Place, Progress, Spread, Step, finite_bits,
     token_ids,
 };
 use phidias_engine::generate::Sequence;
-use phidias_engine::kernels::cpu::peak::Number;
 use phidias_engine::kv_cache::KvType;
 use phidias_models::blocks::moe::LayerRouting;
 use phidias_models::session::Prefill;
-use phidias_models::{Config, Model, Session, SessionOptions, WeightFormat};
+use phidias_models::{Config, Model, Session, SessionOptions};
 use serde::Serialize;
 use std::fmt;
 use std::sync::Arc;
@@ -136,72 +136,6 @@ pub struct ModelBench {
     pub peaks: PeakOptions,
 }
 
-/// The machine's limits at some time.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Limits {
-    /// GB/s from memory.
-    pub read_gb_s: f64,
-    /// Gop/s with bytes.
-    pub int8_gop_s: f64,
-    /// Gop/s with bf16; 0 where no instruction multiplies it.
-    pub bf16_gop_s: f64,
-    /// Gop/s with f32.
-    pub f32_gop_s: f64,
-}
-
-impl From<&Peaks> for Limits {
-    fn from(peaks: &Peaks) -> Self {
-        Self {
-            read_gb_s: peaks.read_gb_s(),
-            int8_gop_s: peaks.gop_s(Number::Int8),
-            bf16_gop_s: peaks.gop_s(Number::Bf16),
-            f32_gop_s: peaks.gop_s(Number::F32),
-        }
-    }
-}
-
-/// The limits before and after.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Around {
-    /// Just before.
-    pub before: Limits,
-    /// Just after.
-    pub after: Limits,
-}
-
-impl Around {
-    /// The mean of the two.
-    #[must_use]
-    pub fn mean(&self, limit: impl Fn(&Limits) -> f64) -> f64 {
-        (limit(&self.before) + limit(&self.after)) / 2.0
-    }
-}
-
-/// A limit of the machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Limit {
-    /// Reading memory.
-    Memory,
-    /// Multiplying bytes.
-    Int8,
-    /// Multiplying bf16.
-    Bf16,
-    /// Multiplying f32.
-    F32,
-}
-
-impl fmt::Display for Limit {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Memory => "memory",
-            Self::Int8 => "int8",
-            Self::Bf16 => "bf16",
-            Self::F32 => "f32",
-        })
-    }
-}
-
 /// One test's figures.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Record {
@@ -233,7 +167,7 @@ pub struct Record {
     pub gop_s: f64,
     /// Read bandwidth of the machine, mean of before and after.
     pub peak_gb_s: f64,
-    /// Multiply-add rate of the machine for `peak_number`, mean of before and after.
+    /// Multiply-add rate of `peak_instruction`, mean of before and after.
     pub peak_gop_s: f64,
     /// Prefill: of the multiply-add rate. Decode: of the read bandwidth.
     pub share_of_peak: f64,
@@ -247,6 +181,8 @@ pub struct Record {
     pub attention_ops_per_token: u64,
     /// The numbers that `peak_gop_s` multiplies.
     pub peak_number: Limit,
+    /// The fastest instruction for them that the table in use can have for as many tokens as a pass has.
+    pub peak_instruction: String,
     /// The limit that allows the fewest tokens a second.
     pub bound: Limit,
     /// What computed: the CPU, or a device's name.
@@ -266,6 +202,8 @@ struct Timed {
     samples: Vec<f64>,
     routing: Vec<LayerRouting>,
     work: Work,
+    /// Tokens that a pass has.
+    a_pass: usize,
 }
 
 impl ModelBench {
@@ -315,22 +253,24 @@ impl ModelBench {
                 Kind::Decode => account.decode(test.depth, test.tokens),
             };
             let after = self.measure_peaks(&place, progress)?;
-            let peaks = Around { before, after };
-            before = after;
             let timed = Timed {
                 test,
                 samples,
                 routing,
                 work,
+                a_pass: match test.kind {
+                    Kind::Prefill => test.tokens.min(runner.chunk),
+                    Kind::Decode => 1,
+                },
             };
-            each(self.record(model, &place, kv_type, timed, peaks))?;
+            each(self.record(model, &place, kv_type, timed, [&before, &after]))?;
+            before = after;
         }
         Ok(())
     }
 
-    fn measure_peaks(&self, place: &Place, progress: &Progress) -> Result<Limits, BenchError> {
-        let peaks = place.peaks(&self.peaks, &self.conditions.cancel, progress)?;
-        Ok(Limits::from(&peaks))
+    fn measure_peaks(&self, place: &Place, progress: &Progress) -> Result<Peaks, BenchError> {
+        place.peaks(&self.peaks, &self.conditions.cancel, progress)
     }
 
     fn record(
@@ -339,26 +279,24 @@ impl ModelBench {
         place: &Place,
         kv_type: KvType,
         timed: Timed,
-        peaks: Around,
+        [before, after]: [&Peaks; 2],
     ) -> Record {
         let Timed {
             test,
             samples,
             routing,
             work,
+            a_pass,
         } = timed;
         let tok_s = Spread::of(&samples).expect("at least one repetition");
-        let peak_number = match model.format() {
-            WeightFormat::Q4 | WeightFormat::Q8 => Limit::Int8,
-            WeightFormat::Bf16 if place.multiplies_bf16() => Limit::Bf16,
-            WeightFormat::Bf16 | WeightFormat::F32 => Limit::F32,
-        };
+        let isa = place.isa_for(a_pass);
+        let peaks = Around::of(before, after, isa);
         let peak_gb_s = peaks.mean(|l| l.read_gb_s);
-        let peak_gop_s = peaks.mean(|l| match peak_number {
-            Limit::Int8 => l.int8_gop_s,
-            Limit::Bf16 => l.bf16_gop_s,
-            Limit::F32 | Limit::Memory => l.f32_gop_s,
-        });
+        let Roof {
+            number: peak_number,
+            instruction: peak_instruction,
+            gop_s: peak_gop_s,
+        } = Roof::of(before, after, isa, place.multiplies(model.format()));
         let gb_s = work.bytes() * tok_s.median / 1e9;
         let gop_s = work.ops * tok_s.median / 1e9;
         let memory_binds = work.bytes() / peak_gb_s > work.ops / peak_gop_s;
@@ -388,6 +326,7 @@ impl ModelBench {
             kv_bytes_per_token: whole(work.kv_bytes),
             attention_ops_per_token: whole(work.attention_ops),
             peak_number,
+            peak_instruction,
             bound: if memory_binds {
                 Limit::Memory
             } else {

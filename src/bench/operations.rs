@@ -642,6 +642,7 @@ fn matrices(
     let values = Uniform([rows, cols]);
     let item = Item {
         name: NAME.into(),
+        source: NAME.into(),
         values: &values,
         treatment: match (format.packed(), format) {
             (Some(packed), _) => Treatment::Pack(packed),

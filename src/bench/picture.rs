@@ -11,11 +11,11 @@
 //! A share is of the 8-bit multiply-adds measured around the test, of the f32 ones where the weights are
 //! floats; attention, which is f32 throughout, counts like the rest.
 
-use super::model::{Around, Limits};
+use super::limits::{Around, Roof};
 use super::{BenchError, Conditions, PeakOptions, Place, Progress, Spread, Step};
 use phidias_engine::pool::Pool;
 use phidias_models::image::{ImageProcessor, Picture, Processed};
-use phidias_models::{Error, Model, WeightFormat};
+use phidias_models::{Error, Model};
 use serde::Serialize;
 use std::path::Path;
 use std::sync::Arc;
@@ -61,10 +61,12 @@ pub struct PictureRecord {
     pub ops: f64,
     /// 10^9 operations a second of both, at the medians.
     pub gop_s: f64,
-    /// Multiply-add rate of the machine, mean of before and after.
+    /// Multiply-add rate of `peak_instruction`, mean of before and after.
     pub peak_gop_s: f64,
     /// Of that rate.
     pub share_of_peak: f64,
+    /// The fastest instruction for the weights' numbers that the table in use can have.
+    pub peak_instruction: String,
     /// What encoded: the CPU, or a device's name.
     pub device: String,
     /// The limits before and after.
@@ -114,10 +116,7 @@ impl PictureBench {
         // The resize is the CPU's, wherever the encoder is.
         let pool = Pool::new(Some(threads)).map_err(Error::from)?;
         let told = |what: &str, done, total| progress(Step { what, done, total });
-        let limits = || {
-            let peaks = place.peaks(&self.peaks, &c.cancel, progress);
-            peaks.map(|peaks| Limits::from(&peaks))
-        };
+        let limits = || place.peaks(&self.peaks, &c.cancel, progress);
         let before = limits()?;
         let mut stages = Stages::default();
         let mut first: Option<Vec<u32>> = None;
@@ -151,20 +150,14 @@ impl PictureBench {
             stages.encode.push((encoded - ready).as_secs_f64());
             stages.project.push((end - encoded).as_secs_f64());
         }
-        let peaks = Around {
-            before,
-            after: limits()?,
-        };
+        let after = limits()?;
         let picture = prepared.expect("at least the warm-up");
         let spread = |samples: &[f64]| Spread::of(samples).expect("at least one repetition");
         let (encode_s, project_s) = (spread(&stages.encode), spread(&stages.project));
         let ops = vision.operations(picture.crops(), picture.tokens());
         let gop_s = ops / 1e9 / (encode_s.median + project_s.median);
-        let peak_gop_s = match model.format() {
-            WeightFormat::Q4 | WeightFormat::Q8 => peaks.mean(|l| l.int8_gop_s),
-            WeightFormat::Bf16 if place.multiplies_bf16() => peaks.mean(|l| l.bf16_gop_s),
-            WeightFormat::Bf16 | WeightFormat::F32 => peaks.mean(|l| l.f32_gop_s),
-        };
+        let isa = place.isa_for(picture.tokens());
+        let roof = Roof::of(&before, &after, isa, place.multiplies(model.format()));
         Ok(PictureRecord {
             model: c.name.clone(),
             format: model.format().name(),
@@ -181,9 +174,10 @@ impl PictureBench {
             project_s,
             ops,
             gop_s,
-            peak_gop_s,
-            share_of_peak: gop_s / peak_gop_s,
-            peaks,
+            peak_gop_s: roof.gop_s,
+            share_of_peak: gop_s / roof.gop_s,
+            peak_instruction: roof.instruction,
+            peaks: Around::of(&before, &after, isa),
         })
     }
 }

@@ -1,11 +1,12 @@
 //! Where a model is measured: its limits and its clock.
 
 use super::{BenchError, PeakOptions, Peaks, Progress, Step};
-use phidias_engine::Cancel;
 use phidias_engine::backend::Cpu;
+use phidias_engine::kernels::cpu::peak::Number;
 #[cfg(feature = "cuda")]
 use phidias_engine::kernels::cuda::{Device, DeviceError};
-use phidias_models::Session;
+use phidias_engine::{Cancel, Isa};
+use phidias_models::{Session, WeightFormat};
 #[cfg(feature = "cuda")]
 use std::sync::Arc;
 use std::time::Instant;
@@ -61,13 +62,24 @@ impl Place {
         }
     }
 
-    /// Whether bf16 is multiplied as bf16, not widened to f32.
+    /// The table whose limits are those of a pass with so many tokens; a device has none.
     #[must_use]
-    pub fn multiplies_bf16(&self) -> bool {
+    pub fn isa_for(&self, tokens: usize) -> Option<Isa> {
         match self {
-            Self::Cpu(_) => false,
+            Self::Cpu(cpu) => Some(cpu.kernels().isa_for(tokens)),
             #[cfg(feature = "cuda")]
-            Self::Device(_) => true,
+            Self::Device(_) => None,
+        }
+    }
+
+    /// What is multiplied where weights are stored in `format`: on the CPU bf16 is widened to f32.
+    #[must_use]
+    pub fn multiplies(&self, format: WeightFormat) -> Number {
+        match (format, self) {
+            (WeightFormat::Q4 | WeightFormat::Q8, _) => Number::Int8,
+            #[cfg(feature = "cuda")]
+            (WeightFormat::Bf16, Self::Device(_)) => Number::Bf16,
+            (WeightFormat::Bf16 | WeightFormat::F32, _) => Number::F32,
         }
     }
 

@@ -3,7 +3,7 @@
 //! of the memory bandwidth or the roof of its numbers.
 
 use super::kernels::KernelRecord;
-use super::model::Limit;
+use super::limits::Limit;
 use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
@@ -38,13 +38,9 @@ fn draw(
 ) -> Result<(), Box<dyn Error>> {
     root.fill(&WHITE)?;
     let bandwidth = first.peak_gb_s;
-    let around = first.peaks;
-    let roofs = [
-        (Limit::Int8, around.mean(|l| l.int8_gop_s)),
-        (Limit::F32, around.mean(|l| l.f32_gop_s)),
-    ];
+    let roofs = KernelRecord::roofs(records);
     let x_of = |r: &KernelRecord| r.ops as f64 / r.bytes as f64;
-    let top = roofs.iter().fold(0.0, |m: f64, r| m.max(r.1));
+    let top = roofs.iter().fold(0.0, |m: f64, r| m.max(r.gop_s));
     let right = (top / bandwidth).max(1.0);
     let xs = decades(records.iter().map(x_of).chain([right]));
     let xs = xs.start..xs.end * 4.0; // room for labels
@@ -81,10 +77,11 @@ fn draw(
         RGBColor(90, 90, 90),
         format!("memory: {bandwidth:.1} GB/s"),
     )];
-    for (limit, roof) in roofs {
-        let corner = (roof / bandwidth).clamp(xs.start, xs.end);
-        let text = format!("{limit}: {roof:.0} Gop/s");
-        lines.push((vec![(corner, roof), (xs.end, roof)], color(limit), text));
+    for roof in &roofs {
+        let (top, corner) = (roof.gop_s, (roof.gop_s / bandwidth).clamp(xs.start, xs.end));
+        let text = format!("{}, {}: {top:.0} Gop/s", roof.number, roof.instruction);
+        let line = vec![(corner, top), (xs.end, top)];
+        lines.push((line, color(roof.number), text));
     }
     for (line, color, text) in lines {
         let ends = [line[0], line[1]].map(|p| chart.backend_coord(&p));
@@ -277,7 +274,7 @@ fn width(text: &str) -> i32 {
 mod tests {
     use super::*;
     use crate::bench::Spread;
-    use crate::bench::model::{Around, Limits};
+    use crate::bench::limits::{Around, Limits};
 
     fn record(kernel: &str, bytes: usize, ops: usize, share: f64) -> KernelRecord {
         let limits = Limits {
@@ -302,6 +299,7 @@ mod tests {
             peak_gb_s: 50.0,
             peak_gop_s: 2000.0,
             peak_number: Limit::Int8,
+            peak_instruction: "vpdpbusd zmm".to_owned(),
             bound: Limit::Int8,
             share_of_peak: share,
             peaks: Around {
@@ -316,7 +314,12 @@ mod tests {
         let records = [
             record("gemm_q4", 30_000_000, 100_000_000, 0.9),
             record("gemm_q8", 70_000_000, 50_000_000_000, 0.7),
-            record("attend_f16", 50_000_000, 50_000_000, 0.5),
+            KernelRecord {
+                peak_number: Limit::F32,
+                peak_instruction: "vfmadd231ps zmm".to_owned(),
+                peak_gop_s: 500.0,
+                ..record("attend_f16", 50_000_000, 50_000_000, 0.5)
+            },
         ];
         let picture = svg(&records).unwrap();
         assert!(picture.starts_with("<svg") && picture.trim_end().ends_with("</svg>"));
@@ -324,8 +327,8 @@ mod tests {
         for words in [
             "gemm_q4 qkv, 512 tokens: 90 %",
             "attend_f16, 512 tokens: 50 %",
-            "int8: 2000 Gop/s",
-            "f32: 500 Gop/s",
+            "int8, vpdpbusd zmm: 2000 Gop/s",
+            "f32, vfmadd231ps zmm: 500 Gop/s",
             "50.0 GB/s",
             "operations a byte",
         ] {

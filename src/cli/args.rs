@@ -9,7 +9,7 @@ use phidias::engine::Isa;
 use phidias::engine::kv_cache::KvType;
 use phidias::engine::sampling::{ParamError, SamplingParams};
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Phi-3 / 3.5 language models on ordinary CPUs.
 ///
@@ -50,6 +50,13 @@ impl Arguments {
         if let Command::Run(args) = &self.command {
             super::run::check(args)?;
         }
+        if let Command::Embed(Embed { picture, .. }) = &self.command
+            && picture.images.len() != 1
+        {
+            let found = picture.images.len();
+            return Err(format!("--image: expected one picture, found {found}"));
+        }
+        self.check_revision()?;
         if let Command::Eval(Eval { running, .. }) = &self.command
             && running.ctx == Some(1)
         {
@@ -67,6 +74,45 @@ impl Arguments {
             logit_bias: sampling.logit_bias.clone(),
             ..SamplingParams::default()
         })
+    }
+}
+
+impl Arguments {
+    /// A revision is one of a model that is fetched: there has to be one.
+    fn check_revision(&self) -> Result<(), String> {
+        let Some(revision) = &self.global.revision else {
+            return Ok(());
+        };
+        let models = self.command.models();
+        if models.iter().any(|model| !Path::new(model).exists()) {
+            return Ok(());
+        }
+        let found = match models.first() {
+            Some(folder) => format!("the folder {folder}, which has none"),
+            None => "no MODEL".to_owned(),
+        };
+        Err(format!(
+            "--revision {revision}: expected a model named by its Hugging Face id (org/name), found {found}"
+        ))
+    }
+}
+
+impl Command {
+    /// The models that are named.
+    fn models(&self) -> Vec<&str> {
+        let (model, other) = match self {
+            Self::Run(args) => (super::run::model(args), None),
+            Self::Eval(args) => (args.model.as_deref(), args.against.as_deref()),
+            Self::Chat(Chat { model, .. })
+            | Self::Inspect(Inspect { model, .. })
+            | Self::Logits(Logits { model, .. })
+            | Self::Bench(Bench { model, .. }) => (model.as_deref(), None),
+            Self::Quantize(Quantize { model, .. }) | Self::Embed(Embed { model, .. }) => {
+                (Some(model.as_str()), None)
+            }
+            Self::Synth(_) => (None, None),
+        };
+        model.into_iter().chain(other).collect()
     }
 }
 

@@ -9,10 +9,11 @@ use super::files;
 use super::open::{Origin, Setup, cache_folder, open_source};
 use super::stats::{self, routing};
 use anyhow::{Context, Result, anyhow, bail};
-use phidias::bench::model::{Around, Kind};
+use phidias::bench::model::Kind;
 use phidias::bench::{
-    BenchError, Conditions, KernelBench, KernelRecord, LookupBench, LookupRecord, ModelBench, Peak,
-    PeakOptions, Peaks, PictureBench, PictureRecord, Progress, Record, Spread, Test, roofline,
+    Around, BenchError, Conditions, KernelBench, KernelRecord, LookupBench, LookupRecord,
+    ModelBench, Peak, PeakOptions, Peaks, PictureBench, PictureRecord, Progress, Record, Spread,
+    Test, roofline,
 };
 use phidias::engine::PACKED_VERSION;
 use phidias::engine::kernels::cpu::peak::Number;
@@ -333,8 +334,8 @@ fn cells(r: &Record) -> [Cell; 12] {
         depth: r.depth,
     };
     let limit = match r.kind {
-        Kind::Prefill => r.peak_number.to_string(),
-        Kind::Decode => "read".to_owned(),
+        Kind::Prefill => &r.peak_instruction,
+        Kind::Decode => "read",
     };
     let share = format!("{:.1} % of {limit}", 100.0 * r.share_of_peak);
     let peaks = format!("{}, {:.0}", bandwidth(&r.peaks), r.peak_gop_s);
@@ -348,7 +349,7 @@ fn cells(r: &Record) -> [Cell; 12] {
         speed_cell(r.tok_s),
         ("GB/s", 6, format!("{:.1}", r.gb_s)),
         ("Gop/s", 6, format!("{:.1}", r.gop_s)),
-        ("share of peak", 15, share),
+        ("share of peak", 26, share),
         ("peaks GB/s, Gop/s", 17, peaks),
         ("bound", 6, r.bound.to_string()),
     ]
@@ -387,8 +388,8 @@ fn picture_cells(r: &PictureRecord) -> [Cell; 12] {
         ("Gop/s", 6, format!("{:.1}", r.gop_s)),
         (
             "share of peak",
-            13,
-            format!("{:.1} %", 100.0 * r.share_of_peak),
+            26,
+            format!("{:.1} % of {}", 100.0 * r.share_of_peak, r.peak_instruction),
         ),
     ]
 }
@@ -461,15 +462,16 @@ fn write_kernels(out: &mut impl Write, args: &Bench, records: &[KernelRecord]) -
     let Some(first) = records.first() else {
         return Ok(());
     };
-    writeln!(
+    let (table, threads) = (first.isa, plural(first.threads));
+    write!(
         out,
-        "{} table, {}; read {:.1} GB/s, int8 {:.0} Gop/s, f32 {:.0} Gop/s (mean of before and after)\n",
-        first.isa,
-        plural(first.threads),
-        first.peak_gb_s,
-        first.peaks.mean(|l| l.int8_gop_s),
-        first.peaks.mean(|l| l.f32_gop_s),
+        "{table} table, {threads}; read {:.1} GB/s",
+        first.peak_gb_s
     )?;
+    for roof in KernelRecord::roofs(records) {
+        write!(out, ", {} {:.0} Gop/s", roof.instruction, roof.gop_s)?;
+    }
+    writeln!(out, " (mean of before and after)\n")?;
     let heads = [
         "kernel",
         "shape",
@@ -480,7 +482,7 @@ fn write_kernels(out: &mut impl Write, args: &Bench, records: &[KernelRecord]) -
         "ops/byte",
         "share of peak",
     ];
-    const WIDTHS: [usize; 8] = [12, 27, 6, 10, 6, 7, 8, 16];
+    const WIDTHS: [usize; 8] = [12, 27, 6, 10, 6, 7, 8, 26];
     write_row(out, heads.into_iter().zip(WIDTHS))?;
     let lines = WIDTHS.map(|w| "-".repeat(w));
     write_row(out, lines.iter().map(|l| (l.as_str(), l.len())))?;
@@ -493,7 +495,7 @@ fn write_kernels(out: &mut impl Write, args: &Bench, records: &[KernelRecord]) -
             format!("{:.1}", r.gb_s),
             format!("{:.1}", r.gop_s),
             format!("{:.2}", r.ops as f64 / r.bytes as f64),
-            format!("{:.1} % of {}", 100.0 * r.share_of_peak, r.bound),
+            format!("{:.1} % of {}", 100.0 * r.share_of_peak, r.limit()),
         ];
         write_row(out, cells.iter().map(String::as_str).zip(WIDTHS))?;
     }
@@ -574,9 +576,9 @@ fn peaks_json(peaks: &Peaks) -> Value {
     json!({
         "threads": peaks.threads,
         "read_gb_s": peaks.read_gb_s(),
-        "int8_gop_s": peaks.gop_s(Number::Int8),
-        "bf16_gop_s": peaks.gop_s(Number::Bf16),
-        "f32_gop_s": peaks.gop_s(Number::F32),
+        "int8_gop_s": peaks.gop_s(Number::Int8, None),
+        "bf16_gop_s": peaks.gop_s(Number::Bf16, None),
+        "f32_gop_s": peaks.gop_s(Number::F32, None),
         "buffer_bytes": peaks.buffer_bytes,
         "variants": { "read": peaks.read, "int8": peaks.int8, "bf16": peaks.bf16, "f32": peaks.f32 },
     })
@@ -584,7 +586,7 @@ fn peaks_json(peaks: &Peaks) -> Value {
 
 fn how_measured(peaks: &Peaks) -> String {
     let read = Size(peaks.buffer_bytes);
-    format!("median (min-max) of each; * the limit; {read} read")
+    format!("median (min-max) of each; * the fastest; {read} read")
 }
 
 /// A row a variant, a column a number of threads or a device; the best variant of each limit is marked.

@@ -5,10 +5,11 @@ use super::console::{Stdout, Unit, say};
 use super::device;
 use super::files;
 use super::open::Setup;
+use super::signals;
 use super::stats::{self, routing};
 use anyhow::{Result, bail};
 use phidias::Session;
-use phidias::eval::{Figures, evaluate};
+use phidias::eval::{Encoded, Figures, evaluate};
 use phidias::models::session::default_context;
 use serde_json::{Value, json};
 use std::io::Write;
@@ -71,6 +72,7 @@ pub fn eval(args: &Eval, global: &Global) -> Result<()> {
     let mut session = start(model.clone())?;
     let mut against = other.as_ref().map(|m| start(m.clone())).transpose()?;
     let mut bar = setup.console.bar("evaluating", Unit::Tokens);
+    let text = signals::waiting(|| Encoded::of(&text, &model))?;
     let figures = evaluate(&mut session, against.as_mut(), &text, |done, total| {
         bar.set(done as u64, Some(total as u64))
     })?;

@@ -121,6 +121,7 @@ impl Seen<'_> {
                 "kv_hidden": plan.hidden,
                 "kv_dropped": plan.dropped,
                 "activations": plan.activations,
+                "scratch": plan.scratch,
                 "pictures": plan.pictures,
                 "total": plan.total(),
                 "least": plan.least(),

@@ -4,6 +4,7 @@ use super::args::Running;
 use super::console::{Bar, Unit};
 use super::files::check_out;
 use super::open::Setup;
+use super::signals;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use phidias::engine::tensor::Buffer;
@@ -105,15 +106,18 @@ pub fn segments(
     pictures: &[Processed],
 ) -> Result<Vec<Segment>> {
     let text = model.text()?;
-    let rendered = match raw {
-        true => prompt.to_owned(),
-        false => {
-            let question = Message::user(prompt);
-            text.template.render(&[question], GenerationPrompt::Add)?
-        }
-    };
-    let tokens: Vec<_> = pictures.iter().map(Processed::tokens).collect();
-    Ok(encode_with_images(&text.tokenizer, &rendered, &tokens)?)
+    // Of megabytes this takes seconds, in which the libraries that do it hear nothing.
+    signals::waiting(|| {
+        let rendered = match raw {
+            true => prompt.to_owned(),
+            false => {
+                let question = Message::user(prompt);
+                text.template.render(&[question], GenerationPrompt::Add)?
+            }
+        };
+        let tokens: Vec<_> = pictures.iter().map(Processed::tokens).collect();
+        Ok(encode_with_images(&text.tokenizer, &rendered, &tokens)?)
+    })
 }
 
 /// Encodes the pictures and appends the prompt to the session's next tokens; gives its ids.

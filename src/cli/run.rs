@@ -7,7 +7,7 @@ use super::open::{Setup, generate_options};
 use super::pictures::{self, Room};
 use super::signals;
 use super::stats::{self, routing};
-use anyhow::{Error, Result};
+use anyhow::Result;
 use phidias::engine::generate::{Event, FinishReason, GenerateOptions, Outcome, generate};
 use phidias::engine::memory::Size;
 use phidias::models::Text;
@@ -20,10 +20,9 @@ use std::ops::ControlFlow;
 /// Answers one prompt.
 pub fn run(args: &Run, global: &Global) -> Result<()> {
     let setup = Setup::to_run(global, &args.running)?;
-    let model = positional(&args.model).map_err(Error::msg)?.0;
     let prompt = prompt(args)?;
     args.pictures.files()?;
-    let model = setup.open(&setup.locate(model)?, args.running.format)?;
+    let model = setup.open(&setup.locate(model(args))?, args.running.format)?;
     stats::check(
         args.statistics.stats,
         model.config(),
@@ -95,6 +94,11 @@ fn positional(words: &[String]) -> Result<(Option<&str>, bool), String> {
             words[1]
         )),
     }
+}
+
+/// The model of checked arguments, where one is named.
+pub fn model(args: &Run) -> Option<&str> {
+    positional(&args.model).ok().and_then(|(model, _)| model)
 }
 
 /// Whether there is one prompt.

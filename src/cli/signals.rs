@@ -35,8 +35,8 @@ pub fn cancelling() -> Cancel {
     cancel
 }
 
-/// Waits for something of which no half would be left behind: a line, a prompt, a download that is taken up
-/// again the next time. A signal meanwhile, or an earlier one that asked for the end, ends the program.
+/// Waits for something of which no half would be left behind: a line, a prompt and its tokens, a download that
+/// is taken up again the next time. A signal meanwhile, or an earlier one that asked for the end, ends the program.
 pub fn waiting<R>(wait: impl FnOnce() -> R) -> R {
     {
         let mut state = state();

@@ -117,8 +117,9 @@ pub enum CheckpointError {
     },
     #[error("out of memory: {bytes} bytes for {what}")]
     OutOfMemory { what: String, bytes: usize },
-    #[error("tensor '{tensor}' cannot be stored as {format}: {source}")]
+    #[error("{}: tensor '{tensor}' cannot be stored as {format}: {source}", path.display())]
     Unpackable {
+        path: PathBuf,
         tensor: String,
         format: &'static str,
         source: PackError,

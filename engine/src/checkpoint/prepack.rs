@@ -16,7 +16,7 @@ use serde_json::json;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Where the elements of a new tensor come from: a mapped [`Tensor`], or a rule that makes them
 /// as they are asked for. Several threads ask at once.
@@ -74,7 +74,9 @@ pub struct Entry {
 pub struct Item<'a> {
     /// Its name there.
     pub name: String,
-    /// What it is made from.
+    /// What it is made from, by its own name: that of a tied head is the embedding's.
+    pub source: String,
+    /// Its values.
     pub values: &'a dyn Values,
     /// How.
     pub treatment: Treatment,
@@ -83,6 +85,8 @@ pub struct Item<'a> {
 /// A checkpoint about to be written: every size is known before the first byte.
 #[derive(Debug)]
 pub struct Prepack<'a> {
+    /// The checkpoint that it is made from, for messages.
+    path: PathBuf,
     parts: Vec<Part<'a>>,
     header: Vec<u8>,
     data: usize,
@@ -91,6 +95,7 @@ pub struct Prepack<'a> {
 #[derive(Debug)]
 struct Part<'a> {
     name: String,
+    source: String,
     values: &'a dyn Values,
     treatment: Treatment,
     layout: Option<PackedLayout>,
@@ -109,6 +114,7 @@ impl<'a> Prepack<'a> {
             .map(|entry| match source.get(&entry.source) {
                 Some(tensor) => Ok(Item {
                     name: entry.name,
+                    source: entry.source,
                     values: tensor,
                     treatment: entry.treatment,
                 }),
@@ -128,6 +134,7 @@ impl<'a> Prepack<'a> {
         let mut parts = Vec::new();
         for Item {
             name,
+            source,
             values,
             treatment,
         } in items
@@ -136,7 +143,7 @@ impl<'a> Prepack<'a> {
             let elements: usize = values.shape().iter().product();
             let wrong = |expected| CheckpointError::DType {
                 path: path.to_owned(),
-                tensor: name.clone(),
+                tensor: source.clone(),
                 expected,
                 found: values.dtype(),
             };
@@ -155,7 +162,7 @@ impl<'a> Prepack<'a> {
                     let &[rows, cols] = values.shape() else {
                         return Err(CheckpointError::Shape {
                             path: path.to_owned(),
-                            tensor: name.clone(),
+                            tensor: source.clone(),
                             expected: vec![0, 0],
                             found: values.shape().to_vec(),
                         });
@@ -163,11 +170,12 @@ impl<'a> Prepack<'a> {
                     if !dense {
                         return Err(wrong("F32, F16 or BF16"));
                     }
-                    let l = PackedLayout::new(format, rows, cols).map_err(|source| {
+                    let l = PackedLayout::new(format, rows, cols).map_err(|cause| {
                         CheckpointError::Unpackable {
-                            tensor: name.clone(),
+                            path: path.to_owned(),
+                            tensor: source.clone(),
                             format: format.name(),
-                            source,
+                            source: cause,
                         }
                     })?;
                     layout = Some(l);
@@ -176,6 +184,7 @@ impl<'a> Prepack<'a> {
             };
             parts.push(Part {
                 name,
+                source,
                 values,
                 treatment,
                 layout,
@@ -186,6 +195,7 @@ impl<'a> Prepack<'a> {
         let data = parts.iter().map(|p| p.bytes).sum();
         let header = header(&parts);
         Ok(Self {
+            path: path.to_owned(),
             parts,
             header,
             data,
@@ -233,7 +243,7 @@ impl<'a> Prepack<'a> {
         out.write_all(&self.header).map_err(io)?;
         let mut done = self.header.len();
         for part in &self.parts {
-            part.write(pool, &mut |bytes| {
+            part.write(&self.path, pool, &mut |bytes| {
                 if cancel.is_cancelled() {
                     return Err(CheckpointError::Cancelled);
                 }
@@ -317,9 +327,15 @@ impl Part<'_> {
         }
     }
 
-    fn write(&self, pool: &Pool, out: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+    /// `path` is for messages.
+    fn write(
+        &self,
+        path: &Path,
+        pool: &Pool,
+        out: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
         match (self.layout, self.values.raw()) {
-            (Some(layout), _) => self.pack(&layout, pool, out),
+            (Some(layout), _) => self.pack(path, &layout, pool, out),
             (None, Some(bytes)) if self.dtype() == self.values.dtype() => {
                 bytes.chunks(STEP).try_for_each(out)
             }
@@ -350,6 +366,7 @@ impl Part<'_> {
 
     fn pack(
         &self,
+        path: &Path,
         layout: &PackedLayout,
         pool: &Pool,
         out: &mut dyn FnMut(&[u8]) -> Result<()>,
@@ -371,16 +388,18 @@ impl Part<'_> {
                         rows.resize(PANEL_ROWS.min(layout.rows() - first) * cols, 0.0);
                         assert!(self.values.widen(first * cols, rows), "planned as dense");
                         pack_panel(layout, rows, out).map_err(|e| match e {
-                            PackError::Weight { row, block } => PackError::Weight {
+                            PackError::Weight { row, block, found } => PackError::Weight {
                                 row: first + row,
                                 block,
+                                found,
                             },
                             other => other,
                         })
                     })
             })
             .map_err(|source| CheckpointError::Unpackable {
-                tensor: self.name.clone(),
+                path: path.to_owned(),
+                tensor: self.source.clone(),
                 format: layout.format().name(),
                 source,
             })?;

@@ -93,6 +93,12 @@ impl Kernels {
         self.panels_a_call
     }
 
+    /// Bytes that a thread keeps once it has called [`Kernels::gemm_packed`] with many tokens.
+    #[must_use]
+    pub fn scratch_bytes(&self) -> usize {
+        self.scratch_bytes
+    }
+
     /// Weights as stored times f32 activations: `y[t, r] = <x[t], w[r]>` for `rows` of `w`;
     /// `x` is `[y.rows(), w.cols()]`, `y` is `[.., rows.len()]`.
     /// # Panics

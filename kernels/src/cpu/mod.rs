@@ -82,6 +82,17 @@ impl Isa {
         }
     }
 
+    /// Whether a table of this set can have what one of `other` has.
+    #[must_use]
+    pub fn includes(self, other: Self) -> bool {
+        const X86: &[Isa] = &[Isa::Scalar, Isa::Avx2, Isa::AvxVnni, Isa::Avx512, Isa::Amx];
+        const ARM: &[Isa] = &[Isa::Scalar, Isa::Neon, Isa::NeonDotprod, Isa::NeonI8mm];
+        [X86, ARM].into_iter().any(|plainest_first| {
+            let at = |isa| plainest_first.iter().position(|other| *other == isa);
+            at(other).is_some() && at(other) <= at(self)
+        })
+    }
+
     /// Whether this CPU can run it.
     #[must_use]
     pub fn is_available(self) -> bool {
@@ -133,6 +144,9 @@ pub struct Kernels {
     gemm_q4: gemm::GemmPacked,
     gemm_q8: gemm::GemmPacked,
     panels_a_call: usize,
+    /// With fewer tokens than these the packed GEMM of nibbles is that of another table.
+    few_tokens: Option<(usize, Isa)>,
+    scratch_bytes: usize,
     gemm_f32: gemm::GemmDense<f32>,
     gemm_f16: gemm::GemmDense<phidias_quant::f16>,
     gemm_bf16: gemm::GemmDense<phidias_quant::bf16>,
@@ -192,5 +206,46 @@ impl Kernels {
     #[must_use]
     pub fn isa(&self) -> Isa {
         self.isa
+    }
+
+    /// The instruction set whose limits are those of a pass with so many tokens: its own, or a plainer
+    /// one where it leaves few tokens to that.
+    #[must_use]
+    pub fn isa_for(&self, tokens: usize) -> Isa {
+        match self.few_tokens {
+            Some((fewest, isa)) if tokens < fewest => isa,
+            _ => self.isa,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_instruction_set_includes_the_plainer_ones_of_its_architecture() {
+        for isa in Isa::ALL {
+            assert!(isa.includes(isa) && isa.includes(Isa::Scalar), "{isa}");
+        }
+        assert!(Isa::Amx.includes(Isa::Avx512) && !Isa::Avx512.includes(Isa::Amx));
+        assert!(Isa::Avx512.includes(Isa::AvxVnni) && !Isa::Avx2.includes(Isa::AvxVnni));
+        assert!(Isa::NeonI8mm.includes(Isa::Neon) && !Isa::Scalar.includes(Isa::Neon));
+        assert!(!Isa::NeonI8mm.includes(Isa::Avx2) && !Isa::Amx.includes(Isa::Neon));
+    }
+
+    #[test]
+    fn few_tokens_have_the_limits_of_the_table_that_they_are_left_to() {
+        for isa in Isa::ALL {
+            let Some(kernels) = Kernels::for_isa(isa) else {
+                continue;
+            };
+            let few = match isa {
+                Isa::Amx => Isa::Avx512,
+                _ => isa,
+            };
+            let of = [1, 15, 16, 512].map(|tokens| kernels.isa_for(tokens));
+            assert_eq!(of, [few, few, isa, isa]);
+        }
     }
 }

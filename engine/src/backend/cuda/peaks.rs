@@ -122,7 +122,7 @@ mod tests {
             (seen.first(), seen.last()),
             (Some(&(0, 10)), Some(&(10, 10)))
         );
-        let rates = Number::ALL.map(|number| peaks.gop_s(number));
+        let rates = Number::ALL.map(|number| peaks.gop_s(number, None));
         for rate in rates.into_iter().chain([peaks.read_gb_s()]) {
             assert!(rate.is_finite() && rate > 0.0, "{rate}");
         }

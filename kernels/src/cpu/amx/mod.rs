@@ -13,6 +13,8 @@ pub(super) fn table() -> Option<&'static Kernels> {
         gemm_q4: packed::gemm_q4,
         gemm_q8: packed::gemm_q8,
         panels_a_call: packed::PANELS,
+        few_tokens: Some((packed::FEWEST, Isa::Avx512)),
+        scratch_bytes: packed::SCRATCH_BYTES,
         ..super::avx512::KERNELS
     };
     let available = is_x86_feature_detected!("avx512vbmi") && tile::available();

@@ -41,8 +41,10 @@ use std::arch::x86_64::*;
 use std::cell::RefCell;
 use std::ops::Range;
 
-/// Fewer tokens go the way of AVX-512, of nibbles and of bytes.
-const FEWEST: [usize; 2] = [16, 32];
+/// Fewer tokens go the way of AVX-512.
+pub(super) const FEWEST: usize = 16;
+/// The same where weights are bytes, which no table converts.
+const FEWEST_OF_BYTES: usize = 32;
 /// Tokens that meet weights once converted.
 const TOKENS: usize = 512;
 /// Panels that meet activations once converted.
@@ -87,6 +89,13 @@ struct Scratch {
     /// Of one panel, of two...: `[groups of 16 tokens][panels]`
     jobs: [Vec<Job>; SIDE_BY_SIDE],
 }
+
+/// Bytes of that.
+pub(super) const SCRATCH_BYTES: usize = TOKENS / ROWS * size_of::<[Halves; PIECE]>()
+    + SIDE_BY_SIDE * size_of::<Weights>()
+    + PANELS * (TOKENS / ROWS) * size_of::<Floats>()
+    + SIDE_BY_SIDE * (SIDE_BY_SIDE + 1) / 2 * (TOKENS / ROWS) * size_of::<Job>()
+    + size_of::<Scratch>();
 
 const NO_HALVES: Halves = [Line([0; BLOCK]); ROWS];
 const NO_FLOATS: Floats = [Line([0.0; PANEL_ROWS]); ROWS];
@@ -481,7 +490,8 @@ fn gemm<const LINES: usize>(
     x: &Activations,
     mut y: ColsMut<'_>,
 ) {
-    if x.rows() < FEWEST[usize::from(LINES == 8)] {
+    let fewest = if LINES == 4 { FEWEST } else { FEWEST_OF_BYTES };
+    if x.rows() < fewest {
         return match LINES {
             4 => avx512::gemm_q4(w, panels, x, y),
             _ => avx512::gemm_q8(w, panels, x, y),
@@ -501,3 +511,20 @@ fn gemm<const LINES: usize>(
 }
 
 crate::cpu::packed::packed_gemm!("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi");
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scratch_is_as_large_as_the_table_says() {
+        let scratch = Scratch::new();
+        let bytes = size_of_val(&scratch)
+            + size_of_val(&scratch.tokens[..])
+            + size_of_val(&scratch.weights[..])
+            + size_of_val(&scratch.sums[..])
+            + (scratch.jobs.iter().map(|jobs| size_of_val(&jobs[..]))).sum::<usize>();
+        assert_eq!(bytes, SCRATCH_BYTES);
+        assert_eq!(SCRATCH_BYTES >> 10, 1302);
+    }
+}

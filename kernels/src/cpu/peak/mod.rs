@@ -1,8 +1,9 @@
 //! The machine's own limits: loops that only multiply in registers, or only read memory.
 //!
 //! Every speed of this project is a fraction of one of these, so they are kept beside the kernels
-//! they judge. They are chosen by what the CPU has, not by the table of kernels in use: a table that
-//! leaves an instruction unused is measured against the machine all the same.
+//! they judge. All that the CPU can run are measured, and each names the plainest table of kernels that
+//! can have its instruction: a table is judged by the fastest of those that it could use, whether it
+//! does or not, and by none that are beyond it.
 //!
 //! ```text
 //! Maths   lane l of every accumulator:  acc[l] += sum over the products of the lane of a[i] * b[i]
@@ -15,6 +16,8 @@ mod portable;
 mod read;
 #[cfg(target_arch = "x86_64")]
 mod x86;
+
+use super::Isa;
 
 pub use read::{Prefetch, Reading};
 
@@ -81,6 +84,7 @@ type Run = unsafe fn(operands: &Operands, rounds: u64) -> f64;
 #[derive(Clone, Copy, Debug)]
 pub struct MultiplyLoop {
     number: Number,
+    isa: Isa,
     instruction: &'static str,
     /// Elements of an operand that the instruction multiplies.
     lanes: usize,
@@ -106,6 +110,12 @@ impl MultiplyLoop {
     #[must_use]
     pub fn number(&self) -> Number {
         self.number
+    }
+
+    /// The plainest table that can have the instruction; those that include it can, too.
+    #[must_use]
+    pub fn isa(&self) -> Isa {
+        self.isa
     }
 
     /// The instruction and its width.
@@ -160,9 +170,25 @@ mod tests {
     }
 
     #[test]
-    fn int8_and_f32_have_a_loop_everywhere() {
-        for number in [Number::Int8, Number::F32] {
-            assert!(!MultiplyLoop::available(number).is_empty());
+    fn every_table_has_loops_for_int8_and_f32_and_none_that_is_beyond_it() {
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+            let of = |number| -> Vec<_> {
+                (MultiplyLoop::available(number).iter())
+                    .filter(|l| isa.includes(l.isa()))
+                    .map(MultiplyLoop::instruction)
+                    .collect()
+            };
+            let widest = [Number::Int8, Number::F32].map(|number| of(number)[0]);
+            let want = match isa {
+                Isa::Avx2 => ["vpmaddubsw ymm", "vfmadd231ps ymm"],
+                Isa::AvxVnni => ["vpdpbusd ymm", "vfmadd231ps ymm"],
+                Isa::Avx512 => ["vpdpbusd zmm", "vfmadd231ps zmm"],
+                Isa::Amx => ["tdpbusd tmm", "vfmadd231ps zmm"],
+                Isa::Scalar | Isa::Neon | Isa::NeonDotprod | Isa::NeonI8mm => {
+                    ["plain Rust int8", "plain Rust f32"]
+                }
+            };
+            assert_eq!(widest, want, "{isa}");
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The loops in plain Rust: what a machine without one of the known instructions is measured with.
 
-use super::{MultiplyLoop, Number, OPERANDS, Operands};
+use super::{Isa, MultiplyLoop, Number, OPERANDS, Operands};
 use std::hint::black_box;
 
 /// Times that a round multiplies its operands; more would not fit in the registers.
@@ -16,6 +16,7 @@ pub(super) fn available(number: Number) -> Option<MultiplyLoop> {
     };
     Some(MultiplyLoop {
         number,
+        isa: Isa::Scalar,
         instruction,
         lanes,
         repeats: REPEATS,

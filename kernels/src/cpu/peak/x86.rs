@@ -7,7 +7,7 @@
 //!    constants is not taken out of the loop.
 //! ```
 
-use super::{MultiplyLoop, Number, OPERANDS, Operands, Run};
+use super::{Isa, MultiplyLoop, Number, OPERANDS, Operands, Run};
 use crate::cpu::amx::tile::{self, ROWS, Tiles};
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -25,10 +25,11 @@ const TILE_PRODUCTS: usize = TILES * ROWS * 16;
 
 pub(super) fn available(number: Number) -> Vec<MultiplyLoop> {
     let mut loops = Vec::new();
-    let mut add = |has: bool, instruction, lanes, repeats, run: Run| {
+    let mut add = |has: bool, isa, instruction, lanes, repeats, run: Run| {
         if has {
             loops.push(MultiplyLoop {
                 number,
+                isa,
                 instruction,
                 lanes,
                 repeats,
@@ -36,42 +37,40 @@ pub(super) fn available(number: Number) -> Vec<MultiplyLoop> {
             });
         }
     };
-    let vnni = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni");
+    let tiles = tile::available();
+    let avx512 = is_x86_feature_detected!("avx512f");
+    let avx2 = is_x86_feature_detected!("avx2");
     match number {
         Number::Int8 => {
-            add(tile::available(), "tdpbusd tmm", 64, TILE_PRODUCTS, tdpbusd);
-            add(vnni, "vpdpbusd zmm", 64, ACCUMULATORS, vpdpbusd_512);
-            let vl = vnni && is_x86_feature_detected!("avx512vl");
-            if vl {
-                add(vl, "vpdpbusd ymm", 32, ACCUMULATORS, vpdpbusd_256);
+            let (isa, products) = (Isa::Amx, TILE_PRODUCTS);
+            add(tiles, isa, "tdpbusd tmm", 64, products, tdpbusd);
+            let (isa, products) = (Isa::Avx512, ACCUMULATORS);
+            let vnni = avx512 && is_x86_feature_detected!("avx512vnni");
+            add(vnni, isa, "vpdpbusd zmm", 64, products, vpdpbusd_512);
+            let isa = Isa::AvxVnni;
+            // One instruction in two encodings, as fast in the one as in the other.
+            if vnni && is_x86_feature_detected!("avx512vl") {
+                add(true, isa, "vpdpbusd ymm", 32, products, vpdpbusd_256);
             } else {
                 let has = is_x86_feature_detected!("avxvnni");
-                add(has, "vpdpbusd ymm", 32, ACCUMULATORS, vpdpbusd_vex);
+                add(has, isa, "vpdpbusd ymm", 32, products, vpdpbusd_vex);
             }
-            add(
-                is_x86_feature_detected!("avx2"),
-                "vpmaddubsw ymm",
-                32,
-                WIDENING_ACCUMULATORS * BEFORE_WIDENING,
-                vpmaddubsw,
-            );
+            let (isa, products) = (Isa::Avx2, WIDENING_ACCUMULATORS * BEFORE_WIDENING);
+            add(avx2, isa, "vpmaddubsw ymm", 32, products, vpmaddubsw);
         }
         Number::Bf16 => {
-            add(
-                tile::available(),
-                "tdpbf16ps tmm",
-                32,
-                TILE_PRODUCTS,
-                tdpbf16ps,
-            );
-            let has = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16");
-            add(has, "vdpbf16ps zmm", 32, ACCUMULATORS, vdpbf16ps);
+            let (isa, products) = (Isa::Amx, TILE_PRODUCTS);
+            add(tiles, isa, "tdpbf16ps tmm", 32, products, tdpbf16ps);
+            let (isa, products) = (Isa::Avx512, ACCUMULATORS);
+            let has = avx512 && is_x86_feature_detected!("avx512bf16");
+            add(has, isa, "vdpbf16ps zmm", 32, products, vdpbf16ps);
         }
         Number::F32 => {
-            let has = is_x86_feature_detected!("avx512f");
-            add(has, "vfmadd231ps zmm", 16, ACCUMULATORS, fma_512);
-            let has = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
-            add(has, "vfmadd231ps ymm", 8, ACCUMULATORS, fma_256);
+            let products = ACCUMULATORS;
+            let isa = Isa::Avx512;
+            add(avx512, isa, "vfmadd231ps zmm", 16, products, fma_512);
+            let (isa, has) = (Isa::Avx2, avx2 && is_x86_feature_detected!("fma"));
+            add(has, isa, "vfmadd231ps ymm", 8, products, fma_256);
         }
     }
     loops

@@ -14,6 +14,8 @@ pub(super) const KERNELS: Kernels = Kernels {
     gemm_q4: gemm::gemm_q4,
     gemm_q8: gemm::gemm_q8,
     panels_a_call: 1,
+    few_tokens: None,
+    scratch_bytes: 0,
     gemm_f32: gemm::gemm_dense::<f32>,
     gemm_f16: gemm::gemm_dense::<f16>,
     gemm_bf16: gemm::gemm_dense::<bf16>,

@@ -187,6 +187,8 @@ macro_rules! vector_table {
             gemm_q4: $q4,
             gemm_q8: $q8,
             panels_a_call: 1,
+            few_tokens: None,
+            scratch_bytes: 0,
             gemm_f32: gemm_dense::<f32>,
             gemm_f16: gemm_dense::<f16>,
             gemm_bf16: gemm_dense::<bf16>,
