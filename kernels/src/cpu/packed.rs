@@ -38,7 +38,7 @@ pub(super) use packed_gemm;
 ///
 /// Where it stands there must be `tokens::<T, LINES>(panel, tile, first)`, the products `[[f32; 16]; T]` of a panel
 /// with the tokens `first .. first + T` of a tile, for the numbers `$t` of tokens, which go up one by one
-/// from 1.
+/// from 1, and `side_by_side::<LINES>(panels, tile)`, those of some panels that are read together with the only token.
 #[cfg(target_arch = "x86_64")]
 macro_rules! by_tokens {
     ($features:literal, $($t:literal)+) => {
@@ -84,8 +84,21 @@ macro_rules! by_tokens {
             x: Tile<'_>,
             y: &mut ColsMut<'_>,
         ) {
-            for (i, p) in panels.enumerate() {
-                put(&tokens::<T, LINES>(w.panel(p), x, 0), (0, i * PANEL_ROWS), y);
+            let mut rest = panels.clone();
+            let mut put = |p: usize, sums: &[_]| {
+                put(sums, (0, (p - panels.start) * PANEL_ROWS), y);
+            };
+            if T == 1 && prefetch::several_runs() {
+                while rest.len() >= RUNS {
+                    let four: [_; RUNS] = std::array::from_fn(|i| w.panel(rest.start + i));
+                    for sums in side_by_side::<LINES>(four, x) {
+                        put(rest.start, &[sums]);
+                        rest.start += 1;
+                    }
+                }
+            }
+            for p in rest {
+                put(p, &tokens::<T, LINES>(w.panel(p), x, 0));
             }
         }
     };

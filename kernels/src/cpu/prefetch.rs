@@ -63,6 +63,15 @@ pub(super) fn ask_the_vendor() {
     );
 }
 
+/// Whether several panels are best read together.
+#[inline(always)]
+pub(super) fn several_runs() -> bool {
+    !HARDWARE.load(Ordering::Relaxed)
+}
+
+/// Panels that are.
+pub(super) const RUNS: usize = 4;
+
 /// Asks for some of what lies ahead of block `b` of a panel for `T` tokens.
 /// It may belong to other weights, or to nothing at their end: a prefetch never faults.
 #[inline(always)]
@@ -70,6 +79,12 @@ pub(super) fn ahead<const T: usize, const LINES: usize>(b: usize, quants: &[[u8;
     let ahead = |line: &[u8; LINE], by: usize| line.as_ptr().cast::<i8>().wrapping_add(by);
     // A line of nibbles has two groups of columns.
     if T * 8 / LINES > FEW || !HARDWARE.load(Ordering::Relaxed) {
+        // The line of scales stands before the quants of two blocks.
+        if several_runs() && b.is_multiple_of(2) {
+            let scales = ahead(&quants[0], NEAR - LINE);
+            // SAFETY: SSE is part of x86-64, and the instruction reads nothing.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(scales) };
+        }
         for line in quants {
             // SAFETY: SSE is part of x86-64, and the instruction reads nothing.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead(line, NEAR)) };

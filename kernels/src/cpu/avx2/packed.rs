@@ -159,7 +159,7 @@ fn products_q8<const T: usize>(
 macro_rules! packed_256 {
     ($features:literal, $q4:ident, $q8:ident) => {
         use crate::cpu::packed::{TOKENS, by_tokens, packed_gemm, put};
-        use crate::cpu::prefetch;
+        use crate::cpu::prefetch::{self, RUNS};
         use crate::view::ColsMut;
         use phidias_quant::activations::{Activations, TILE, Tile};
         use phidias_quant::packed::{PANEL_ROWS, Panel};
@@ -209,6 +209,49 @@ macro_rules! packed_256 {
                 for half in 0..PARTS {
                     // SAFETY: 8 floats; the store needs no alignment.
                     unsafe { _mm256_storeu_ps(halves[half].as_mut_ptr(), sums[t][half]) }
+                }
+            }
+            out
+        }
+
+        /// Panels, some blocks of each in turn, times the only token of a tile.
+        #[target_feature(enable = $features)]
+        #[inline]
+        pub(in crate::cpu) fn side_by_side<const LINES: usize>(
+            panels: [Panel<'_>; RUNS],
+            x: Tile<'_>,
+        ) -> [[f32; PANEL_ROWS]; RUNS] {
+            /// Nibbles of two blocks stay with their line of scales: 16.0 GB/s instead of 15.3 (bytes: 15.9
+            /// instead of 16.3).
+            const fn together(lines: usize) -> usize {
+                if lines == 4 { 2 } else { 1 }
+            }
+            let (quants, _) = x.quants.as_chunks::<BLOCK>();
+            let mut sums = [[_mm256_setzero_ps(); PARTS]; RUNS];
+            for first in (0..quants.len()).step_by(together(LINES)) {
+                for p in 0..RUNS {
+                    for b in first..(first + together(LINES)).min(quants.len()) {
+                        let block = panels[p].block::<LINES>(b);
+                        prefetch::ahead::<1, LINES>(b, block.quants);
+                        let (a, start) = (&[quants[b]], &[x.starts[b]]);
+                        let magic = &[x.magics[b]];
+                        let [products]: [[__m256; PARTS]; 1] = match LINES {
+                            4 => $q4(block.quants.first_chunk().expect("nibbles"), a, start, magic),
+                            _ => $q8(block.quants.first_chunk().expect("bytes"), a, start, magic),
+                        };
+                        for half in 0..PARTS {
+                            let scales = scales(block.scales, half);
+                            sums[p][half] = _mm256_fmadd_ps(products[half], scales, sums[p][half]);
+                        }
+                    }
+                }
+            }
+            let mut out = [[0.0; PANEL_ROWS]; RUNS];
+            for p in 0..RUNS {
+                let (halves, _) = out[p].as_chunks_mut::<HALF>();
+                for half in 0..PARTS {
+                    // SAFETY: 8 floats; the store needs no alignment.
+                    unsafe { _mm256_storeu_ps(halves[half].as_mut_ptr(), sums[p][half]) }
                 }
             }
             out

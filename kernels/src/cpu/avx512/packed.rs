@@ -22,9 +22,9 @@
 //! ```
 
 use crate::cpu::avx2::packed::four;
-use crate::cpu::avx2::vnni::avx512_vnni;
+use crate::cpu::avx2::vnni::avx512_vnni::{self, side_by_side};
 use crate::cpu::packed::{TOKENS, by_tokens, packed_gemm, put};
-use crate::cpu::prefetch;
+use crate::cpu::prefetch::{self, RUNS};
 use crate::view::ColsMut;
 use phidias_quant::activations::{Activations, TILE, Tile};
 use phidias_quant::packed::{LINE, PANEL_ROWS, Panel};
