@@ -35,7 +35,7 @@ use tempfile::TempDir;
 /// embedding table, biases everywhere.
 struct Folders {
     list: Vec<PathBuf>,
-    _made: TempDir,
+    made: TempDir,
 }
 
 fn folders() -> Folders {
@@ -49,7 +49,7 @@ fn folders() -> Folders {
         write_model(&folder, config, &weights(config, "BF16", seed));
         list.push(folder);
     }
-    Folders { list, _made: made }
+    Folders { list, made }
 }
 
 fn changed(mut config: Value, field: &str, value: Value) -> Value {
@@ -413,6 +413,11 @@ fn a_folder_tells_what_its_model_will_take() {
     let mut folders = folders();
     let sees = folders.list[0].with_file_name("phi3v-tiny-nc4");
     folders.list.push(sees);
+    // Tied, and yet with a head in the file, which is not read.
+    let two_heads = folders.made.path().join("two-heads");
+    let tied = changed(config(), "tie_word_embeddings", json!(true));
+    write_model(&two_heads, &tied, &weights(&config(), "BF16", 7));
+    folders.list.push(two_heads);
     where_bytes_are_counted(&folders.list, |device, folder| {
         for format in formats {
             let source = Source::open(folder).unwrap();
