@@ -437,6 +437,23 @@ impl Ops<Cuda> for CudaOps<'_> {
         });
     }
 
+    fn sum_norm_input(
+        &self,
+        x: &Rows,
+        branch: &Rows,
+        rows: Range<usize>,
+        norm: &Norm,
+        w: &Matrix,
+        out: &mut DeviceInput,
+    ) {
+        self.shape(out, w, rows.len());
+        self.run(|device, resident| {
+            let [x, branch] = [x, branch].map(|x| x.slice(rows.clone()));
+            let norm = resident.norm(norm);
+            elementwise::sum_norm(device, x, branch, norm, out.activations())
+        });
+    }
+
     fn input(&self, x: &Rows, w: &Matrix, out: &mut DeviceInput) {
         self.shape(out, w, x.rows());
         self.run(|device, _| elementwise::input(device, x.span(), x.cols(), out.activations()));
