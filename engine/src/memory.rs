@@ -44,6 +44,8 @@ pub struct MemoryPlan {
     /// Of pictures: their features, and what the encoder works with beyond what the decoder gives up or
     /// has not taken yet.
     pub pictures: usize,
+    /// Of passes that a device has recorded, at most.
+    pub recordings: usize,
     /// Positions the cache was planned for.
     pub context: usize,
 }
@@ -94,6 +96,7 @@ impl MemoryPlan {
             .saturating_add(self.kv_cache)
             .saturating_add(self.activations)
             .saturating_add(self.pictures)
+            .saturating_add(self.recordings)
     }
 
     /// The bytes without which no token can be computed at a reasonable speed: all but the pageable
@@ -147,6 +150,9 @@ impl fmt::Display for MemoryPlan {
         write!(f, ") + activations {activations}")?;
         if self.pictures > 0 {
             write!(f, " + pictures {}", Size(self.pictures))?;
+        }
+        if self.recordings > 0 {
+            write!(f, " + recordings {}", Size(self.recordings))?;
         }
         write!(f, " = {}", Size(self.total()))?;
         if self.least() < self.total() {

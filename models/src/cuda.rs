@@ -163,7 +163,7 @@ impl Model {
         if options.check_memory && plan.total() - plan.weights > free {
             return Err(Error::DevicePlan {
                 device: device.name(),
-                plan: *plan,
+                plan: Box::new(*plan),
                 free,
             });
         }
@@ -184,6 +184,20 @@ const BUFFERS: usize = 13;
 const MIXTURE_BUFFERS: usize = 8;
 /// Buffers of the encoder and the projector of pictures.
 const PICTURE_BUFFERS: usize = 12;
+
+/// Launches, copies and zeroings of a decoder's pass of few tokens, at most.
+fn steps(config: &Config) -> usize {
+    // Attention: its projections, three where one launch does not do, the output projection, and the norm behind it.
+    let attention = 6;
+    // An MLP: its gates, three where they cannot be gated at once, the other projection, the norm behind it. A mixture:
+    // three of the router, five of the experts, the norm.
+    let feed_forward = match config.moe {
+        None => 5,
+        Some(_) => 9,
+    };
+    // Embedding, an empty branch; norm, head, unused ids, the likeliest tokens.
+    config.num_hidden_layers * (attention + feed_forward) + 6
+}
 
 /// # Errors
 /// Heads that the kernels do not have.
@@ -238,6 +252,7 @@ fn on_device(
     let pictures = (options.pictures).on_device(config, format, context, plan.activations);
     Ok(MemoryPlan {
         weights,
+        recordings: Cuda::recordings_bytes(device, steps(config)),
         kv_cache: pieces(kv_cache),
         activations: plan.activations + pass + pieces(Cuda::bytes(heads, context)),
         pictures: match pictures {

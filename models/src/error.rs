@@ -99,7 +99,7 @@ pub enum Error {
     #[error("{device}: not enough memory: {plan}; beside the weights {} are free", Size(*free))]
     DevicePlan {
         device: String,
-        plan: MemoryPlan,
+        plan: Box<MemoryPlan>,
         free: usize,
     },
     #[cfg(feature = "cuda")]

@@ -281,6 +281,7 @@ pub fn memory_plan(
         dropped: dropped(context),
         activations,
         pictures: pictures.held,
+        recordings: 0,
         context,
     })
 }

@@ -122,6 +122,7 @@ impl Seen<'_> {
                 "kv_dropped": plan.dropped,
                 "activations": plan.activations,
                 "pictures": plan.pictures,
+                "recordings": plan.recordings,
                 "total": plan.total(),
                 "least": plan.least(),
                 "available": machine.memory_available,
