@@ -183,6 +183,18 @@ impl Gpu {
     }
 }
 
+impl Gpu {
+    /// Has another library launch something in the device's queue.
+    pub(super) fn launching<R>(
+        &self,
+        launch: impl FnOnce(sys::CUstream) -> R,
+    ) -> Result<R, DeviceError> {
+        let (_turn, stream) = self.0.enter()?;
+        *self.0.last.lock().unwrap_or_else(PoisonError::into_inner) = "of another library";
+        Ok(launch(stream))
+    }
+}
+
 /// The version of CUDA that the driver is for.
 fn driver_version() -> Result<i32, DeviceError> {
     let mut version = 0;
