@@ -181,10 +181,10 @@ impl Gpu {
         inner.load(capability, version, cache)?;
         Ok(Self(Arc::new(inner)))
     }
-}
 
-impl Gpu {
-    /// Has another library launch something in the device's queue.
+    /// Has another library launch something in the device's queue, while the device is that of this thread.
+    /// # Errors
+    /// When the device is lost.
     pub(super) fn launching<R>(
         &self,
         launch: impl FnOnce(sys::CUstream) -> R,
