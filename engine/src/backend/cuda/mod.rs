@@ -17,7 +17,7 @@
 //! is needed; records them the second time; and from then on launches the recording as a whole. The model
 //! is still gone through, so that shapes are what they always are; its operations only do not launch
 //! anything. A recording holds addresses: when a buffer of the session is moved because it grows, all
-//! recordings are forgotten. They take memory of the device, which is planned: at most [`RECORDINGS`] are kept, and
+//! recordings are forgotten. They take memory of the device, which is planned: at most `RECORDINGS` are kept, and
 //! the one that was done longest ago makes room.
 
 mod buffers;
