@@ -12,13 +12,13 @@ use phidias::engine::sampling::{Sampler, SamplingParams};
 use phidias::engine::tensor::{Buffer, Linear, Matrix};
 use phidias::engine::{Cancel, Kernels};
 use phidias::models::Placement;
-use phidias::models::Source;
 use phidias::models::image::Picture;
 use phidias::models::quantize::quantize_folder;
 use phidias::models::session::Crossing;
 use phidias::models::transformer::{FeedForward, Layer};
 use phidias::models::vision::Scratch;
 use phidias::models::weights::{HEAD, Role};
+use phidias::models::{Source, WeightBytes};
 use phidias::{Error, Model, OpenOptions, SessionOptions, WeightFormat};
 use serde_json::{Value, json};
 use std::fs;
@@ -1004,6 +1004,59 @@ fn weights_are_pageable_where_they_are_mapped() {
             // It was written a moment ago, and run.
             session(&mapped, run(16, 1, 16)).extend(&[1, 2, 3]).unwrap();
             assert!(mapped.residency().unwrap().resident > 0);
+        }
+    }
+}
+
+/// A file may have a head beside the table that serves as one: in no format is it read.
+#[test]
+fn the_head_of_a_tied_model_is_the_table_whatever_the_file_brings() {
+    let target = TempDir::new().unwrap();
+    let mut tied = config();
+    tied["tie_word_embeddings"] = json!(true);
+    for dtype in ["BF16", "F32"] {
+        let [without, with] = ["without", "with"].map(|name| target.path().join(dtype).join(name));
+        let mut tensors = weights(&tied, dtype, 14);
+        write_model(&without, &tied, &tensors);
+        let mut own = weights(&config(), dtype, 15);
+        own.retain(|tensor| tensor.name == HEAD);
+        let own_bytes = own[0].data.len();
+        tensors.append(&mut own);
+        write_model(&with, &tied, &tensors);
+        for format in WeightFormat::ALL {
+            let [plain, model] = [&without, &with].map(|folder| open(folder, format));
+            let ids = prompt(&plain, 20, 16);
+            let [want, got] = [&plain, &model].map(|m| all_logits(m, run(16, 1, 32), &ids));
+            assert_same(&got, &want, &format!("{dtype} in {format}"));
+            let read = |model: &Model| model.transformer().bytes_per_token();
+            assert_eq!(read(&plain), read(&model));
+            // What is mapped is counted, read or not; what is made of a file has no second head. The table is
+            // read for every token where it serves as the head.
+            let made = format.packed().is_some() || (dtype, format) == ("F32", WeightFormat::Bf16);
+            let unread = if made { 0 } else { own_bytes };
+            let counted = |bytes: WeightBytes| WeightBytes {
+                all: bytes.all + unread,
+                ..bytes
+            };
+            let what = format!("{dtype} in {format}");
+            assert_eq!(
+                model.weight_bytes(),
+                counted(plain.weight_bytes()),
+                "{what}"
+            );
+            let [plain, told] = [&without, &with].map(|folder| {
+                let source = Source::open(folder).unwrap();
+                source.planned(Some(format)).unwrap().1
+            });
+            assert_eq!(told, counted(plain), "{what}");
+            let out = target.path().join(format!("{dtype}-{format}"));
+            quantize(&with, &out, format).unwrap();
+            let packed = open(&out, format);
+            assert_same(
+                &all_logits(&packed, run(16, 1, 32), &ids),
+                &want,
+                &format!("{dtype} kept in {format}"),
+            );
         }
     }
 }

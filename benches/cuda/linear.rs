@@ -1,10 +1,11 @@
 //! The matrix products, of every format. Up to 16 tokens the weights are the cost; more are arithmetic.
 
+use crate::shapes::Shapes;
 use crate::timing::{Bench, Case, Cost, Random, Work, assert_near, checked, scalar};
 use phidias::engine::kernels::cuda::linear::{
     Elements, Gated, Layout, Weights, gated_linear, linear,
 };
-use phidias::engine::kernels::cuda::{Activations, Device, DeviceError, Memory, elementwise};
+use phidias::engine::kernels::cuda::{Activations, Device, DeviceError, Memory, Span, elementwise};
 use phidias::engine::kernels::view::{self, ColsMut, Dense};
 use phidias::engine::quant::activations::{Activations as Tiles, quantize};
 use phidias::engine::quant::packed::{PANEL_ROWS, pack_panel};
@@ -15,7 +16,7 @@ use std::sync::Arc;
 
 /// Tokens up to which reading the weights takes longest: tensor cores do 300 and more operations in the
 /// time of a byte.
-const MEMORY_TOKENS: usize = 16;
+pub const MEMORY_TOKENS: usize = 16;
 
 /// Rows that a matrix repeats: panels of a number that no size in a kernel divides, so that a result in
 /// another's place shows.
@@ -28,17 +29,22 @@ const FORMATS: [(&str, Elements); 4] = [
     ("f32", Elements::F32),
 ];
 
+/// The matrices of a decoder: name, rows, columns, whether its rows are gates and what they are for.
+pub fn matrices(shapes: &Shapes) -> [(&'static str, usize, usize, bool); 5] {
+    let (hidden, inner) = (shapes.hidden, shapes.inner);
+    [
+        ("qkv_proj", shapes.heads.columns(), hidden, false),
+        ("o_proj", hidden, hidden, false),
+        ("gate_up_proj", 2 * inner, hidden, true),
+        ("down_proj", hidden, inner, false),
+        ("lm_head", shapes.vocab, hidden, false),
+    ]
+}
+
 pub fn bench(bench: &mut Bench) {
     let shapes = bench.shapes;
-    let (hidden, inner) = (shapes.hidden, shapes.inner);
     for (format, elements) in FORMATS {
-        for (name, rows, cols, gated) in [
-            ("qkv_proj", shapes.heads.columns(), hidden, false),
-            ("o_proj", hidden, hidden, false),
-            ("gate_up_proj", 2 * inner, hidden, true),
-            ("down_proj", hidden, inner, false),
-            ("lm_head", shapes.vocab, hidden, false),
-        ] {
+        for (name, rows, cols, gated) in matrices(&shapes) {
             let layout = Layout::new(elements, rows, cols).expect("a shape");
             let outputs = if gated { rows / 2 } else { rows };
             let cases: Vec<_> = (shapes.tokens.iter())
@@ -228,12 +234,13 @@ impl Matrices {
         self.memory.bytes() / self.set
     }
 
+    /// A copy as it is stored.
+    pub fn data(&self, copy: usize) -> Span<'_, u8> {
+        (self.memory.span()).slice(copy * self.set..(copy + 1) * self.set)
+    }
+
     pub fn weights(&self, copy: usize) -> Weights<'_> {
-        let data = self
-            .memory
-            .span()
-            .slice(copy * self.set..(copy + 1) * self.set);
-        Weights::new(self.layout, data, None)
+        Weights::new(self.layout, self.data(copy), None)
     }
 
     /// What an expert, or the only matrix, makes of rows `x`: `[rows of x, outputs]`, by the definition.
@@ -296,16 +303,16 @@ impl Input {
 }
 
 /// One matrix and some tokens.
-struct Product {
-    matrices: Rc<Matrices>,
+pub struct Product {
+    pub matrices: Rc<Matrices>,
     gated: bool,
     tokens: usize,
-    input: Input,
-    y: Memory,
+    pub input: Input,
+    pub y: Memory,
 }
 
 impl Product {
-    fn new(
+    pub fn new(
         device: &Arc<dyn Device>,
         matrices: Rc<Matrices>,
         gated: bool,

@@ -46,6 +46,8 @@ pub struct MemoryPlan {
     /// Of pictures: their features, and what the encoder works with beyond what the decoder gives up or
     /// has not taken yet.
     pub pictures: usize,
+    /// Of passes that a device has recorded, at most.
+    pub recordings: usize,
     /// Positions the cache was planned for.
     pub context: usize,
 }
@@ -97,6 +99,7 @@ impl MemoryPlan {
             .saturating_add(self.activations)
             .saturating_add(self.scratch)
             .saturating_add(self.pictures)
+            .saturating_add(self.recordings)
     }
 
     /// The bytes without which no token can be computed at a reasonable speed: all but the pageable
@@ -153,6 +156,9 @@ impl fmt::Display for MemoryPlan {
         }
         if self.pictures > 0 {
             write!(f, " + pictures {}", Size(self.pictures))?;
+        }
+        if self.recordings > 0 {
+            write!(f, " + recordings {}", Size(self.recordings))?;
         }
         write!(f, " = {}", Size(self.total()))?;
         if self.least() < self.total() {

@@ -177,11 +177,27 @@ impl Model {
     }
 }
 
-/// Buffers of a decoder's pass, at most: four of the residual stream, three of attention, two of an MLP, seven
-/// of a mixture, four of the head, the tokens, and both projections where they cannot be gated at once.
-const BUFFERS: usize = 22;
+/// Buffers of a decoder's pass, at most: three of the residual stream, three of attention, two of an MLP, three of
+/// the head, the tokens, and both projections where they cannot be gated at once.
+const BUFFERS: usize = 13;
+/// Those of a mixture beside them: what is normed, two of the router, the routes, four of the experts.
+const MIXTURE_BUFFERS: usize = 8;
 /// Buffers of the encoder and the projector of pictures.
 const PICTURE_BUFFERS: usize = 12;
+
+/// Launches, copies and zeroings of a decoder's pass of few tokens, at most.
+fn steps(config: &Config) -> usize {
+    // Attention: its projections, three where one launch does not do, the output projection, and the norm behind it.
+    let attention = 6;
+    // An MLP: its gates, three where they cannot be gated at once, the other projection, the norm behind it. A mixture:
+    // three of the router, five of the experts, the norm.
+    let feed_forward = match config.moe {
+        None => 5,
+        Some(_) => 9,
+    };
+    // Embedding, an empty branch; norm, head, unused ids, the likeliest tokens.
+    config.num_hidden_layers * (attention + feed_forward) + 6
+}
 
 /// # Errors
 /// Heads that the kernels do not have.
@@ -221,7 +237,10 @@ fn on_device(
         let routes = experts::Routes::words(chunk, moe.experts) * size_of::<u32>();
         // Its two inputs are there at once; the activations have the larger one.
         let input = chunk * config.hidden_size * size_of::<f32>();
-        routes + input + config.num_hidden_layers * pieces(experts::load_bytes(moe.experts))
+        buffers(MIXTURE_BUFFERS)
+            + routes
+            + input
+            + config.num_hidden_layers * pieces(experts::load_bytes(moe.experts))
     });
     // Panels of packed rows are of 16: both projections of others are computed before the gate. The activations have
     // them; the result has memory of its own here.
@@ -233,6 +252,7 @@ fn on_device(
     let pictures = (options.pictures).on_device(config, format, context, plan.activations);
     Ok(MemoryPlan {
         weights,
+        recordings: Cuda::recordings_bytes(device, steps(config)),
         kv_cache: pieces(kv_cache),
         activations: plan.activations + pass + pieces(Cuda::bytes(heads, context)),
         pictures: match pictures {

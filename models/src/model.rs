@@ -8,7 +8,7 @@ use crate::quantize::{CACHE_FROM_BYTES, quantized};
 use crate::text::{Builtin, ChatTemplate, TextError, Tokenizer};
 use crate::transformer::Transformer;
 use crate::vision::{self, Vision};
-use crate::weights::{EMBED, HEAD, Role, Spec, Weights};
+use crate::weights::{EMBED, HEAD, Role, Spec, Weights, has_own_head};
 #[cfg(feature = "cuda")]
 use phidias_engine::backend::cuda::Resident;
 use phidias_engine::checkpoint::Checkpoint;
@@ -540,7 +540,7 @@ fn weight_bytes(config: &Config, checkpoint: &Checkpoint) -> WeightBytes {
     };
     WeightBytes {
         all: checkpoint.bytes(),
-        pageable: pageable(config, checkpoint.get(HEAD).is_some(), mapped),
+        pageable: pageable(config, has_own_head(config, checkpoint), mapped),
     }
 }
 

@@ -159,8 +159,7 @@ impl<B: Backend> Runner for Running<B> {
             };
             transformer.forward(ops, pass, workspace)?;
             if let Some(rows) = &group {
-                let hidden = workspace.hidden();
-                transformer.lm_head.forward(ops, hidden, within(rows), head);
+                transformer.logits(ops, workspace, within(rows), head);
                 if let Some(count) = candidates {
                     ops.candidates(&head.logits, count, &mut head.found);
                 }
@@ -195,10 +194,7 @@ impl<B: Backend> Runner for Running<B> {
         }
         for rows in groups {
             *known = rows.clone();
-            let hidden = workspace.hidden();
-            backend.enter(|ops| {
-                (transformer.lm_head).forward(ops, hidden, within(&rows), head);
-            })?;
+            backend.enter(|ops| transformer.logits(ops, workspace, within(&rows), head))?;
             hand_out(&rows, backend.read(&head.logits, read)?);
         }
         Ok(())

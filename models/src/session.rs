@@ -287,6 +287,7 @@ pub fn memory_plan(
         activations,
         scratch,
         pictures: pictures.held,
+        recordings: 0,
         context,
     })
 }
@@ -296,19 +297,20 @@ fn activation_bytes(c: &Config, format: WeightFormat, tokens: usize) -> usize {
     let input = |cols| Input::bytes_per_row(format.packed(), cols);
     let (hidden, inner) = (c.hidden_size, c.intermediate_size);
     let qkv = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim;
-    // x, normed, branch, heads; qkv. What is gated is counted by itself.
-    let floats = 4 * hidden + qkv;
+    // x, branch, heads; qkv. What is gated is counted by itself.
+    let floats = 3 * hidden + qkv;
     let gated = gated_rows(tokens, inner).saturating_mul(4 * inner);
     let inputs = 2 * input(hidden) + input(inner);
-    // The router's scores and its input; of each pick gated, the expert's output, and what its matrix takes.
+    // What is normed, the router's scores and its input; of each pick gated, the expert's output, and what its
+    // matrix takes.
     let experts = c.moe.map_or(0, |moe| {
         let pick = 4 * (inner + hidden) + input(inner.max(hidden));
-        4 * (moe.experts + hidden) + PICKS * pick
+        4 * (moe.experts + 2 * hidden) + PICKS * pick
     });
     (4 * floats + inputs + experts)
         .saturating_mul(tokens)
         .saturating_add(gated)
-        .saturating_add(LOGIT_ROWS * (4 * (c.vocab_size + hidden) + input(hidden)))
+        .saturating_add(LOGIT_ROWS * (4 * c.vocab_size + input(hidden)))
 }
 
 /// What a session is doing in a long prompt.

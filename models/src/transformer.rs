@@ -1,7 +1,7 @@
 //! The decoder: embedding, layers, norm, head.
 
 use crate::blocks::attention::{self, Attention};
-use crate::blocks::head::LmHead;
+use crate::blocks::head::{self, LmHead};
 use crate::blocks::mlp::{self, Mlp};
 use crate::blocks::moe::{self, LayerRouting, Moe};
 use crate::blocks::rope::Rope;
@@ -79,7 +79,7 @@ pub struct Transformer {
 pub struct Workspace<B: Backend> {
     /// The residual stream, `[tokens, hidden]`.
     x: B::Buffer,
-    /// The last norm's output.
+    /// A norm's output, where it is needed as it is.
     normed: B::Buffer,
     /// A norm's output as the next matrix takes it.
     input: B::Input,
@@ -108,12 +108,6 @@ impl<B: Backend> Default for Workspace<B> {
 }
 
 impl<B: Backend> Workspace<B> {
-    /// What the last pass gave: the rows after the last norm, `[tokens, hidden]`.
-    #[must_use]
-    pub fn hidden(&self) -> &B::Buffer {
-        &self.normed
-    }
-
     /// How tokens were spread over the experts of each layer since the last call; layers without experts
     /// have none.
     /// # Errors
@@ -216,8 +210,8 @@ impl Watch<'_> {
 pub struct Cancelled;
 
 impl Transformer {
-    /// Runs tokens through all layers; the result is [`Workspace::hidden`]. The cache must have room, and
-    /// its length is the caller's to change.
+    /// Runs tokens through all layers; what of the result is wanted, [`Transformer::logits`] gives. The cache must
+    /// have room, and its length is the caller's to change.
     /// # Errors
     /// [`Cancelled`], looked at between layers.
     pub fn forward<B: Backend>(
@@ -278,10 +272,27 @@ impl Transformer {
             }
             watch.see(ops, Point::MlpOut(l), &w.branch);
         }
-        ops.add_norm(&mut w.x, &w.branch, &self.norm, &mut w.normed);
-        watch.see(ops, Point::LayerOut(self.layers.len() - 1), &w.x);
-        watch.see(ops, Point::FinalNorm, &w.normed);
+        if watch.observe.is_some() {
+            // The head adds the last branch itself, to the rows that are wanted; who looks sees all of them.
+            let mut normed = B::Buffer::default();
+            ops.reshape(rows, self.embed_tokens.cols(), &mut w.normed);
+            ops.copy_rows(&w.x, 0..rows, &mut w.normed, 0);
+            ops.add_norm(&mut w.normed, &w.branch, &self.norm, &mut normed);
+            watch.see(ops, Point::LayerOut(self.layers.len() - 1), &w.normed);
+            watch.see(ops, Point::FinalNorm, &normed);
+        }
         Ok(())
+    }
+
+    /// The logits of some rows of the last pass, in `s.logits`: the last norm, and the head.
+    pub fn logits<B: Backend>(
+        &self,
+        ops: &impl Ops<B>,
+        w: &Workspace<B>,
+        rows: Range<usize>,
+        s: &mut head::Scratch<B>,
+    ) {
+        (self.lm_head).forward(ops, (&w.x, &w.branch), &self.norm, rows, s);
     }
 
     /// Bytes of weights that one token reads: every matrix once, of the experts those that it is given

@@ -79,6 +79,13 @@ pub(crate) fn ends(c: &Config) -> Vec<Spec> {
     specs
 }
 
+/// Whether the head is a tensor of its own. One that is tied to the embedding table is when it was packed; any
+/// other that a file of a tied model brings is not read, as in the reference implementation.
+pub(crate) fn has_own_head(c: &Config, checkpoint: &Checkpoint) -> bool {
+    let packed = |tensor: &Tensor| tensor.dtype().packed().is_some();
+    !c.tie_word_embeddings || checkpoint.get(HEAD).is_some_and(packed)
+}
+
 /// A checkpoint in which every tensor of a model was found, in its shape.
 #[derive(Clone, Copy, Debug)]
 pub struct Weights<'a> {
@@ -205,11 +212,12 @@ impl<'a> Weights<'a> {
         })
     }
 
-    /// The head, or the embedding table where it serves as one. (A tied head that was quantized stands
-    /// on its own in the prepacked file.)
+    /// The head, or the embedding table where it serves as one.
     fn lm_head(&self, c: &Config) -> Result<LmHead> {
-        let tied = c.tie_word_embeddings && self.checkpoint.get(HEAD).is_none();
-        let name = if tied { EMBED } else { HEAD };
+        let name = match has_own_head(c, self.checkpoint) {
+            true => HEAD,
+            false => EMBED,
+        };
         self.checkpoint
             .tensor(name, &[c.vocab_size, c.hidden_size])?;
         Ok(LmHead {

@@ -123,6 +123,7 @@ impl Seen<'_> {
                 "activations": plan.activations,
                 "scratch": plan.scratch,
                 "pictures": plan.pictures,
+                "recordings": plan.recordings,
                 "total": plan.total(),
                 "least": plan.least(),
                 "available": machine.memory_available,

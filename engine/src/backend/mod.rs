@@ -173,6 +173,17 @@ pub trait Ops<B: Backend> {
         out: &mut B::Input,
     );
 
+    /// The norm of some rows of `x + branch` as `w` takes them; `x` stays.
+    fn sum_norm_input(
+        &self,
+        x: &B::Buffer,
+        branch: &B::Buffer,
+        rows: Range<usize>,
+        norm: &Norm,
+        w: &Matrix,
+        out: &mut B::Input,
+    );
+
     /// Rows as `w` takes them.
     fn input(&self, x: &B::Buffer, w: &Matrix, out: &mut B::Input);
 

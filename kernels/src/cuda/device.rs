@@ -286,13 +286,16 @@ pub trait Device: Send + Sync + Debug {
     /// What it can do at most.
     fn limits(&self) -> Limits;
 
-    /// Bytes of memory that are free now.
+    /// Bytes of memory that are free now. What the device itself takes, kernels and all, is taken already.
     /// # Errors
     /// When the device is lost.
     fn free_memory(&self) -> Result<usize, DeviceError>;
 
     /// What memory is given out in: an allocation takes the next multiple of so many bytes.
     fn piece(&self) -> usize;
+
+    /// Bytes of its memory that a recording of so many launches, copies and zeroings takes, at most.
+    fn recording_bytes(&self, steps: usize) -> usize;
 
     /// `bytes` bytes, of any contents, at an address that is a multiple of 256; at least one.
     /// # Errors

@@ -3,7 +3,7 @@
 // Maths   those of the scalar kernels: `cpu/scalar/{mod, norm, activation}.rs` and
 //         `quant/src/activations.rs`
 //         embed          x[t] = multiplier * table[ids[t]]
-//         *_norm         x += branch; y = rms_norm(x) or layer_norm(x)
+//         *_norm         sum = x + branch; y = rms_norm(sum) or layer_norm(sum)
 //         input          y = x
 //         silu_mul       y[i] = up[i] * silu(gate[i]), a row of x is all gates, then all of `up`
 //         gegelu         gates at even places of x, what they are for at odd ones
@@ -211,26 +211,27 @@ struct Layer {
   }
 };
 
-// x += branch, if there is one, and the norm of x. A block has a row, and each thread its columns of it: what
-// it keeps in shared memory only it reads.
+// The norm of x + branch, or of x where there is none; the sum goes to `sum_to`, which may be x, or nowhere. A block
+// has a row, and each thread its columns of it: what it keeps in shared memory only it reads.
 template <class Norm, class To>
-__device__ __forceinline__ void add_norm(float* x, const float* branch, const float* weight, const float* bias, float eps, Output out) {
+__device__ __forceinline__ void
+sum_norm(const float* x, const float* branch, float* sum_to, const float* weight, const float* bias, float eps, Output out) {
   DYN_SHARED(float, row);  // [cols]
   __shared__ float parts[WARP];
   u32 cols = out.cols;
-  float* own = x + (u64)blockIdx.x * cols;
+  u64 own = (u64)blockIdx.x * cols;
   // Weights have been driven out of the second cache since the last token: they come while the kernel before ends.
   let_next_begin();
   F32x4 early[2] = {load4(weight, threadIdx.x * VALUES, cols), {0, 0, 0, 0}};
   if (bias) early[1] = load4(bias, threadIdx.x * VALUES, cols);
   await_previous();
   for (u32 at = threadIdx.x * VALUES; at < cols; at += blockDim.x * VALUES) {
-    F32x4 v = load4(own, at, cols);
+    F32x4 v = load4(x + own, at, cols);
     if (branch) {
-      F32x4 b = load4(branch + (u64)blockIdx.x * cols, at, cols);
+      F32x4 b = load4(branch + own, at, cols);
       v = {v.x + b.x, v.y + b.y, v.z + b.z, v.w + b.w};
-      store4(own, at, cols, v);
     }
+    if (sum_to) store4(sum_to + own, at, cols, v);
     store4(row, at, cols, v);
   }
   float mean = Norm::center(row, cols, parts);
@@ -263,9 +264,9 @@ __device__ __forceinline__ void add_norm(float* x, const float* branch, const fl
 
 #define NORM_KERNEL(NAME, NORM, TO)                                                                                    \
   extern "C" __global__ void __launch_bounds__(1024)                                                                   \
-  NAME(float* x, const float* branch, const float* weight, const float* bias, float eps, void* values, Head* heads,    \
-       u32 cols, u32 stride, i32 zero) {                                                                               \
-    add_norm<NORM, TO>(x, branch, weight, bias, eps, Output{values, heads, cols, stride, zero});                       \
+  NAME(const float* x, const float* branch, float* sum, const float* weight, const float* bias, float eps,             \
+       void* values, Head* heads, u32 cols, u32 stride, i32 zero) {                                                    \
+    sum_norm<NORM, TO>(x, branch, sum, weight, bias, eps, Output{values, heads, cols, stride, zero});                  \
   }
 #define NORM_KERNELS(NAME, NORM)             \
   NORM_KERNEL(NAME##_f32, NORM, Floats)      \

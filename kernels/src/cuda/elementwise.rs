@@ -145,6 +145,35 @@ pub fn add_norm<'m>(
     norm: Norm<'_>,
     out: impl Into<Output<'m>>,
 ) -> Result<(), DeviceError> {
+    let sum = branch.map(|_| x);
+    norm_of(device, x, branch, sum, norm, out.into())
+}
+
+/// The norm of each row of `x + branch` in `out`; `x` stays.
+/// # Errors
+/// When the launch fails.
+/// # Panics
+/// When a length does not fit.
+pub fn sum_norm<'m>(
+    device: &dyn Device,
+    x: Span<'_, f32>,
+    branch: Span<'_, f32>,
+    norm: Norm<'_>,
+    out: impl Into<Output<'m>>,
+) -> Result<(), DeviceError> {
+    norm_of(device, x, Some(branch), None, norm, out.into())
+}
+
+/// The norm of each row of `x`, or of `x + branch`, in `out`; what is normed also goes to `sum`, which is `x` or
+/// shares nothing with it.
+fn norm_of(
+    device: &dyn Device,
+    x: Span<'_, f32>,
+    branch: Option<Span<'_, f32>>,
+    sum: Option<Span<'_, f32>>,
+    norm: Norm<'_>,
+    out: Output<'_>,
+) -> Result<(), DeviceError> {
     let (names, weight, bias, eps) = match norm {
         Norm::Rms { weight, eps } => {
             let names = ["rms_norm_f32", "rms_norm_bf16", "rms_norm_i8"];
@@ -156,7 +185,7 @@ pub fn add_norm<'m>(
         }
     };
     let (rows, cols) = rows_of(x, weight.len(), "values to be normalised");
-    for (vector, what) in [(branch, "branch"), (bias, "bias")] {
+    for (vector, what) in [(branch, "branch"), (sum, "sum"), (bias, "bias")] {
         let expected = if what == "bias" {
             weight.len()
         } else {
@@ -169,11 +198,12 @@ pub fn add_norm<'m>(
     }
     aligned(x, cols);
     aligned(weight, cols);
-    let out = Target::new(device, out.into(), rows, cols);
+    let out = Target::new(device, out, rows, cols);
     let or_none = |span: Option<Span<'_, f32>>| span.map_or(Arg::Address(0), |s| s.on(device));
     let args = [
         x.on(device),
         or_none(branch),
+        or_none(sum),
         weight.on(device),
         or_none(bias),
         Arg::F32(eps),
@@ -189,8 +219,8 @@ pub fn add_norm<'m>(
         block: [threads, 1, 1],
         shared: cols as usize * size_of::<f32>(),
     };
-    // SAFETY: a block reads and writes row `blockIdx.x` of matrices that have so many, columns inside them,
-    // and vectors of `cols`; the results are as long as `Target` has checked.
+    // SAFETY: a block reads and writes row `blockIdx.x` of matrices that have so many, columns inside them, each
+    // thread its own, and vectors of `cols`; the results are as long as `Target` has checked.
     unsafe { launch(device, names[out.form], launch_of, &args) }
 }
 

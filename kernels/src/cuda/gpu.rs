@@ -24,6 +24,10 @@ const LEAST_CAPABILITY: u32 = 80;
 const OVERLAP_CAPABILITY: u32 = 90;
 /// What the driver takes memory in. Small allocations may share one: so much each is the most they take.
 const PIECE: usize = 2 << 20;
+/// What each step of a graph takes there: with 500, 1000 and 2000 kernels it was 64 KiB each, with a driver for CUDA
+/// 11.2 (a thread of NVIDIA's forum, "Increasing memory footprint with large task graphs"). Not measured with later
+/// ones.
+const GRAPH_STEP: usize = 64 << 10;
 /// Arguments that a kernel has at most.
 const MOST_ARGUMENTS: usize = 64;
 
@@ -177,6 +181,18 @@ impl Gpu {
         inner.load(capability, version, cache)?;
         Ok(Self(Arc::new(inner)))
     }
+
+    /// Has another library launch something in the device's queue, while the device is that of this thread.
+    /// # Errors
+    /// When the device is lost.
+    pub(super) fn launching<R>(
+        &self,
+        launch: impl FnOnce(sys::CUstream) -> R,
+    ) -> Result<R, DeviceError> {
+        let (_turn, stream) = self.0.enter()?;
+        *self.0.last.lock().unwrap_or_else(PoisonError::into_inner) = "of another library";
+        Ok(launch(stream))
+    }
 }
 
 /// The version of CUDA that the driver is for.
@@ -312,6 +328,9 @@ impl Inner {
             // blocks of the next kernel find no room beside those of this one.
             let divided = CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
             result::function::set_function_attribute(function, divided, 100)?;
+            // A driver may put that off to the first launch: the memory would look free until then, and a
+            // recording would have to wait for it.
+            sys::cuFuncLoad(function).result()?;
             Ok(function)
         }
     }
@@ -397,6 +416,10 @@ impl Device for Gpu {
 
     fn piece(&self) -> usize {
         PIECE
+    }
+
+    fn recording_bytes(&self, steps: usize) -> usize {
+        (steps * GRAPH_STEP).next_multiple_of(PIECE)
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64, DeviceError> {
@@ -723,11 +746,19 @@ fn hash(bytes: impl IntoIterator<Item = u8>) -> u64 {
     bytes.into_iter().fold(0xCBF2_9CE4_8422_2325, mix)
 }
 
-/// What a file has, if it is whole: it begins with a checksum.
+/// What a file has, if it is whole and was written under its name: it begins with [`checksum`]. The driver is not
+/// told how long code is, so it gets none that is not just as it was kept.
 fn kept(path: &Path) -> Option<Vec<u8>> {
     let file = std::fs::read(path).ok()?;
     let (sum, code) = file.split_first_chunk::<8>()?;
-    (hash(code.iter().copied()) == u64::from_le_bytes(*sum)).then(|| code.to_vec())
+    let whole = checksum(path, code) == u64::from_le_bytes(*sum);
+    (whole && !code.is_empty()).then(|| code.to_vec())
+}
+
+/// Of the file's name, which says what the code was made of, and of the code.
+fn checksum(path: &Path, code: &[u8]) -> u64 {
+    let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+    hash(name.iter().chain(&[0]).chain(code).copied())
 }
 
 /// Where the code of a source is kept.
@@ -786,7 +817,7 @@ fn keep(path: &Path, code: &[u8]) -> std::io::Result<()> {
     let folder = path.parent().unwrap_or(Path::new(""));
     std::fs::create_dir_all(folder)?;
     let mut file = tempfile::NamedTempFile::new_in(folder)?;
-    file.write_all(&hash(code.iter().copied()).to_le_bytes())?;
+    file.write_all(&checksum(path, code).to_le_bytes())?;
     file.write_all(code)?;
     file.persist(path)?;
     Ok(())
@@ -852,21 +883,82 @@ mod tests {
     fn compiled_code_is_kept_and_a_broken_file_is_made_anew() {
         let folder = tempfile::tempdir().expect("a folder");
         let inside = folder.path().join("not there yet");
-        let load = |folder, made| load(folder, Some("13.0"), Some(made));
-        assert_eq!(load(&inside, "one"), Ok("one".to_owned()));
+        let load = |made| load(&inside, Some("13.0"), Some(made));
+        assert_eq!(load("one"), Ok("one".to_owned()));
         // Nothing is compiled when it is in the file.
-        assert_eq!(load(&inside, "two"), Ok("one".to_owned()));
+        assert_eq!(load("two"), Ok("one".to_owned()));
         let path = inside.join(file_name("a.cu-sm_90", &["text"], "13.0"));
         let whole = std::fs::read(&path).expect("kept");
-        for broken in [&[] as &[u8], &whole[..5], &whole[..whole.len() - 1]] {
-            std::fs::write(&path, broken).expect("written");
-            assert_eq!(load(&inside, "one"), Ok("one".to_owned()));
-            assert_eq!(std::fs::read(&path).expect("kept"), whole);
+        let changed = |change: &dyn Fn(&mut Vec<u8>)| {
+            let mut file = whole.clone();
+            change(&mut file);
+            file
+        };
+        let broken = [
+            ("empty", Vec::new()),
+            ("a piece of a checksum", changed(&|file| file.truncate(5))),
+            ("a checksum alone", changed(&|file| file.truncate(8))),
+            ("no code", checksum(&path, &[]).to_le_bytes().to_vec()),
+            (
+                "one byte less",
+                changed(&|file| file.truncate(file.len() - 1)),
+            ),
+            ("one byte more", changed(&|file| file.push(0))),
+            ("eight bytes more", changed(&|file| file.extend([7; 8]))),
+            ("another byte", changed(&|file| file[8] ^= 1)),
+            ("another checksum", changed(&|file| file[0] ^= 1)),
+        ];
+        for (what, file) in broken {
+            std::fs::write(&path, file).expect("written");
+            assert_eq!(kept(&path), None, "{what}");
+            assert_eq!(load("one"), Ok("one".to_owned()), "{what}");
+            assert_eq!(std::fs::read(&path).expect("kept"), whole, "{what}");
         }
         // Nothing else is left in the folder.
         assert_eq!(std::fs::read_dir(&inside).expect("a folder").count(), 1);
-        // A folder that cannot be: a file is in its place.
-        assert_eq!(load(&path, "two"), Ok("two".to_owned()));
+    }
+
+    #[test]
+    fn code_of_another_text_is_not_taken_whatever_its_file_is_called() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = |text| folder.path().join(file_name("a.cu-sm_90", &[text], "13.0"));
+        let (own, other) = (path("text"), path("another text"));
+        keep(&other, b"other").expect("written");
+        let load = |made| load(folder.path(), Some("13.0"), made);
+        assert_eq!(load(None), Err(NO_COMPILER));
+        std::fs::copy(&other, &own).expect("copied");
+        assert_eq!(load(Some("one")), Ok("one".to_owned()));
+        assert_eq!(kept(&own).as_deref(), Some(&b"one"[..]));
+        assert_eq!(kept(&other).as_deref(), Some(&b"other"[..]));
+    }
+
+    #[test]
+    fn what_cannot_be_kept_is_done_without() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let name = file_name("a.cu-sm_90", &["text"], "13.0");
+        let made = |folder: &Path, compiler| load(folder, compiler, Some("one"));
+        // A folder in the place of the file: empty, and with something in it.
+        let in_place = folder.path().join(&name);
+        std::fs::create_dir(&in_place).expect("made");
+        for _ in 0..2 {
+            assert_eq!(made(folder.path(), Some("13.0")), Ok("one".to_owned()));
+            // Without a compiler's version files are looked for, and that one is none.
+            assert_eq!(load(folder.path(), None, None), Err(NO_COMPILER));
+            assert_eq!(std::fs::read_dir(&folder).expect("a folder").count(), 1);
+            let _ = std::fs::write(in_place.join("file"), "");
+        }
+        // Folders that cannot be: a file is in the place of one, or above it.
+        let file = in_place.join("file");
+        for place in [file.clone(), file.join("below")] {
+            assert_eq!(made(&place, Some("13.0")), Ok("one".to_owned()));
+            assert_eq!(load(&place, None, None), Err(NO_COMPILER));
+        }
+        // One that nobody may write to.
+        #[cfg(target_os = "linux")]
+        assert_eq!(
+            made(Path::new("/proc/phidias"), Some("13.0")),
+            Ok("one".to_owned())
+        );
     }
 
     #[test]

@@ -11,6 +11,7 @@
 pub mod attention;
 #[cfg(test)]
 mod check;
+pub mod cublas;
 mod device;
 pub mod elementwise;
 pub mod experts;

@@ -41,8 +41,9 @@ pub fn find() -> Result<(), DeviceError> {
     let found = FOUND.get_or_init(|| {
         // SAFETY: loading the library runs its start-up code, which is NVIDIA's; nothing is called.
         is_present()
-            || (toolkits(|name| std::env::var_os(name)).any(|folder| unsafe { load(&folder) })
-                && is_present())
+            || (in_a_toolkit(|folder| unsafe {
+                load(folder, ["libnvrtc-builtins.so", "libnvrtc.so"])
+            }) && is_present())
     });
     match found {
         true => Ok(()),
@@ -68,33 +69,35 @@ fn toolkits(var: impl Fn(&str) -> Option<OsString>) -> impl Iterator<Item = Path
         .flat_map(|toolkit| [toolkit.join("lib64"), toolkit.join("lib")])
 }
 
-/// Loads the compiler from a folder for as long as the process lives, so that it is found by its name
-/// afterwards. What it loads itself, the built-in functions, it would not find: they come first.
+/// Whether something is so of a folder of libraries of one of the toolkits that may be there.
+pub(super) fn in_a_toolkit(is_so: impl Fn(&Path) -> bool) -> bool {
+    toolkits(|name| std::env::var_os(name)).any(|folder| is_so(&folder))
+}
+
+/// Loads a library from a folder for as long as the process lives, so that it is found by its name
+/// afterwards. What it loads itself it would not find: that comes first.
 /// # Safety
 /// The folder is of a toolkit: its libraries run code when loaded.
-unsafe fn load(folder: &Path) -> bool {
+pub(super) unsafe fn load(folder: &Path, [needed, wanted]: [&str; 2]) -> bool {
     let Ok(entries) = std::fs::read_dir(folder) else {
         return false;
     };
     let mut names: Vec<_> = entries.flatten().map(|entry| entry.file_name()).collect();
     names.sort();
-    ["libnvrtc-builtins.so", "libnvrtc.so"]
-        .iter()
-        .all(|wanted| {
-            names.iter().any(|name| {
-                let is_wanted = name.to_str().is_some_and(|name| name.starts_with(wanted));
-                // SAFETY: promised by the caller.
-                let library =
-                    is_wanted.then(|| unsafe { libloading::Library::new(folder.join(name)) });
-                match library {
-                    Some(Ok(library)) => {
-                        std::mem::forget(library);
-                        true
-                    }
-                    Some(Err(_)) | None => false,
+    [needed, wanted].iter().all(|wanted| {
+        names.iter().any(|name| {
+            let is_wanted = name.to_str().is_some_and(|name| name.starts_with(wanted));
+            // SAFETY: promised by the caller.
+            let library = is_wanted.then(|| unsafe { libloading::Library::new(folder.join(name)) });
+            match library {
+                Some(Ok(library)) => {
+                    std::mem::forget(library);
+                    true
                 }
-            })
+                Some(Err(_)) | None => false,
+            }
         })
+    })
 }
 
 /// Its version, as CUDA numbers them: `13.0`.

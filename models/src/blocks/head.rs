@@ -1,10 +1,10 @@
 //! The head: from hidden states to logits.
 
-use phidias_engine::backend::{Backend, Ops};
+use phidias_engine::backend::{Backend, Norm, Ops};
 use phidias_engine::tensor::Linear;
 use std::ops::Range;
 
-/// `logits = hidden weight^T / divisor`
+/// `logits = norm(hidden) weight^T / divisor`
 #[derive(Clone, Debug)]
 pub struct LmHead {
     /// `[vocab, hidden]`
@@ -18,7 +18,6 @@ pub struct LmHead {
 /// What the head works with, kept from pass to pass.
 #[derive(Debug)]
 pub struct Scratch<B: Backend> {
-    rows: B::Buffer,
     input: B::Input,
     /// `[rows, vocab]`, the last result.
     pub logits: B::Buffer,
@@ -29,7 +28,6 @@ pub struct Scratch<B: Backend> {
 impl<B: Backend> Default for Scratch<B> {
     fn default() -> Self {
         Self {
-            rows: B::Buffer::default(),
             input: B::Input::default(),
             logits: B::Buffer::default(),
             found: B::Candidates::default(),
@@ -38,17 +36,16 @@ impl<B: Backend> Default for Scratch<B> {
 }
 
 impl LmHead {
-    /// The logits of some rows of the hidden states, in `s.logits`.
+    /// The logits of some rows of the hidden states, `x + branch`, in `s.logits`. Only those rows meet the norm.
     pub fn forward<B: Backend>(
         &self,
         ops: &impl Ops<B>,
-        hidden: &B::Buffer,
+        (x, branch): (&B::Buffer, &B::Buffer),
+        norm: &Norm,
         rows: Range<usize>,
         s: &mut Scratch<B>,
     ) {
-        ops.reshape(rows.len(), self.linear.weight.cols(), &mut s.rows);
-        ops.copy_rows(hidden, rows, &mut s.rows, 0);
-        ops.input(&s.rows, &self.linear.weight, &mut s.input);
+        ops.sum_norm_input(x, branch, rows, norm, &self.linear.weight, &mut s.input);
         ops.linear(&self.linear, &s.input, &mut s.logits);
         ops.finish_logits(self.divisor, &self.unused, &mut s.logits);
     }

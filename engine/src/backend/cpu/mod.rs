@@ -202,6 +202,52 @@ impl CpuOps<'_> {
         }
     }
 
+    /// The norm of some rows of `x + branch` as `w` takes them; `x` stays.
+    /// # Panics
+    /// When the shapes differ, or there are no such rows.
+    pub fn sum_norm_input(
+        &self,
+        x: &Buffer,
+        branch: &Buffer,
+        rows: Range<usize>,
+        norm: &Norm,
+        w: &Matrix,
+        out: &mut Input,
+    ) {
+        let (kernels, cols) = (self.kernels, x.cols());
+        assert_same_shape(x, branch);
+        assert_columns(cols, w);
+        out.reshape(w, rows.len());
+        let [x, branch] = [x, branch].map(|x| &x.data()[rows.start * cols..rows.end * cols]);
+        let norm_of = |x: &[f32], branch: &[f32], y: &mut [f32]| {
+            let mut sum = x.to_vec();
+            add(&mut sum, branch);
+            norm.apply(kernels, &sum, y);
+        };
+        match &mut out.kind {
+            InputKind::Floats(y) => {
+                let parts = (x.chunks_exact(cols))
+                    .zip(branch.chunks_exact(cols))
+                    .zip(y.data_mut().chunks_exact_mut(cols));
+                (self.team).each_part(parts.collect(), |((x, branch), y)| norm_of(x, branch, y));
+            }
+            InputKind::Quantized(quantized) => {
+                let parts = (quantized.tiles_mut())
+                    .zip(x.chunks(TILE * cols))
+                    .zip(branch.chunks(TILE * cols));
+                self.team
+                    .each_part(parts.collect(), |((mut tile, x), branch)| {
+                        let mut row = vec![0.0; cols];
+                        let rows = x.chunks_exact(cols).zip(branch.chunks_exact(cols));
+                        for (r, (x, branch)) in rows.enumerate() {
+                            norm_of(x, branch, &mut row);
+                            kernels.quantize(&row, &mut tile, r);
+                        }
+                    });
+            }
+        }
+    }
+
     /// Rows as `w` takes them.
     /// # Panics
     /// When `x` has not as many columns as `w`.
@@ -312,6 +358,18 @@ impl Ops<Cpu> for CpuOps<'_> {
         out: &mut Input,
     ) {
         self.add_norm_input(x, branch, norm, w, out);
+    }
+
+    fn sum_norm_input(
+        &self,
+        x: &Buffer,
+        branch: &Buffer,
+        rows: Range<usize>,
+        norm: &Norm,
+        w: &Matrix,
+        out: &mut Input,
+    ) {
+        self.sum_norm_input(x, branch, rows, norm, w, out);
     }
 
     fn input(&self, x: &Buffer, w: &Matrix, out: &mut Input) {

@@ -17,7 +17,8 @@
 //! is needed; records them the second time; and from then on launches the recording as a whole. The model
 //! is still gone through, so that shapes are what they always are; its operations only do not launch
 //! anything. A recording holds addresses: when a buffer of the session is moved because it grows, all
-//! recordings are forgotten.
+//! recordings are forgotten. They take memory of the device, which is planned: at most `RECORDINGS` are kept, and
+//! the one that was done longest ago makes room.
 
 mod buffers;
 mod cache;
@@ -51,6 +52,9 @@ use weights::failed;
 /// guesses.
 const FEW_TOKENS: usize = 8;
 
+/// Recordings of a session at most: a step and those with up to seven guesses, each in one way.
+const RECORDINGS: usize = 8;
+
 /// A device as one session sees it.
 pub struct Cuda {
     resident: Arc<Resident>,
@@ -66,6 +70,8 @@ struct State {
     /// What failed outside of any pass.
     error: Option<DeviceError>,
     passes: HashMap<usize, Pass>,
+    /// How many recorded passes were done.
+    done: u64,
     /// Both projections of an MLP where they cannot be gated at once.
     both: Rows,
 }
@@ -74,8 +80,37 @@ struct State {
 enum Pass {
     /// It was done once, and its buffers are there.
     Known,
-    /// What it launches, and how much that is.
-    Recorded(Box<dyn Recording>, usize),
+    /// What it launches.
+    Recorded(Recorded),
+}
+
+struct Recorded {
+    recording: Box<dyn Recording>,
+    /// Operations that it stands for.
+    count: usize,
+    /// Its turn among the recorded passes that were done.
+    last: u64,
+}
+
+impl State {
+    /// The next turn of a recorded pass.
+    fn turn(&mut self) -> u64 {
+        self.done += 1;
+        self.done
+    }
+
+    /// Makes room for one recording more. What gave room is recorded again when it comes again: its buffers are there.
+    fn make_room(&mut self) {
+        let recorded = self.passes.values_mut().filter_map(|pass| match pass {
+            Pass::Known => None,
+            Pass::Recorded(recorded) => Some((recorded.last, pass)),
+        });
+        let mut recorded: Vec<_> = recorded.collect();
+        recorded.sort_by_key(|(last, _)| std::cmp::Reverse(*last));
+        for (_, pass) in recorded.into_iter().skip(RECORDINGS - 1) {
+            *pass = Pass::Known;
+        }
+    }
 }
 
 impl fmt::Debug for Cuda {
@@ -119,6 +154,12 @@ impl Cuda {
     #[must_use]
     pub fn pass_bytes(heads: Heads, tokens: usize, rows: usize) -> usize {
         DeviceTokens::bytes(tokens, heads.head_dim / 2) + DeviceCandidates::bytes(rows, MOST)
+    }
+
+    /// Bytes of the recordings that a session keeps, of passes of up to so many steps: launches, copies, zeroings.
+    #[must_use]
+    pub fn recordings_bytes(device: &dyn Device, steps: usize) -> usize {
+        RECORDINGS * device.recording_bytes(steps)
     }
 
     /// What of `heads` the kernels cannot take, and what they expect.
@@ -269,14 +310,16 @@ impl Backend for Cuda {
                 result
             }
             Some(Pass::Known) => self.record(state, key, work),
-            Some(Pass::Recorded(recording, count)) => {
+            Some(Pass::Recorded(mut recorded)) => {
                 let result = self.run(state, false, work);
                 result.and_then(|(result, done)| {
                     if result.is_ok() {
-                        assert_eq!(done.count, count, "launches of a pass that was recorded");
-                        recording.replay()?;
+                        let count = recorded.count;
+                        assert_eq!(done.count, count, "operations of a pass that was recorded");
+                        recorded.recording.replay()?;
+                        recorded.last = state.turn();
                     }
-                    state.passes.insert(key, Pass::Recorded(recording, count));
+                    state.passes.insert(key, Pass::Recorded(recorded));
                     Ok(result)
                 })
             }
@@ -293,6 +336,7 @@ impl Cuda {
         key: usize,
         work: impl FnOnce(&CudaOps<'_>) -> Result<R, E>,
     ) -> Result<Result<R, E>, DeviceError> {
+        state.make_room();
         let (mut work, mut result) = (Some(work), None);
         let recording = self.device().record(&mut || {
             let work = work.take().expect("one call");
@@ -302,9 +346,12 @@ impl Cuda {
         let (result, done) = result.expect("work that was called");
         if result.is_ok() {
             recording.replay()?;
-            state
-                .passes
-                .insert(key, Pass::Recorded(recording, done.count));
+            let recorded = Recorded {
+                recording,
+                count: done.count,
+                last: state.turn(),
+            };
+            state.passes.insert(key, Pass::Recorded(recorded));
         }
         Ok(result)
     }
@@ -434,6 +481,23 @@ impl Ops<Cuda> for CudaOps<'_> {
         self.run(|device, resident| {
             let (norm, branch) = (resident.norm(norm), Some(branch.span()));
             elementwise::add_norm(device, x.span(), branch, norm, out.activations())
+        });
+    }
+
+    fn sum_norm_input(
+        &self,
+        x: &Rows,
+        branch: &Rows,
+        rows: Range<usize>,
+        norm: &Norm,
+        w: &Matrix,
+        out: &mut DeviceInput,
+    ) {
+        self.shape(out, w, rows.len());
+        self.run(|device, resident| {
+            let [x, branch] = [x, branch].map(|x| x.slice(rows.clone()));
+            let norm = resident.norm(norm);
+            elementwise::sum_norm(device, x, branch, norm, out.activations())
         });
     }
 

@@ -5,9 +5,10 @@ use super::{Random, U, each_device};
 use crate::cpu::{Isa, Kernels};
 use crate::cuda::elementwise::{
     Activation, Norm, Output, activate, add_norm, embed, finish_logits, gegelu, input, silu_mul,
+    sum_norm,
 };
 use crate::cuda::linear::{Elements, Layout, Weights};
-use crate::cuda::{Activations, Device, DeviceError, Form, Head, Memory};
+use crate::cuda::{Activations, Device, DeviceError, Form, Head, Memory, Span};
 use phidias_quant::activations::{self, Activations as Tiles};
 use phidias_quant::packed::{PANEL_ROWS, pack_panel};
 use phidias_quant::{AlignedBytes, BLOCK, Format, Packed, PackedLayout, bf16, f16};
@@ -296,6 +297,9 @@ fn norms_are_those_of_the_cpu() {
                     }
                 };
                 assert_close(&got, &want, bound);
+                if let Some(branch) = branch {
+                    some_rows_of_the_sum(device, shape, &values, branch, norm)?;
+                }
                 // A row alone has the bits that it has beside others.
                 let last = (rows - 1) * cols..;
                 let alone = Memory::from_slice(device, &before[last.clone()])?;
@@ -305,6 +309,49 @@ fn norms_are_those_of_the_cpu() {
         }
         Ok(())
     });
+}
+
+/// What the head does in one launch: the bits that come of adding, the norm, a copy of some rows, and their shaping,
+/// and the rows stay.
+fn some_rows_of_the_sum(
+    device: &Arc<dyn Device>,
+    (rows, cols): (usize, usize),
+    values: &[f32],
+    branch: Span<'_, f32>,
+    norm: Norm<'_>,
+) -> Result<(), DeviceError> {
+    let normed = Memory::from_slice(device, values)?;
+    add_norm(
+        &**device,
+        normed.span(),
+        Some(branch),
+        norm,
+        normed.span::<f32>(),
+    )?;
+    let x = Memory::from_slice(device, values)?;
+    for of in [0..rows, rows - 1..rows, 0..1, rows / 2..rows] {
+        let part = of.start * cols..of.end * cols;
+        let copy = Memory::new(device, part.len() * size_of::<f32>())?;
+        (normed.span::<f32>().slice(part.clone())).copy_to(copy.span())?;
+        for form in [
+            Form::F32,
+            Form::Bf16,
+            Form::Quantized { zero: 8 },
+            Form::Quantized { zero: 128 },
+        ] {
+            let bytes = form.bytes(of.len(), cols);
+            let [one, four] = [Memory::zeroed(device, bytes), Memory::zeroed(device, bytes)];
+            let (one, four) = (one?, four?);
+            let place = |memory| form.place(Memory::span(memory), of.len(), cols);
+            let (of_x, of_branch) = (x.span().slice(part.clone()), branch.slice(part.clone()));
+            sum_norm(&**device, of_x, of_branch, norm, place(&one))?;
+            input(&**device, copy.span(), cols, place(&four))?;
+            let (one, four) = (one.span::<u8>().to_vec()?, four.span::<u8>().to_vec()?);
+            assert!(one == four, "rows {of:?} of {rows} x {cols} as {form:?}");
+        }
+    }
+    assert_same(&x.span::<f32>().to_vec()?, values);
+    Ok(())
 }
 
 #[test]

@@ -60,6 +60,8 @@ pub struct HostMemory {
     pub bytes: usize,
     /// What it is given out in.
     pub piece: usize,
+    /// What a recording takes for each of its steps.
+    pub recorded: usize,
 }
 
 /// What was copied between the host and a device.
@@ -113,7 +115,12 @@ impl HostDevice {
     /// [`DeviceError::Host`] where there is no C++ compiler. Its name is taken from `CXX`, if set.
     pub fn new(order: Order) -> Result<Self, DeviceError> {
         let bytes = LIMITS.memory;
-        Self::with_memory(order, HostMemory { bytes, piece: 1 })
+        let memory = HostMemory {
+            bytes,
+            piece: 1,
+            recorded: 0,
+        };
+        Self::with_memory(order, memory)
     }
 
     /// The same with other memory.
@@ -186,6 +193,15 @@ impl Inner {
         Ok(())
     }
 
+    fn out_of_memory(&self, state: &State, asked: usize) -> DeviceError {
+        let total = self.memory.bytes;
+        DeviceError::OutOfMemory {
+            asked,
+            free: total - state.used,
+            total,
+        }
+    }
+
     fn free_now(&self, address: u64) {
         let mut state = self.state();
         let bytes = state.allocations.remove(&address).expect("an allocation");
@@ -251,18 +267,19 @@ impl Device for HostDevice {
         self.0.memory.piece
     }
 
+    fn recording_bytes(&self, steps: usize) -> usize {
+        let HostMemory {
+            piece, recorded, ..
+        } = self.0.memory;
+        (steps * recorded).next_multiple_of(piece)
+    }
+
     fn allocate(&self, bytes: usize) -> Result<u64, DeviceError> {
         let _turn = self.0.turns.unrecorded("an allocation")?;
         let mut state = self.0.state();
-        let total = self.0.memory.bytes;
-        let free = total - state.used;
-        let out_of_memory = DeviceError::OutOfMemory {
-            asked: bytes,
-            free,
-            total,
-        };
+        let out_of_memory = self.0.out_of_memory(&state, bytes);
         let taken = bytes.next_multiple_of(self.0.memory.piece);
-        if taken > free {
+        if taken > self.0.memory.bytes - state.used {
             return Err(out_of_memory);
         }
         let layout = layout(bytes);
@@ -339,11 +356,23 @@ impl Device for HostDevice {
         let mut recording = Recorded {
             device: Arc::clone(&self.0),
             work: Vec::new(),
+            bytes: 0,
         };
         let open = Open::new(&self.0);
         let result = work();
         recording.work = open.end();
-        result.map(|()| Box::new(recording) as Box<dyn Recording>)
+        result?;
+        let bytes = self.recording_bytes(recording.work.len());
+        let mut state = self.0.state();
+        if bytes > self.0.memory.bytes - state.used {
+            let refused = self.0.out_of_memory(&state, bytes);
+            // Dropping the recording asks for the state.
+            drop(state);
+            return Err(refused);
+        }
+        state.used += bytes;
+        recording.bytes = bytes;
+        Ok(Box::new(recording))
     }
 
     fn seconds(
@@ -381,6 +410,8 @@ impl Drop for Open<'_> {
 struct Recorded {
     device: Arc<Inner>,
     work: Vec<Work>,
+    /// Of the device's memory.
+    bytes: usize,
 }
 
 impl Recording for Recorded {
@@ -397,6 +428,7 @@ impl Recording for Recorded {
 
 impl Drop for Recorded {
     fn drop(&mut self) {
+        self.device.state().used -= self.bytes;
         for address in self.device.deferred.end() {
             self.device.free_now(address);
         }
