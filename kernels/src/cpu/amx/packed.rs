@@ -360,8 +360,7 @@ fn unpack<const LINES: usize>(
         let block = panel.block::<LINES>(b);
         for line in block.quants {
             let line = line.as_ptr().cast::<i8>().wrapping_add(ahead);
-            // SAFETY: SSE is part of x86-64, and the instruction reads nothing.
-            unsafe { _mm_prefetch::<_MM_HINT_T1>(line) };
+            _mm_prefetch::<_MM_HINT_T1>(line);
         }
         for (g, lines) in tile.as_chunks_mut::<4>().0.iter_mut().enumerate() {
             // SAFETY: a line is 64 bytes; the load needs no alignment.
