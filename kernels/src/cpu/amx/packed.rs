@@ -398,8 +398,8 @@ fn nibbles(line: __m512i) -> [__m512i; 4] {
     let weights = unsafe { _mm512_loadu_si512(WEIGHTS.as_ptr().cast()) };
     std::array::from_fn(|j| {
         // Of byte j of each row, the bits from 0 on to its lower half and those from 4 on to its upper.
-        let row = (8 * j | (8 * j + 4) << 16) as i64;
-        let from = _mm512_set1_epi64(row | (row + 0x20_0020) << 32);
+        let row = ((8 * j) | ((8 * j + 4) << 16)) as i64;
+        let from = _mm512_set1_epi64(row | ((row + 0x20_0020) << 32));
         _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(from, line), weights)
     })
 }
