@@ -5,9 +5,9 @@
 //! Maths   P[t, r] = sum over the 32 columns of a block of (sx[t] * a[t, i]) * (u[r, i] - zero)
 //!         y[t, r] += sw[r] * P[t, r], block after block, fused
 //! Layout  of tiles, 16 lines of 64 bytes:
-//!         16 tokens, one block   line t   | a[t, 0] a[t, 16] a[t, 1] a[t, 17] ... a[t, 31] |      bf16, scaled
-//!         16 rows, one block     line k   | w[0, k] w[0, k + 16] w[1, k] ... w[15, k + 16] | bf16
-//!         products               line t   | P[t, 0] ... P[t, 15] |                            f32
+//!         16 tokens, one block   line t   | a[t, 0] a[t, 16] a[t, 1] a[t, 17] ... a[t, 31] |   bf16, scaled
+//!         16 rows, one block     line k   | w[0, k] w[0, k + 16] w[1, k] ... w[15, k + 16] |   bf16
+//!         products               line t   | P[t, 0] ... P[t, 15] |                             f32
 //!
 //! `tdpbf16ps` multiplies two tiles of bf16 and sums in f32. Scales change with every block of 32 columns, so one
 //! instruction is all that can be summed in a tile. Its products go through memory, where one fused
@@ -227,9 +227,9 @@ struct Job {
     w: usize,
 }
 
-/// The products of a piece for every job, added to the sums of that number, or to nothing where they are `new`, block
-/// after block. While the first
-/// three blocks of a job are multiplied, the last three of the one before are added.
+/// The products of a piece for every job, added to the sums of that number, or to nothing where they are `new`,
+/// block after block. While the first three blocks of a job are multiplied, the last three of the one before are
+/// added.
 #[target_feature(enable = "avx512f")]
 fn multiply(
     jobs: &[Job],
