@@ -244,6 +244,13 @@ impl<'a> Panel<'a> {
         self.blocks
     }
 
+    /// Bytes from its beginning to that of the next panel.
+    #[inline(always)]
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        size_of_val(self.lines)
+    }
+
     /// Block `b` of a panel in the format of `LINES`.
     /// # Panics
     /// When it has fewer.

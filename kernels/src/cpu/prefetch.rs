@@ -39,6 +39,7 @@
 //! With the scales of a panel before all of its quants, as the packed order was once, nothing of this helped:
 //! 0.46 of plain reading with one panel, 0.70 with four panels side by side, two cores and one alike.
 
+use phidias_quant::packed::Panel;
 use std::arch::x86_64::*;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -78,25 +79,54 @@ pub(super) const RUNS: usize = 4;
 /// It may belong to other weights, or to nothing at their end: a prefetch never faults.
 #[inline(always)]
 pub(super) fn ahead<const T: usize, const LINES: usize>(b: usize, quants: &[[u8; LINE]; LINES]) {
-    let ahead = |line: &[u8; LINE], by: usize| line.as_ptr().cast::<i8>().wrapping_add(by);
     // A line of nibbles has two groups of columns.
     if T * 8 / LINES > FEW || !HARDWARE.load(Ordering::Relaxed) {
-        // The line of scales stands before the quants of two blocks.
-        if several_runs() && b.is_multiple_of(2) {
-            let scales = ahead(&quants[0], NEAR - LINE);
-            // SAFETY: SSE is part of x86-64, and the instruction reads nothing.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(scales) };
-        }
-        for line in quants {
-            // SAFETY: SSE is part of x86-64, and the instruction reads nothing.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead(line, NEAR)) };
-        }
+        each_line(b, quants, 0);
         return;
     }
     // Of two blocks and their line of scales, one begins in the first bytes of each page.
     let pair = (2 * LINES + 1) * LINE;
     if b.is_multiple_of(2) && quants.as_ptr().addr() % PAGE < pair {
-        // SAFETY: as above.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(ahead(&quants[0], FAR)) };
+        let far = after(&quants[0], FAR);
+        // SAFETY: SSE is part of x86-64, and the instruction reads nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(far) };
     }
+}
+
+/// The same for one token and one of [`RUNS`] panels that are read together: behind its last blocks lies what is being
+/// read already, and what comes next behind that.
+#[inline(always)]
+pub(super) fn ahead_of_runs<const LINES: usize>(
+    b: usize,
+    panel: Panel<'_>,
+    quants: &[[u8; LINE]; LINES],
+) {
+    let last = panel.blocks().saturating_sub(NEAR / (LINES * LINE));
+    let others = if b < last {
+        0
+    } else {
+        (RUNS - 1) * panel.bytes()
+    };
+    each_line(b, quants, others);
+}
+
+/// Asks for each line, [`NEAR`] and `more` bytes behind those of block `b`.
+#[inline(always)]
+fn each_line<const LINES: usize>(b: usize, quants: &[[u8; LINE]; LINES], more: usize) {
+    // The line of scales stands before the quants of two blocks.
+    if several_runs() && b.is_multiple_of(2) {
+        let scales = after(&quants[0], NEAR + more - LINE);
+        // SAFETY: SSE is part of x86-64, and the instruction reads nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(scales) };
+    }
+    for line in quants {
+        // SAFETY: as above.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(after(line, NEAR + more)) };
+    }
+}
+
+/// What lies so many bytes behind a line.
+#[inline(always)]
+fn after(line: &[u8; LINE], bytes: usize) -> *const i8 {
+    line.as_ptr().cast::<i8>().wrapping_add(bytes)
 }

@@ -232,7 +232,7 @@ macro_rules! packed_256 {
                 for p in 0..RUNS {
                     for b in first..(first + together(LINES)).min(quants.len()) {
                         let block = panels[p].block::<LINES>(b);
-                        prefetch::ahead::<1, LINES>(b, block.quants);
+                        prefetch::ahead_of_runs(b, panels[p], block.quants);
                         let (a, start) = (&[quants[b]], &[x.starts[b]]);
                         let magic = &[x.magics[b]];
                         let [products]: [[__m256; PARTS]; 1] = match LINES {
