@@ -608,6 +608,42 @@ fn gemm_packed_does_not_hide_a_nan() {
     }
 }
 
+/// What the vendor of the CPU decides, several panels together or each alone, is a matter of speed: both give what a
+/// panel alone gives, with every number of tokens that has a loop of its own.
+#[test]
+fn gemm_packed_of_panels_together_is_that_of_each_alone() {
+    for k in tables() {
+        let mut random = Random(23);
+        for format in FORMATS {
+            for (rows, cols) in [(70, 97), (130, 64), (9 * 16, 3072)] {
+                let w = Weights::new(format, rows, cols, &random.values(rows * cols, 1.0));
+                let all = random.values(20 * cols, 1.0);
+                for n in (1..=20).filter(|n| cols < 100 || n % 3 == 0) {
+                    let x = activations(format, &all[..n * cols], n, cols);
+                    let mut alone = vec![f32::NAN; n * rows];
+                    let mut rest = ColsMut::new(&mut alone, n, rows);
+                    for p in 0..w.layout.panels() {
+                        let width = PANEL_ROWS.min(rows - p * PANEL_ROWS);
+                        let (panel, others) = rest.split_at(width);
+                        k.gemm_packed(w.view(), p..p + 1, &x, panel);
+                        rest = others;
+                    }
+                    for several in [true, false] {
+                        #[cfg(target_arch = "x86_64")]
+                        super::prefetch::choose(several);
+                        let together = gemm_packed(k, w.view(), &x);
+                        assert!(
+                            bits(&together) == bits(&alone),
+                            "{} {format:?} {rows} x {cols}, {n} tokens, {several}",
+                            k.isa()
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// Tiles change how the products of a block are made, not what they are: the results are those of AVX-512, bit for
 /// bit, for few tokens and many, whatever the scales.
 #[test]

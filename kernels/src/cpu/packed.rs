@@ -34,11 +34,18 @@ macro_rules! packed_gemm {
 }
 pub(super) use packed_gemm;
 
+/// Blocks of a panel that are multiplied before some of the next one's, where panels are read together: nibbles of two
+/// stay with their line of scales (one token: 16.0 GB/s instead of 15.3; bytes: 15.9 instead of 16.3).
+#[cfg(target_arch = "x86_64")]
+pub(super) const fn blocks_in_turn(lines: usize) -> usize {
+    if lines == 4 { 2 } else { 1 }
+}
+
 /// `gemm` for [`packed_gemm`], some tokens at a time.
 ///
-/// Where it stands there must be `tokens::<T, LINES>(panel, tile, first)`, the products `[[f32; 16]; T]` of a panel
-/// with the tokens `first .. first + T` of a tile, for the numbers `$t` of tokens, which go up one by one
-/// from 1, and `side_by_side::<LINES>(panels, tile)`, those of some panels that are read together with the only token.
+/// Where it stands there must be `tokens::<T, LINES, R>(panels, tile, first)`, the products `[[[f32; 16]; T]; R]` of `R`
+/// panels, read together, with the tokens `first .. first + T` of a tile, for the numbers `$t` of tokens, which go up one
+/// by one from 1.
 #[cfg(target_arch = "x86_64")]
 macro_rules! by_tokens {
     ($features:literal, $($t:literal)+) => {
@@ -59,20 +66,52 @@ macro_rules! by_tokens {
             }
             for tiles in (0..x.tiles()).step_by(TOKENS / TILE) {
                 let tiles = tiles..(tiles + TOKENS / TILE).min(x.tiles());
-                for (i, p) in panels.clone().enumerate() {
-                    let panel = w.panel(p);
-                    for t in tiles.clone() {
-                        let tile = x.tile(t);
-                        for first in (0..tile.rows).step_by(AT_ONCE) {
-                            let at = (t * TILE + first, i * PANEL_ROWS);
-                            match (tile.rows - first).min(AT_ONCE) {
-                                $($t => put(&tokens::<$t, LINES>(panel, tile, first), at, &mut y),)+
-                                _ => unreachable!("a token is left"),
+                let mut left = panels.clone();
+                while !left.is_empty() {
+                    // Several panels are read with the first tokens, then each meets the others.
+                    let column = (left.start - panels.start) * PANEL_ROWS;
+                    let (some, met) = match several::<AT_ONCE>(w, &left, x.tile(tiles.start)) {
+                        Some(some) => {
+                            let first = tokens::<AT_ONCE, LINES, RUNS>(some, x.tile(tiles.start), 0);
+                            for (i, sums) in first.iter().enumerate() {
+                                put(sums, (tiles.start * TILE, column + i * PANEL_ROWS), &mut y);
+                            }
+                            (RUNS, AT_ONCE)
+                        }
+                        None => (1, 0),
+                    };
+                    for i in 0..some {
+                        let panel = w.panel(left.start + i);
+                        for t in tiles.clone() {
+                            let tile = x.tile(t);
+                            let met = if t == tiles.start { met } else { 0 };
+                            for first in (met..tile.rows).step_by(AT_ONCE) {
+                                let at = (t * TILE + first, column + i * PANEL_ROWS);
+                                match (tile.rows - first).min(AT_ONCE) {
+                                    $($t => {
+                                        let [sums] = tokens::<$t, LINES, 1>([panel], tile, first);
+                                        put(&sums, at, &mut y);
+                                    })+
+                                    _ => unreachable!("a token is left"),
+                                }
                             }
                         }
                     }
+                    left.start += some;
                 }
             }
+        }
+
+        /// The panels that are to be read together with the first `T` tokens of a tile, if they are.
+        #[target_feature(enable = $features)]
+        #[inline]
+        fn several<'w, const T: usize>(
+            w: Packed<'w>,
+            left: &Range<usize>,
+            tile: Tile<'_>,
+        ) -> Option<[Panel<'w>; RUNS]> {
+            let several = prefetch::several_runs() && left.len() >= RUNS && tile.rows >= T;
+            several.then(|| std::array::from_fn(|i| w.panel(left.start + i)))
         }
 
         /// Panels times the `T` tokens of a tile, which are all there are.
@@ -84,21 +123,29 @@ macro_rules! by_tokens {
             x: Tile<'_>,
             y: &mut ColsMut<'_>,
         ) {
-            let mut rest = panels.clone();
-            let mut put = |p: usize, sums: &[_]| {
-                put(sums, (0, (p - panels.start) * PANEL_ROWS), y);
-            };
-            if T == 1 && prefetch::several_runs() {
-                while rest.len() >= RUNS {
-                    let four: [_; RUNS] = std::array::from_fn(|i| w.panel(rest.start + i));
-                    for sums in side_by_side::<LINES>(four, x) {
-                        put(rest.start, &[sums]);
-                        rest.start += 1;
-                    }
-                }
+            let mut left = panels.clone();
+            if prefetch::several_runs() {
+                together::<T, LINES, RUNS>(w, &panels, &mut left, x, y);
             }
-            for p in rest {
-                put(p, &tokens::<T, LINES>(w.panel(p), x, 0));
+            together::<T, LINES, 1>(w, &panels, &mut left, x, y);
+        }
+
+        /// Takes panels, `R` at a time, of those that are left of `panels`.
+        #[target_feature(enable = $features)]
+        #[inline]
+        fn together<const T: usize, const LINES: usize, const R: usize>(
+            w: Packed<'_>,
+            panels: &Range<usize>,
+            left: &mut Range<usize>,
+            x: Tile<'_>,
+            y: &mut ColsMut<'_>,
+        ) {
+            while left.len() >= R {
+                let some: [_; R] = std::array::from_fn(|i| w.panel(left.start + i));
+                for sums in tokens::<T, LINES, R>(some, x, 0) {
+                    put(&sums, (0, (left.start - panels.start) * PANEL_ROWS), y);
+                    left.start += 1;
+                }
             }
         }
     };

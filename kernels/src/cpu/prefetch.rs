@@ -66,6 +66,12 @@ pub(super) fn ask_the_vendor() {
     );
 }
 
+/// Decides it for a test.
+#[cfg(test)]
+pub(super) fn choose(several: bool) {
+    HARDWARE.store(!several, Ordering::Relaxed);
+}
+
 /// Whether several panels are best read together.
 #[inline(always)]
 pub(super) fn several_runs() -> bool {
@@ -75,53 +81,37 @@ pub(super) fn several_runs() -> bool {
 /// Panels that are.
 pub(super) const RUNS: usize = 4;
 
-/// Asks for some of what lies ahead of block `b` of a panel for `T` tokens.
+/// Asks for some of what lies ahead of block `b` of a panel for `T` tokens, which is one of `R` that are read together.
 /// It may belong to other weights, or to nothing at their end: a prefetch never faults.
 #[inline(always)]
-pub(super) fn ahead<const T: usize, const LINES: usize>(b: usize, quants: &[[u8; LINE]; LINES]) {
+pub(super) fn ahead<const T: usize, const LINES: usize, const R: usize>(
+    b: usize,
+    panel: Panel<'_>,
+    quants: &[[u8; LINE]; LINES],
+) {
     // A line of nibbles has two groups of columns.
-    if T * 8 / LINES > FEW || !HARDWARE.load(Ordering::Relaxed) {
-        each_line(b, quants, 0);
+    if R > 1 || T * 8 / LINES > FEW || !HARDWARE.load(Ordering::Relaxed) {
+        // Behind the last blocks of one of several lies what is being read already, and what comes next behind that.
+        let last = panel.blocks().saturating_sub(NEAR / (LINES * LINE));
+        let others = if b < last { 0 } else { (R - 1) * panel.bytes() };
+        // The line of scales stands before the quants of two blocks.
+        if several_runs() && b.is_multiple_of(2) {
+            let scales = after(&quants[0], NEAR + others - LINE);
+            // SAFETY: SSE is part of x86-64, and the instruction reads nothing.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(scales) };
+        }
+        for line in quants {
+            // SAFETY: as above.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(after(line, NEAR + others)) };
+        }
         return;
     }
     // Of two blocks and their line of scales, one begins in the first bytes of each page.
     let pair = (2 * LINES + 1) * LINE;
     if b.is_multiple_of(2) && quants.as_ptr().addr() % PAGE < pair {
         let far = after(&quants[0], FAR);
-        // SAFETY: SSE is part of x86-64, and the instruction reads nothing.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(far) };
-    }
-}
-
-/// The same for one token and one of [`RUNS`] panels that are read together: behind its last blocks lies what is being
-/// read already, and what comes next behind that.
-#[inline(always)]
-pub(super) fn ahead_of_runs<const LINES: usize>(
-    b: usize,
-    panel: Panel<'_>,
-    quants: &[[u8; LINE]; LINES],
-) {
-    let last = panel.blocks().saturating_sub(NEAR / (LINES * LINE));
-    let others = if b < last {
-        0
-    } else {
-        (RUNS - 1) * panel.bytes()
-    };
-    each_line(b, quants, others);
-}
-
-/// Asks for each line, [`NEAR`] and `more` bytes behind those of block `b`.
-#[inline(always)]
-fn each_line<const LINES: usize>(b: usize, quants: &[[u8; LINE]; LINES], more: usize) {
-    // The line of scales stands before the quants of two blocks.
-    if several_runs() && b.is_multiple_of(2) {
-        let scales = after(&quants[0], NEAR + more - LINE);
-        // SAFETY: SSE is part of x86-64, and the instruction reads nothing.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(scales) };
-    }
-    for line in quants {
         // SAFETY: as above.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(after(line, NEAR + more)) };
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(far) };
     }
 }
 

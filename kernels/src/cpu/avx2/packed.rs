@@ -158,7 +158,7 @@ fn products_q8<const T: usize>(
 /// `$q4` and `$q8` multiply a block with some tokens.
 macro_rules! packed_256 {
     ($features:literal, $q4:ident, $q8:ident) => {
-        use crate::cpu::packed::{TOKENS, by_tokens, packed_gemm, put};
+        use crate::cpu::packed::{TOKENS, blocks_in_turn, by_tokens, packed_gemm, put};
         use crate::cpu::prefetch::{self, RUNS};
         use crate::view::ColsMut;
         use phidias_quant::activations::{Activations, TILE, Tile};
@@ -175,83 +175,49 @@ macro_rules! packed_256 {
             _mm256_cvtph_ps(unsafe { _mm_loadu_si128(eight.as_ptr().cast()) })
         }
 
-        /// A panel times the tokens `first .. first + T` of a tile.
+        /// `R` panels, some blocks of each in turn, times the tokens `first .. first + T` of a tile.
         #[target_feature(enable = $features)]
         #[inline]
-        pub(in crate::cpu) fn tokens<const T: usize, const LINES: usize>(
-            panel: Panel<'_>,
+        pub(in crate::cpu) fn tokens<const T: usize, const LINES: usize, const R: usize>(
+            panels: [Panel<'_>; R],
             x: Tile<'_>,
             first: usize,
-        ) -> [[f32; PANEL_ROWS]; T] {
+        ) -> [[[f32; PANEL_ROWS]; T]; R] {
             let (quants, _) = x.quants.as_chunks::<BLOCK>();
-            let mut sums = [[_mm256_setzero_ps(); PARTS]; T];
-            for b in 0..panel.blocks() {
-                let block = panel.block::<LINES>(b);
-                prefetch::ahead::<T, LINES>(b, block.quants);
-                let (at, inside) = (b * x.rows + first, "tokens of the tile");
-                let a = quants[at..].first_chunk().expect(inside);
-                let starts = x.starts[at..].first_chunk().expect(inside);
-                let magics = x.magics[at..].first_chunk().expect(inside);
-                let products: [[__m256; PARTS]; T] = match LINES {
-                    4 => $q4(block.quants.first_chunk().expect("nibbles"), a, starts, magics),
-                    _ => $q8(block.quants.first_chunk().expect("bytes"), a, starts, magics),
-                };
-                for t in 0..T {
-                    for half in 0..PARTS {
-                        let scales = scales(block.scales, half);
-                        sums[t][half] = _mm256_fmadd_ps(products[t][half], scales, sums[t][half]);
-                    }
-                }
-            }
-            let mut out = [[0.0; PANEL_ROWS]; T];
-            for t in 0..T {
-                let (halves, _) = out[t].as_chunks_mut::<HALF>();
-                for half in 0..PARTS {
-                    // SAFETY: 8 floats; the store needs no alignment.
-                    unsafe { _mm256_storeu_ps(halves[half].as_mut_ptr(), sums[t][half]) }
-                }
-            }
-            out
-        }
-
-        /// Panels, some blocks of each in turn, times the only token of a tile.
-        #[target_feature(enable = $features)]
-        #[inline]
-        pub(in crate::cpu) fn side_by_side<const LINES: usize>(
-            panels: [Panel<'_>; RUNS],
-            x: Tile<'_>,
-        ) -> [[f32; PANEL_ROWS]; RUNS] {
-            /// Nibbles of two blocks stay with their line of scales: 16.0 GB/s instead of 15.3 (bytes: 15.9
-            /// instead of 16.3).
-            const fn together(lines: usize) -> usize {
-                if lines == 4 { 2 } else { 1 }
-            }
-            let (quants, _) = x.quants.as_chunks::<BLOCK>();
-            let mut sums = [[_mm256_setzero_ps(); PARTS]; RUNS];
-            for first in (0..quants.len()).step_by(together(LINES)) {
-                for p in 0..RUNS {
-                    for b in first..(first + together(LINES)).min(quants.len()) {
+            let mut sums = [[[_mm256_setzero_ps(); PARTS]; T]; R];
+            let blocks = panels[0].blocks();
+            let in_turn = if R == 1 { blocks.max(1) } else { blocks_in_turn(LINES) };
+            for from in (0..blocks).step_by(in_turn) {
+                for p in 0..R {
+                    for b in from..(from + in_turn).min(blocks) {
                         let block = panels[p].block::<LINES>(b);
-                        prefetch::ahead_of_runs(b, panels[p], block.quants);
-                        let (a, start) = (&[quants[b]], &[x.starts[b]]);
-                        let magic = &[x.magics[b]];
-                        let [products]: [[__m256; PARTS]; 1] = match LINES {
-                            4 => $q4(block.quants.first_chunk().expect("nibbles"), a, start, magic),
-                            _ => $q8(block.quants.first_chunk().expect("bytes"), a, start, magic),
+                        prefetch::ahead::<T, LINES, R>(b, panels[p], block.quants);
+                        let (at, inside) = (b * x.rows + first, "tokens of the tile");
+                        let a = quants[at..].first_chunk().expect(inside);
+                        let starts = x.starts[at..].first_chunk().expect(inside);
+                        let magics = x.magics[at..].first_chunk().expect(inside);
+                        let products: [[__m256; PARTS]; T] = match LINES {
+                            4 => $q4(block.quants.first_chunk().expect("nibbles"), a, starts, magics),
+                            _ => $q8(block.quants.first_chunk().expect("bytes"), a, starts, magics),
                         };
-                        for half in 0..PARTS {
-                            let scales = scales(block.scales, half);
-                            sums[p][half] = _mm256_fmadd_ps(products[half], scales, sums[p][half]);
+                        for t in 0..T {
+                            for half in 0..PARTS {
+                                let scales = scales(block.scales, half);
+                                sums[p][t][half] =
+                                    _mm256_fmadd_ps(products[t][half], scales, sums[p][t][half]);
+                            }
                         }
                     }
                 }
             }
-            let mut out = [[0.0; PANEL_ROWS]; RUNS];
-            for p in 0..RUNS {
-                let (halves, _) = out[p].as_chunks_mut::<HALF>();
-                for half in 0..PARTS {
-                    // SAFETY: 8 floats; the store needs no alignment.
-                    unsafe { _mm256_storeu_ps(halves[half].as_mut_ptr(), sums[p][half]) }
+            let mut out = [[[0.0; PANEL_ROWS]; T]; R];
+            for p in 0..R {
+                for t in 0..T {
+                    let (halves, _) = out[p][t].as_chunks_mut::<HALF>();
+                    for half in 0..PARTS {
+                        // SAFETY: 8 floats; the store needs no alignment.
+                        unsafe { _mm256_storeu_ps(halves[half].as_mut_ptr(), sums[p][t][half]) }
+                    }
                 }
             }
             out

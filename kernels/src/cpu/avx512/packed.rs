@@ -22,8 +22,8 @@
 //! ```
 
 use crate::cpu::avx2::packed::four;
-use crate::cpu::avx2::vnni::avx512_vnni::{self, side_by_side};
-use crate::cpu::packed::{TOKENS, by_tokens, packed_gemm, put};
+use crate::cpu::avx2::vnni::avx512_vnni;
+use crate::cpu::packed::{TOKENS, blocks_in_turn, by_tokens, packed_gemm, put};
 use crate::cpu::prefetch::{self, RUNS};
 use crate::view::ColsMut;
 use phidias_quant::activations::{Activations, TILE, Tile};
@@ -91,36 +91,48 @@ fn products<const T: usize>(
 
 const _: () = assert!(TILE == 8, "a tile is what a panel meets at once");
 
-/// A panel times the `T` tokens of a tile.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+/// `R` panels times the `T` tokens of a tile, some blocks of each in turn.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 #[inline]
-fn tokens<const T: usize, const LINES: usize>(
-    panel: Panel<'_>,
+fn tokens<const T: usize, const LINES: usize, const R: usize>(
+    panels: [Panel<'_>; R],
     x: Tile<'_>,
     _: usize,
-) -> [[f32; PANEL_ROWS]; T] {
-    let mut out = [[0.0; PANEL_ROWS]; T];
-    if T == 1 {
-        out[0] = avx512_vnni::tokens::<1, LINES>(panel, x, 0)[0];
-        return out;
+) -> [[[f32; PANEL_ROWS]; T]; R] {
+    // Products that a line of nibbles meets are twice the tokens.
+    if T == 1 || R > 1 && T * 8 / LINES <= 8 {
+        return avx512_vnni::tokens::<T, LINES, R>(panels, x, 0);
     }
+    let mut out = [[[0.0; PANEL_ROWS]; T]; R];
     // The tile has `T` rows, so its blocks are whole arrays.
     let (a, _) = x.quants.as_chunks::<BLOCK>().0.as_chunks::<T>();
     let (starts, _) = x.starts.as_chunks::<T>();
     let (magics, _) = x.magics.as_chunks::<T>();
-    let mut sums = [_mm512_setzero_ps(); T];
-    for b in 0..panel.blocks() {
-        let block = panel.block::<LINES>(b);
-        prefetch::ahead::<T, LINES>(b, block.quants);
-        let products = products(&unpack(block.quants), &a[b], &starts[b], &magics[b]);
-        let scales = scales(block.scales);
-        for t in 0..T {
-            sums[t] = _mm512_fmadd_ps(products[t], scales, sums[t]);
+    let mut sums = [[_mm512_setzero_ps(); T]; R];
+    let blocks = panels[0].blocks();
+    let in_turn = if R == 1 {
+        blocks.max(1)
+    } else {
+        blocks_in_turn(LINES)
+    };
+    for first in (0..blocks).step_by(in_turn) {
+        for p in 0..R {
+            for b in first..(first + in_turn).min(blocks) {
+                let block = panels[p].block::<LINES>(b);
+                prefetch::ahead::<T, LINES, R>(b, panels[p], block.quants);
+                let products = products(&unpack(block.quants), &a[b], &starts[b], &magics[b]);
+                let scales = scales(block.scales);
+                for t in 0..T {
+                    sums[p][t] = _mm512_fmadd_ps(products[t], scales, sums[p][t]);
+                }
+            }
         }
     }
-    for t in 0..T {
-        // SAFETY: 16 floats; the store needs no alignment.
-        unsafe { _mm512_storeu_ps(out[t].as_mut_ptr(), sums[t]) }
+    for p in 0..R {
+        for t in 0..T {
+            // SAFETY: 16 floats; the store needs no alignment.
+            unsafe { _mm512_storeu_ps(out[p][t].as_mut_ptr(), sums[p][t]) }
+        }
     }
     out
 }
