@@ -33,18 +33,34 @@ impl Span {
 #[derive(Debug)]
 pub(super) struct Ahead<'a> {
     span: Span,
+    /// Lines of it that were asked for.
+    asked: usize,
     then: slice::Iter<'a, Span>,
     /// Bytes that were read beyond a whole number of lines.
     part: usize,
+    /// Whether a span is asked for in [`RUNS`] runs, a line of each in turn.
+    several: bool,
 }
+
+/// Parts of a span that are asked for side by side where the hardware wants several runs of lines. On one core of an Intel
+/// Xeon of 2024, 17.8 GB/s read plainly, attention of one query read f16 at 11.8 GB/s in one run, 12.6 in two, 13.7 in four
+/// and 13.9 in eight, bytes at 11.2, 11.3, 12.4 and 11.4: what a core asks for itself takes places that are few, so the
+/// hardware must be led to ask too. Every second line, or every fourth, gave 0.7 to 0.9 of one run, nothing 0.8.
+const RUNS: usize = 4;
 
 impl<'a> Ahead<'a> {
     #[inline(always)]
     pub(super) fn new(spans: &'a [Span]) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        let several = super::prefetch::several_runs();
+        #[cfg(not(target_arch = "x86_64"))]
+        let several = false;
         Self {
             span: Span::EMPTY,
+            asked: 0,
             then: spans.iter(),
             part: 0,
+            several,
         }
     }
 
@@ -52,16 +68,27 @@ impl<'a> Ahead<'a> {
     #[inline(always)]
     pub(super) fn lines(&mut self, count: usize) {
         for _ in 0..count {
-            while self.span.lines == 0 {
-                match self.then.next() {
-                    Some(span) => self.span = *span,
-                    None => return,
-                }
+            match self.next() {
+                Some(line) => ask(line),
+                None => return,
             }
-            ask(self.span.start);
-            self.span.start = self.span.start.wrapping_add(LINE);
-            self.span.lines -= 1;
         }
+    }
+
+    /// The line to be asked for next.
+    #[inline(always)]
+    fn next(&mut self) -> Option<*const u8> {
+        while self.asked == self.span.lines {
+            (self.span, self.asked) = (*self.then.next()?, 0);
+        }
+        let run = self.span.lines / RUNS;
+        let place = if self.several && self.asked < RUNS * run {
+            self.asked % RUNS * run + self.asked / RUNS
+        } else {
+            self.asked
+        };
+        self.asked += 1;
+        Some(self.span.start.wrapping_add(place * LINE))
     }
 
     /// Asks for as much as is being read.
@@ -110,13 +137,26 @@ mod tests {
         let spans = [Span::of(&a), Span::EMPTY, Span::of(&b)];
         assert_eq!(spans.map(|s| s.lines), [3, 0, 2]);
         let mut ahead = Ahead::new(&spans);
+        ahead.several = false;
         ahead.read(LINE + 40);
-        assert_eq!(ahead.span.start, a[LINE..].as_ptr());
         ahead.read(24);
-        assert_eq!(ahead.span.start, a[2 * LINE..].as_ptr());
-        ahead.lines(2);
-        assert_eq!(ahead.span.start, b[LINE / 4..].as_ptr().cast());
+        assert_eq!((ahead.asked, ahead.part), (2, 0));
+        assert_eq!(ahead.next(), Some(a[2 * LINE..].as_ptr()));
+        assert_eq!(ahead.next(), Some(b.as_ptr().cast()));
+        assert_eq!(ahead.next(), Some(b[LINE / 4..].as_ptr().cast()));
         ahead.lines(100);
-        assert_eq!((ahead.span.lines, ahead.then.len()), (0, 0));
+        assert_eq!((ahead.next(), ahead.then.len()), (None, 0));
+    }
+
+    #[test]
+    fn several_runs_take_turns_and_the_last_lines_follow() {
+        let memory = [0u8; 11 * LINE];
+        let spans = [Span::of(&memory)];
+        let mut ahead = Ahead::new(&spans);
+        ahead.several = true;
+        let asked = std::iter::from_fn(|| ahead.next());
+        let lines = asked.map(|line| (line.addr() - memory.as_ptr().addr()) / LINE);
+        let order = [0, 2, 4, 6, 1, 3, 5, 7, 8, 9, 10];
+        assert_eq!(lines.collect::<Vec<_>>(), order);
     }
 }
