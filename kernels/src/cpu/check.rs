@@ -787,7 +787,8 @@ fn dense_suite<T: Stored>() {
                 }
             }
         }
-        for (rows, cols, tokens) in [(19, 3072, 1), (16, 3072, 5), (4, 8192, 2)] {
+        // The last: more than one block of tokens, rows and columns, and what is left of each.
+        for (rows, cols, tokens) in [(19, 3072, 1), (16, 3072, 5), (4, 8192, 2), (19, 1100, 35)] {
             let w: Vec<T> = narrow(&random.values(rows * cols, 1.0));
             let x = page_end(&random.values(tokens * cols, 1.0));
             check_dense(k, &w, rows, cols, &x, what);
@@ -829,7 +830,7 @@ fn dense_bound_notices<T: Stored>(k: &Kernels, random: &mut Random) {
 }
 
 fn dense_row_is_the_same_whatever_is_beside_it<T: Stored>(k: &Kernels, random: &mut Random) {
-    for (rows, cols, tokens) in [(37, 97, 17), (20, 3072, 5)] {
+    for (rows, cols, tokens) in [(37, 97, 17), (20, 3072, 5), (21, 1100, 39)] {
         let w: Vec<T> = narrow(&random.values(rows * cols, 1.0));
         let x = random.values(tokens * cols, 1.0);
         let whole = gemm_dense(k, &w, rows, cols, &x);

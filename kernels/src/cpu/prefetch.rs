@@ -33,8 +33,19 @@
 //!
 //! (3072 columns; with 8192 the same order, and 13.0 and 15.7.) 1, 1.5 and 3 KiB were within 0.05 of 2; 4 to 24 KiB ahead
 //! into the second level gave q4 the same and q8 0.9 of it; both at once 0.9 of it for q8. And it reads faster in four
-//! runs than in one (17.9 GB/s instead of 15.7): one token meets four panels side by side (q4 16.2 GB/s instead of 15.4 on huge
-//! pages, 14.3 instead of 12.2 on small ones). So the vendor decides.
+//! runs than in one (17.9 GB/s instead of 15.7), so few tokens meet four panels side by side, and what a panel's last
+//! lines ask for is behind the other three. One run of lines and then four, in turn, medians of 7, GB/s (3072 columns,
+//! huge pages; several versions, so several hours):
+//!
+//! | tokens | 1 | 2 | 3 | 4 | 6 | 8 | 16 |
+//! |---|---|---|---|---|---|---|---|
+//! | q4 | 15.4, 16.4 | 10.2, 17.3 | 9.9, 16.4 | 11.7, 15.4 | 10.7, 14.0 | 10.2, 13.4 | 6.0, 7.5 |
+//! | q8 | 16.1, 16.4 | 14.4, 17.2 | 13.5, 17.1 | 13.0, 17.6 | 11.8, 17.6 | 11.2, 16.2 | 7.9, 10.0 |
+//! | AVX2: q4 | 13.8, 16.7 | 11.9, 17.0 | 12.2, 15.2 | 10.7, 13.5 | | 5.6, 6.5 | 2.9, 3.2 |
+//! | AVX2: q8 | 15.6, 16.4 | 14.3, 18.0 | 13.2, 16.9 | 11.6, 14.4 | | 6.3, 7.8 | 3.5, 3.9 |
+//!
+//! From the second-level cache q4 is multiplied at 42 GB/s for one and for two tokens and at 18 for eight: in one run the
+//! times of reading and of computing added up. So the vendor decides.
 //!
 //! With the scales of a panel before all of its quants, as the packed order was once, nothing of this helped:
 //! 0.46 of plain reading with one panel, 0.70 with four panels side by side, two cores and one alike.

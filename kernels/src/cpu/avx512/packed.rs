@@ -15,7 +15,8 @@
 //! 4. More tokens take the same panel again, from the second-level cache.
 //! 5. One token goes through 256-bit registers. A Zen 4 read bytes at 0.97 to 1.00 of the memory's speed so, and at 0.80
 //!    to 0.89 in registers of 512 bits, nibbles the same either way; an Intel Xeon of 2024 nibbles at 14.2 GB/s
-//!    instead of 13.2.
+//!    instead of 13.2. Where panels are read together so do nibbles with up to four tokens (1.04 to 1.13 of 512 bits)
+//!    and bytes with up to eight (1.06 to 1.15); nibbles with eight lose there (0.8).
 //! Work   64 multiply-adds a vpdpbusd
 //! Limit  many tokens: 8/9 of the vpdpbusd rate, 0.87 was measured; one: memory bandwidth
 //! Exact  integers exactly; f32 with one fused multiply-add a block, where scalar rounds twice
@@ -99,7 +100,7 @@ fn tokens<const T: usize, const LINES: usize, const R: usize>(
     x: Tile<'_>,
     _: usize,
 ) -> [[[f32; PANEL_ROWS]; T]; R] {
-    // Products that a line of nibbles meets are twice the tokens.
+    // A line of nibbles has two groups of columns.
     if T == 1 || R > 1 && T * 8 / LINES <= 8 {
         return avx512_vnni::tokens::<T, LINES, R>(panels, x, 0);
     }
