@@ -206,7 +206,7 @@ impl KernelBench {
         let cost = operation.cost(tokens, stored);
         let seconds = Spread::of(samples).expect("at least one sample");
         let (bytes, ops) = (cost.bytes as f64 / 1e9, cost.ops as f64 / 1e9);
-        let isa = Some(self.kernels.isa_for(tokens));
+        let isa = Some(self.kernels.isa_for(operation.packed(), tokens));
         let peaks = Around::of(before, after, isa);
         let peak_gb_s = peaks.mean(|l| l.read_gb_s);
         let Roof {

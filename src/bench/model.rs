@@ -289,7 +289,7 @@ impl ModelBench {
             a_pass,
         } = timed;
         let tok_s = Spread::of(&samples).expect("at least one repetition");
-        let isa = place.isa_for(a_pass);
+        let isa = place.isa_for(model.format(), a_pass);
         let peaks = Around::of(before, after, isa);
         let peak_gb_s = peaks.mean(|l| l.read_gb_s);
         let Roof {

@@ -18,7 +18,7 @@ use phidias_engine::kv_cache::{KvCache, KvShape, KvType};
 use phidias_engine::mask::BlockSparse;
 use phidias_engine::pool::Pool;
 use phidias_engine::tensor::{Buffer, DType, Linear, Matrix};
-use phidias_engine::{Bytes, Cancel, Kernels, OwnedBytes};
+use phidias_engine::{Bytes, Cancel, Format, Kernels, OwnedBytes};
 use phidias_models::WeightFormat;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -236,6 +236,15 @@ pub struct Cost {
 }
 
 impl Operation {
+    /// What its weights are packed in, if it has any.
+    #[must_use]
+    pub fn packed(&self) -> Option<Format> {
+        match self {
+            Self::Linear { format, .. } => format.packed(),
+            _ => None,
+        }
+    }
+
     /// Family of kernels, and format where there are several.
     #[must_use]
     pub fn kernel(&self) -> String {

@@ -156,7 +156,7 @@ impl PictureBench {
         let (encode_s, project_s) = (spread(&stages.encode), spread(&stages.project));
         let ops = vision.operations(picture.crops(), picture.tokens());
         let gop_s = ops / 1e9 / (encode_s.median + project_s.median);
-        let isa = place.isa_for(picture.tokens());
+        let isa = place.isa_for(model.format(), picture.tokens());
         let roof = Roof::of(&before, &after, isa, place.multiplies(model.format()));
         Ok(PictureRecord {
             model: c.name.clone(),

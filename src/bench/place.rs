@@ -62,11 +62,11 @@ impl Place {
         }
     }
 
-    /// The table whose limits are those of a pass with so many tokens; a device has none.
+    /// The table whose limits are those of a pass with so many tokens over weights in `format`; a device has none.
     #[must_use]
-    pub fn isa_for(&self, tokens: usize) -> Option<Isa> {
+    pub fn isa_for(&self, format: WeightFormat, tokens: usize) -> Option<Isa> {
         match self {
-            Self::Cpu(cpu) => Some(cpu.kernels().isa_for(tokens)),
+            Self::Cpu(cpu) => Some(cpu.kernels().isa_for(format.packed(), tokens)),
             #[cfg(feature = "cuda")]
             Self::Device(_) => None,
         }

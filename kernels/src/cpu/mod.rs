@@ -1,5 +1,6 @@
 //! Kernels on the CPU: one table per instruction set, complete, chosen once.
 
+use phidias_quant::Format;
 use std::fmt;
 use std::str::FromStr;
 
@@ -134,6 +135,9 @@ impl FromStr for Isa {
     }
 }
 
+/// The fewest tokens that a table keeps to itself, by the format of the weights.
+type Fewest = fn(Format) -> usize;
+
 /// The kernels of one instruction set. Holding a reference proves that this CPU can run them.
 ///
 /// The functions behind the fields are reached through the safe methods of this type, which check
@@ -144,8 +148,8 @@ pub struct Kernels {
     gemm_q4: gemm::GemmPacked,
     gemm_q8: gemm::GemmPacked,
     panels_a_call: usize,
-    /// With fewer tokens than these the packed GEMM of nibbles is that of another table.
-    few_tokens: Option<(usize, Isa)>,
+    /// With fewer tokens than these the packed GEMM of a format is that of another table.
+    few_tokens: Option<(Fewest, Isa)>,
     scratch_bytes: usize,
     gemm_f32: gemm::GemmDense<f32>,
     gemm_f16: gemm::GemmDense<phidias_quant::f16>,
@@ -209,11 +213,11 @@ impl Kernels {
     }
 
     /// The instruction set whose limits are those of a pass with so many tokens: its own, or a plainer
-    /// one where it leaves few tokens to that.
+    /// one where it leaves few tokens of weights in that format to it.
     #[must_use]
-    pub fn isa_for(&self, tokens: usize) -> Isa {
-        match self.few_tokens {
-            Some((fewest, isa)) if tokens < fewest => isa,
+    pub fn isa_for(&self, format: Option<Format>, tokens: usize) -> Isa {
+        match (self.few_tokens, format) {
+            (Some((fewest, isa)), Some(format)) if tokens < fewest(format) => isa,
             _ => self.isa,
         }
     }
@@ -244,8 +248,12 @@ mod tests {
                 Isa::Amx => Isa::Avx512,
                 _ => isa,
             };
-            let of = [1, 15, 16, 512].map(|tokens| kernels.isa_for(tokens));
-            assert_eq!(of, [few, few, isa, isa]);
+            for (format, fewest) in [(Format::Q4, 16), (Format::Q8, 32)] {
+                let of = [1, fewest - 1, fewest, 512]
+                    .map(|tokens| kernels.isa_for(Some(format), tokens));
+                assert_eq!(of, [few, few, isa, isa], "{format:?}");
+            }
+            assert_eq!(kernels.isa_for(None, 1), isa);
         }
     }
 }

@@ -13,7 +13,7 @@ pub(super) fn table() -> Option<&'static Kernels> {
         gemm_q4: packed::gemm_q4,
         gemm_q8: packed::gemm_q8,
         panels_a_call: packed::PANELS,
-        few_tokens: Some((packed::FEWEST, Isa::Avx512)),
+        few_tokens: Some((packed::fewest, Isa::Avx512)),
         scratch_bytes: packed::SCRATCH_BYTES,
         ..super::avx512::KERNELS
     };

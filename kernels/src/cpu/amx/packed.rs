@@ -35,16 +35,19 @@ use crate::cpu::avx512::packed as avx512;
 use crate::view::ColsMut;
 use phidias_quant::activations::{Activations, TILE, Tile};
 use phidias_quant::packed::{PANEL_ROWS, Panel};
-use phidias_quant::{BLOCK, Packed, q4, q8};
+use phidias_quant::{BLOCK, Format, Packed, q4, q8};
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 use std::ops::Range;
 
-/// Fewer tokens go the way of AVX-512.
-pub(super) const FEWEST: usize = 16;
-/// The same where weights are bytes, which no table converts.
-const FEWEST_OF_BYTES: usize = 32;
+/// Fewer tokens go the way of AVX-512; no table converts bytes.
+pub(super) const fn fewest(format: Format) -> usize {
+    match format {
+        Format::Q4 => 16,
+        Format::Q8 => 32,
+    }
+}
 /// Tokens that meet weights once converted.
 const TOKENS: usize = 512;
 /// Panels that meet activations once converted.
@@ -489,8 +492,7 @@ fn gemm<const LINES: usize>(
     x: &Activations,
     mut y: ColsMut<'_>,
 ) {
-    let fewest = if LINES == 4 { FEWEST } else { FEWEST_OF_BYTES };
-    if x.rows() < fewest {
+    if x.rows() < fewest(w.layout().format()) {
         return match LINES {
             4 => avx512::gemm_q4(w, panels, x, y),
             _ => avx512::gemm_q8(w, panels, x, y),
