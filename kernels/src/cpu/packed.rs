@@ -1,7 +1,13 @@
 //! What the packed GEMMs of the instruction sets have around their products; maths in `gemm.rs`.
 
+#[cfg(target_arch = "x86_64")]
+use super::prefetch::{self, RUNS};
 use crate::view::ColsMut;
 use phidias_quant::packed::PANEL_ROWS;
+#[cfg(target_arch = "x86_64")]
+use phidias_quant::{Packed, activations::Tile, packed::Panel};
+#[cfg(target_arch = "x86_64")]
+use std::ops::Range;
 
 /// Tokens that a panel meets before the next one: their activations stay in the second-level cache.
 pub(super) const TOKENS: usize = 128;
@@ -34,11 +40,29 @@ macro_rules! packed_gemm {
 }
 pub(super) use packed_gemm;
 
-/// Blocks of a panel that are multiplied before some of the next one's, where panels are read together: nibbles of two
-/// stay with their line of scales (one token: 16.0 GB/s instead of 15.3; bytes: 15.9 instead of 16.3).
+/// Blocks of one of `R` panels that are multiplied before some of the next one's. Where panels are read together,
+/// nibbles of two stay with their line of scales (one token: 16.0 GB/s instead of 15.3; bytes: 15.9 instead of 16.3).
 #[cfg(target_arch = "x86_64")]
-pub(super) const fn blocks_in_turn(lines: usize) -> usize {
-    if lines == 4 { 2 } else { 1 }
+#[inline(always)]
+pub(super) fn blocks_in_turn<const LINES: usize, const R: usize>(blocks: usize) -> usize {
+    match (R, LINES) {
+        (1, _) => blocks.max(1),
+        (_, 4) => 2,
+        _ => 1,
+    }
+}
+
+/// The panels that are to be read together with the first `tokens` tokens of a tile, if they are.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(super) fn several<'w>(
+    w: Packed<'w>,
+    left: &Range<usize>,
+    tile: Tile<'_>,
+    tokens: usize,
+) -> Option<[Panel<'w>; RUNS]> {
+    let several = prefetch::several_runs() && left.len() >= RUNS && tile.rows >= tokens;
+    several.then(|| std::array::from_fn(|i| w.panel(left.start + i)))
 }
 
 /// `gemm` for [`packed_gemm`], some tokens at a time.
@@ -70,7 +94,7 @@ macro_rules! by_tokens {
                 while !left.is_empty() {
                     // Several panels are read with the first tokens, then each meets the others.
                     let column = (left.start - panels.start) * PANEL_ROWS;
-                    let (some, met) = match several::<AT_ONCE>(w, &left, x.tile(tiles.start)) {
+                    let (some, met) = match several(w, &left, x.tile(tiles.start), AT_ONCE) {
                         Some(some) => {
                             let first = tokens::<AT_ONCE, LINES, RUNS>(some, x.tile(tiles.start), 0);
                             for (i, sums) in first.iter().enumerate() {
@@ -100,18 +124,6 @@ macro_rules! by_tokens {
                     left.start += some;
                 }
             }
-        }
-
-        /// The panels that are to be read together with the first `T` tokens of a tile, if they are.
-        #[target_feature(enable = $features)]
-        #[inline]
-        fn several<'w, const T: usize>(
-            w: Packed<'w>,
-            left: &Range<usize>,
-            tile: Tile<'_>,
-        ) -> Option<[Panel<'w>; RUNS]> {
-            let several = prefetch::several_runs() && left.len() >= RUNS && tile.rows >= T;
-            several.then(|| std::array::from_fn(|i| w.panel(left.start + i)))
         }
 
         /// Panels times the `T` tokens of a tile, which are all there are.

@@ -158,7 +158,7 @@ fn products_q8<const T: usize>(
 /// `$q4` and `$q8` multiply a block with some tokens.
 macro_rules! packed_256 {
     ($features:literal, $q4:ident, $q8:ident) => {
-        use crate::cpu::packed::{TOKENS, blocks_in_turn, by_tokens, packed_gemm, put};
+        use crate::cpu::packed::{TOKENS, blocks_in_turn, by_tokens, packed_gemm, put, several};
         use crate::cpu::prefetch::{self, RUNS};
         use crate::view::ColsMut;
         use phidias_quant::activations::{Activations, TILE, Tile};
@@ -186,7 +186,7 @@ macro_rules! packed_256 {
             let (quants, _) = x.quants.as_chunks::<BLOCK>();
             let mut sums = [[[_mm256_setzero_ps(); PARTS]; T]; R];
             let blocks = panels[0].blocks();
-            let in_turn = if R == 1 { blocks.max(1) } else { blocks_in_turn(LINES) };
+            let in_turn = blocks_in_turn::<LINES, R>(blocks);
             for from in (0..blocks).step_by(in_turn) {
                 for p in 0..R {
                     for b in from..(from + in_turn).min(blocks) {

@@ -24,7 +24,7 @@
 
 use crate::cpu::avx2::packed::four;
 use crate::cpu::avx2::vnni::avx512_vnni;
-use crate::cpu::packed::{TOKENS, blocks_in_turn, by_tokens, packed_gemm, put};
+use crate::cpu::packed::{TOKENS, blocks_in_turn, by_tokens, packed_gemm, put, several};
 use crate::cpu::prefetch::{self, RUNS};
 use crate::view::ColsMut;
 use phidias_quant::activations::{Activations, TILE, Tile};
@@ -111,11 +111,7 @@ fn tokens<const T: usize, const LINES: usize, const R: usize>(
     let (magics, _) = x.magics.as_chunks::<T>();
     let mut sums = [[_mm512_setzero_ps(); T]; R];
     let blocks = panels[0].blocks();
-    let in_turn = if R == 1 {
-        blocks.max(1)
-    } else {
-        blocks_in_turn(LINES)
-    };
+    let in_turn = blocks_in_turn::<LINES, R>(blocks);
     for first in (0..blocks).step_by(in_turn) {
         for p in 0..R {
             for b in first..(first + in_turn).min(blocks) {
