@@ -1734,7 +1734,7 @@ impl<T: Stored> Scene<T> {
                         rounded += 0.506 * unit * self.values[j * d + i].exact().abs();
                     }
                 }
-                // Weights below the smallest normal number may vanish.
+                // Weights below 2^-125 may vanish.
                 let vanished = seen.len() as f64 * 2f64.powi(-125) * largest;
                 Expected {
                     value,

@@ -173,6 +173,15 @@ impl Lanes for Ymm2 {
         self.mul(powers(first)).mul(powers(second))
     }
     #[inline(always)]
+    fn scale_down(self, n: Self) -> Self {
+        self.zip(n, |x, n| {
+            avx2!({
+                let counts = _mm256_cmp_ps::<_CMP_NLT_UQ>(n, _mm256_set1_ps(-125.0));
+                _mm256_and_ps(_mm256_mul_ps(x, power(n)), counts)
+            })
+        })
+    }
+    #[inline(always)]
     fn keep(self, from: usize, to: usize, other: Self) -> Self {
         // Compared in registers: a mask that goes through memory is read before it is written.
         let (before, end) = (from as i32 - 1, to as i32);

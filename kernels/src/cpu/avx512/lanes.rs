@@ -108,6 +108,13 @@ impl Lanes for Zmm {
         Self(avx512!(_mm512_scalef_ps(self.0, n.0)))
     }
     #[inline(always)]
+    fn scale_down(self, n: Self) -> Self {
+        Self(avx512!({
+            let counts = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(n.0, _mm512_set1_ps(-125.0));
+            _mm512_maskz_scalef_ps(counts, self.0, n.0)
+        }))
+    }
+    #[inline(always)]
     fn keep(self, from: usize, to: usize, other: Self) -> Self {
         let mask = ((1u32 << to) - (1u32 << from)) as u16;
         Self(avx512!(_mm512_mask_blend_ps(mask, other.0, self.0)))

@@ -157,6 +157,17 @@ impl Lanes for Quad {
         self.mul(first.map(power)).mul(second.map(power))
     }
     #[inline(always)]
+    fn scale_down(self, n: Self) -> Self {
+        self.zip(n, |x, n| {
+            neon!({
+                // Not less, so that a NaN counts.
+                let counts = vmvnq_u32(vcltq_f32(n, vdupq_n_f32(-125.0)));
+                let scaled = vreinterpretq_u32_f32(vmulq_f32(x, power(n)));
+                vreinterpretq_f32_u32(vandq_u32(scaled, counts))
+            })
+        })
+    }
+    #[inline(always)]
     fn keep(self, from: usize, to: usize, other: Self) -> Self {
         const LANE: [u32; LANES] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
         Self(std::array::from_fn(|i| {

@@ -18,7 +18,7 @@
 //! Exact  each sum in the order of the definition, whatever is beside it; multiply-adds round once
 //! ```
 
-use super::{LANES, Lanes, Load, exp, padded};
+use super::{LANES, Lanes, Load, exp_of_negative, padded};
 use crate::cpu::ahead::{Ahead, LINE};
 use crate::cpu::attention::{Block, GROUP, NOTHING, Partial, PartialMut, StateMut};
 use std::ops::Range;
@@ -107,7 +107,8 @@ pub(super) fn softmax<L: Lanes>(row: &mut [f32], seen: &Range<usize>) -> (f32, f
     let mut sum = L::splat(0.0);
     for p in panels {
         let (from, to) = lanes(p);
-        let weight = exp(L::load(&row[p]).sub(L::splat(max))).keep(from, to, L::splat(0.0));
+        let weight =
+            exp_of_negative(L::load(&row[p]).sub(L::splat(max))).keep(from, to, L::splat(0.0));
         sum = sum.add(weight);
         weight.store(&mut row[p]);
     }
@@ -452,7 +453,7 @@ pub(in crate::cpu) fn merge<L: Lanes>(block: Partial<'_>, state: PartialMut<'_>)
     // Both factors in one exponential.
     let mut factors = [0.0; LANES];
     (factors[0], factors[1]) = (*state.max - new, block.max - new);
-    exp(L::load(&factors)).store(&mut factors);
+    exp_of_negative(L::load(&factors)).store(&mut factors);
     let (old, of_block) = (factors[0], factors[1]);
     *state.max = new;
     *state.sum = *state.sum * old + block.sum * of_block;

@@ -59,6 +59,8 @@ pub(super) trait Lanes: Copy {
     fn infinite_or(self, other: Self) -> Self;
     /// `self * 2^n` for integral `n` in -250..=250, rounded once at most; too large is infinite.
     fn scale_by_power(self, n: Self) -> Self;
+    /// `self * 2^n` for integral `n` up to 0, exactly; zero where `n` is less than -125.
+    fn scale_down(self, n: Self) -> Self;
     /// `self` in the lanes `from..to`, `other` elsewhere.
     fn keep(self, from: usize, to: usize, other: Self) -> Self;
     /// Integral floats in -127..=127 as bytes.
@@ -133,11 +135,26 @@ pub(super) fn padded<T: Copy + Default>(x: &[T]) -> [T; LANES] {
 /// `2^n`. `ln 2` is taken in two parts so that `r` keeps its digits (Cody & Waite 1980).
 #[inline(always)]
 pub(super) fn exp<L: Lanes>(x: L) -> L {
+    // Beyond these results are zero and infinite anyway; a NaN stays.
+    let x = x.max(L::splat(-150.0)).min(L::splat(150.0));
+    let (p, n) = exp_parts(x);
+    p.scale_by_power(n)
+}
+
+/// `e^x` for `x` up to zero, as near; zero where it is less than 2^-125. A subnormal result can take a hundred
+/// times as long as others, and here it is the factor of something that does not count.
+#[inline(always)]
+pub(super) fn exp_of_negative<L: Lanes>(x: L) -> L {
+    let (p, n) = exp_parts(x);
+    p.scale_down(n)
+}
+
+/// `e^r` and `n`.
+#[inline(always)]
+fn exp_parts<L: Lanes>(x: L) -> (L, L) {
     const LN2_HIGH: f32 = 0.693_145_75; // 15 bits: its products with n are exact
     const LN2_LOW: f32 = 1.428_606_8e-6;
     const MAGIC: f32 = 12_582_912.0;
-    // Beyond these results are zero and infinite anyway; a NaN stays.
-    let x = x.max(L::splat(-150.0)).min(L::splat(150.0));
     let magic = L::splat(MAGIC);
     let n = x
         .mul_add(L::splat(std::f32::consts::LOG2_E), magic)
@@ -156,7 +173,7 @@ pub(super) fn exp<L: Lanes>(x: L) -> L {
     ] {
         p = p.mul_add(r, L::splat(c));
     }
-    p.scale_by_power(n)
+    (p, n)
 }
 
 /// The table of an instruction set, `KERNELS`: the packed GEMMs given, everything else as written on
