@@ -48,6 +48,44 @@ pub(super) struct Ahead<'a> {
 /// hardware must be led to ask too. Every second line, or every fourth, gave 0.7 to 0.9 of one run, nothing 0.8.
 const RUNS: usize = 4;
 
+/// What is told how far reading has come.
+pub(super) trait Asks {
+    /// The next `count` lines have been read.
+    fn lines(&mut self, count: usize);
+    /// So many bytes have.
+    fn read(&mut self, bytes: usize);
+}
+
+/// Nobody is told. A loop that has much to compute has no registers for what [`Ahead`] remembers.
+pub(super) struct Nobody;
+
+impl Asks for Nobody {
+    #[inline(always)]
+    fn lines(&mut self, _: usize) {}
+    #[inline(always)]
+    fn read(&mut self, _: usize) {}
+}
+
+impl Asks for Ahead<'_> {
+    /// Asks for as many lines as were read, or as many as there are.
+    #[inline(always)]
+    fn lines(&mut self, count: usize) {
+        for _ in 0..count {
+            match self.next() {
+                Some(line) => ask(line),
+                None => return,
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn read(&mut self, bytes: usize) {
+        self.part += bytes;
+        self.lines(self.part / LINE);
+        self.part %= LINE;
+    }
+}
+
 impl<'a> Ahead<'a> {
     #[inline(always)]
     pub(super) fn new(spans: &'a [Span]) -> Self {
@@ -61,17 +99,6 @@ impl<'a> Ahead<'a> {
             then: spans.iter(),
             part: 0,
             several,
-        }
-    }
-
-    /// Asks for the next `count` lines, or as many as there are.
-    #[inline(always)]
-    pub(super) fn lines(&mut self, count: usize) {
-        for _ in 0..count {
-            match self.next() {
-                Some(line) => ask(line),
-                None => return,
-            }
         }
     }
 
@@ -89,14 +116,6 @@ impl<'a> Ahead<'a> {
         };
         self.asked += 1;
         Some(self.span.start.wrapping_add(place * LINE))
-    }
-
-    /// Asks for as much as is being read.
-    #[inline(always)]
-    pub(super) fn read(&mut self, bytes: usize) {
-        self.part += bytes;
-        self.lines(self.part / LINE);
-        self.part %= LINE;
     }
 }
 

@@ -213,8 +213,6 @@ pub(super) fn step(amax: f32, most: i16) -> f32 {
 
 /// No memory.
 const NOWHERE: Span = Span::EMPTY;
-/// To ask for nothing.
-pub(super) const NOTHING: Spans = [NOWHERE; 2 + 2 * THEN];
 /// What is asked for in the course of a block.
 pub(super) type Spans = [Span; 2 + 2 * THEN];
 
@@ -242,7 +240,7 @@ impl BlockI8<'_> {
 /// What is read after the keys of a block: `own` of it, then what comes after it.
 #[inline(always)]
 fn spans(own: [Span; 2], then: &[[Span; 2]; THEN]) -> Spans {
-    let mut spans = NOTHING;
+    let mut spans = [NOWHERE; 2 + 2 * THEN];
     spans[..2].copy_from_slice(&own);
     spans[2..].copy_from_slice(then.as_flattened());
     spans

@@ -19,8 +19,8 @@
 //! ```
 
 use super::{LANES, Lanes, Load, exp_of_negative, padded};
-use crate::cpu::ahead::{Ahead, LINE};
-use crate::cpu::attention::{Block, GROUP, NOTHING, Partial, PartialMut, StateMut};
+use crate::cpu::ahead::{Ahead, Asks, LINE, Nobody};
+use crate::cpu::attention::{Block, GROUP, Partial, PartialMut, StateMut};
 use std::ops::Range;
 
 /// Scores of `Q` queries with `P` panels of keys from panel `first` on.
@@ -34,7 +34,7 @@ fn score_tile<L: Lanes, T: Load, const Q: usize, const P: usize>(
     first: usize,
     scores: &mut [f32],
     stride: usize,
-    ahead: &mut Ahead<'_>,
+    ahead: &mut impl Asks,
 ) {
     let d = block.head_dim;
     let keys: [&[[T; LANES]]; P] =
@@ -74,7 +74,7 @@ fn score_rows<L: Lanes, T: Load, const Q: usize, const P: usize>(
     panels: Range<usize>,
     scores: &mut [f32],
     stride: usize,
-    ahead: &mut Ahead<'_>,
+    ahead: &mut impl Asks,
 ) {
     let d = block.head_dim;
     let queries: [&[f32]; Q] = std::array::from_fn(|q| &queries[q * d..][..d]);
@@ -124,7 +124,7 @@ fn value_tile<L: Lanes, T: Load, const Q: usize, const C: usize>(
     column: usize,
     sums: &mut [f32],
     width: usize,
-    ahead: &mut Ahead<'_>,
+    ahead: &mut impl Asks,
 ) {
     let d = block.head_dim;
     let at = |q: usize| q * width + column;
@@ -187,7 +187,7 @@ fn values<L: Lanes, T: Load, const Q: usize, const C: usize, const D: usize>(
     seen: Range<usize>,
     sums: &mut [f32],
     width: usize,
-    ahead: &mut Ahead<'_>,
+    ahead: &mut impl Asks,
 ) {
     if seen.is_empty() {
         return;
@@ -235,7 +235,7 @@ fn value_rows<
     visible: &[Range<usize>],
     sums: &mut [f32],
     width: usize,
-    ahead: &mut Ahead<'_>,
+    ahead: &mut impl Asks,
 ) {
     let start = visible.iter().map(|r| r.start).max().unwrap_or(0);
     let end = visible.iter().map(|r| r.end).min().unwrap_or(0);
@@ -261,7 +261,7 @@ fn one_by_one<L: Lanes, T: Load, const C: usize, const D: usize>(
     seen: impl Iterator<Item = Range<usize>>,
     sums: &mut [f32],
     width: usize,
-    ahead: &mut Ahead<'_>,
+    ahead: &mut impl Asks,
 ) {
     for (q, seen) in seen.enumerate() {
         let scores = &scores[q * stride..][..stride];
@@ -279,7 +279,7 @@ fn scores<L: Lanes, One: Lanes, T: Load, const SQ: usize, const P: usize, const 
     panels: Range<usize>,
     mut scores: &mut [f32],
     stride: usize,
-    ahead: &mut Ahead<'_>,
+    ahead: &mut impl Asks,
 ) {
     let mut queries = queries;
     while !queries.is_empty() {
@@ -325,7 +325,7 @@ fn weighted<
     visible: &[Range<usize>],
     sums: &mut [f32],
     width: usize,
-    ahead: &mut Ahead<'_>,
+    ahead: &mut impl Asks,
 ) {
     let n = visible.len();
     sums[..n * width].fill(0.0);
@@ -366,33 +366,54 @@ pub(in crate::cpu) fn attend<
     block: Block<'_, T>,
     queries: &[f32],
     visible: &[Range<usize>],
+    state: StateMut<'_>,
+) {
+    if visible.len() > GROUP {
+        groups::<L, One, T, SQ, P, VQ, C, D, P1, C1, D1>(
+            block,
+            queries,
+            visible,
+            state,
+            &mut Nobody,
+        );
+    } else if let Some(seen) = hull(visible) {
+        let spans = block.spans(seen);
+        let ahead = &mut Ahead::new(&spans);
+        groups::<L, One, T, SQ, P, VQ, C, D, P1, C1, D1>(block, queries, visible, state, ahead);
+    }
+}
+
+/// The same, telling `ahead` what is read.
+#[inline(always)]
+fn groups<
+    L: Lanes,
+    One: Lanes,
+    T: Load,
+    const SQ: usize,
+    const P: usize,
+    const VQ: usize,
+    const C: usize,
+    const D: usize,
+    const P1: usize,
+    const C1: usize,
+    const D1: usize,
+>(
+    block: Block<'_, T>,
+    queries: &[f32],
+    visible: &[Range<usize>],
     mut state: StateMut<'_>,
+    ahead: &mut impl Asks,
 ) {
     let d = block.head_dim;
     let stride = state.scores.len() / GROUP;
     let width = state.block.len() / GROUP;
-    let few = visible.len() <= GROUP;
     for (g, visible) in visible.chunks(GROUP).enumerate() {
         let Some(Range { start, end }) = hull(visible) else {
             continue;
         };
         let queries = &queries[g * GROUP * d..][..visible.len() * d];
         let panels = start / LANES..end.div_ceil(LANES);
-        let spans = if few {
-            block.spans(start..end)
-        } else {
-            NOTHING
-        };
-        let mut ahead = Ahead::new(&spans);
-        let ahead = &mut ahead;
-        scores::<L, One, T, SQ, P, P1>(
-            &block,
-            queries,
-            panels.clone(),
-            state.scores,
-            stride,
-            ahead,
-        );
+        scores::<L, One, T, SQ, P, P1>(&block, queries, panels, state.scores, stride, ahead);
         let mut stats = [(f32::NEG_INFINITY, 0.0); GROUP];
         for (q, seen) in visible.iter().enumerate().filter(|(_, r)| !r.is_empty()) {
             let row = &mut state.scores[q * stride..][..stride];

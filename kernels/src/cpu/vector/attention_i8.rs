@@ -21,10 +21,8 @@
 
 use super::attention::{hull, merge_group, softmax};
 use super::{LANES, Lanes, Sums, padded};
-use crate::cpu::ahead::{Ahead, LINE, soon};
-use crate::cpu::attention::{
-    BlockI8, GROUP, IntegersMut, MOST, NOTHING, StateMut, most_of_query, step,
-};
+use crate::cpu::ahead::{Ahead, Asks, LINE, Nobody, soon};
+use crate::cpu::attention::{BlockI8, GROUP, IntegersMut, MOST, StateMut, most_of_query, step};
 use std::ops::Range;
 
 /// Sixteen pairs of bytes: two elements of sixteen keys, or sixteen elements of two values.
@@ -102,7 +100,7 @@ fn score_tile<S: Sums, const Q: usize, const P: usize>(
     first: usize,
     scores: &mut [f32],
     stride: usize,
-    ahead: &mut Ahead<'_>,
+    ahead: &mut impl Asks,
 ) {
     let pairs = block.head_dim / 2;
     let keys: [&[Pairs]; P] =
@@ -148,7 +146,7 @@ fn score_rows<S: Sums, const Q: usize, const P: usize>(
     panels: Range<usize>,
     scores: &mut [f32],
     stride: usize,
-    ahead: &mut Ahead<'_>,
+    ahead: &mut impl Asks,
 ) {
     let integers = std::array::from_fn(|q| queries.row(from + q));
     let factors = std::array::from_fn(|q| queries.factors[from + q]);
@@ -189,7 +187,7 @@ fn scores<S: Sums, One: Sums, const SQ: usize, const P: usize, const P1: usize>(
     panels: Range<usize>,
     scores: &mut [f32],
     stride: usize,
-    ahead: &mut Ahead<'_>,
+    ahead: &mut impl Asks,
 ) {
     let mut from = 0;
     while from < n {
@@ -262,7 +260,7 @@ fn value_tile<S: Sums, const Q: usize, const C: usize>(
     keys: Range<usize>,
     column: usize,
     sums: &mut [f32],
-    ahead: &mut Ahead<'_>,
+    ahead: &mut impl Asks,
 ) {
     let d = block.head_dim;
     let integers: [_; Q] =
@@ -324,7 +322,7 @@ fn values<S: Sums, const Q: usize, const C: usize, const D: usize>(
     from: usize,
     visible: &[Range<usize>],
     sums: &mut [f32],
-    ahead: &mut Ahead<'_>,
+    ahead: &mut impl Asks,
 ) {
     let Some(seen) = hull(&visible[from..from + Q]) else {
         return;
@@ -372,13 +370,51 @@ pub(in crate::cpu) fn attend<
     block: BlockI8<'_>,
     queries: &[f32],
     visible: &[Range<usize>],
+    state: StateMut<'_>,
+    integers: IntegersMut<'_>,
+) {
+    if visible.len() > GROUP {
+        groups::<S, One, SQ, P, VQ, C, D, P1, C1, D1>(
+            block,
+            queries,
+            visible,
+            state,
+            integers,
+            &mut Nobody,
+        );
+    } else if let Some(seen) = hull(visible) {
+        let spans = block.spans(seen);
+        let ahead = &mut Ahead::new(&spans);
+        groups::<S, One, SQ, P, VQ, C, D, P1, C1, D1>(
+            block, queries, visible, state, integers, ahead,
+        );
+    }
+}
+
+/// The same, telling `ahead` what is read.
+#[inline(always)]
+fn groups<
+    S: Sums,
+    One: Sums,
+    const SQ: usize,
+    const P: usize,
+    const VQ: usize,
+    const C: usize,
+    const D: usize,
+    const P1: usize,
+    const C1: usize,
+    const D1: usize,
+>(
+    block: BlockI8<'_>,
+    queries: &[f32],
+    visible: &[Range<usize>],
     mut state: StateMut<'_>,
     integers: IntegersMut<'_>,
+    ahead: &mut impl Asks,
 ) {
     let d = block.head_dim;
     let stride = state.scores.len() / GROUP;
     let width = state.block.len() / GROUP;
-    let few = visible.len() <= GROUP;
     for (g, visible) in visible.chunks(GROUP).enumerate() {
         let Some(seen) = hull(visible) else {
             continue;
@@ -397,13 +433,6 @@ pub(in crate::cpu) fn attend<
             stride: width / 2,
             factors,
         };
-        let spans = if few {
-            block.spans(seen.clone())
-        } else {
-            NOTHING
-        };
-        let mut ahead = Ahead::new(&spans);
-        let ahead = &mut ahead;
         let panels = seen.start / LANES..seen.end.div_ceil(LANES);
         let all = panels.clone();
         scores::<S, One, SQ, P, P1>(&block, &group, n, all, state.scores, stride, ahead);
