@@ -2052,6 +2052,64 @@ fn attend_i8_is_the_definition_bit_for_bit() {
     }
 }
 
+/// Tiles change how the sums of bytes are made, not what they are: the state is that of AVX-512, bit for bit, also
+/// with what is not finite.
+#[test]
+fn attend_i8_in_tiles_is_that_of_avx512_bit_for_bit() {
+    let [Some(tiles), Some(plain)] = [Isa::Amx, Isa::Avx512].map(Kernels::for_isa) else {
+        tables().for_each(drop); // says what is skipped
+        return;
+    };
+    let check = |scene: &Scene<i8>, what: &str| {
+        let [got, want] = [tiles, plain].map(|k| {
+            // Which NaN it is says nothing.
+            let bits = |v: u32| {
+                if f32::from_bits(v).is_nan() {
+                    u32::MAX
+                } else {
+                    v
+                }
+            };
+            states(k, scene).map(|v| v.into_iter().map(bits).collect::<Vec<_>>())
+        });
+        let (n, keys) = (scene.visible.len(), scene.keys.len() / scene.d);
+        assert!(
+            got == want,
+            "{n} queries, {keys} keys of {}, {what}",
+            scene.d
+        );
+    };
+    let mut random = Random(19);
+    for d in [2, 16, 30, 62, 64, 66, 80, 96, 128, 258] {
+        for keys in [1, 2, 16, 31, 33, 64, 66, 127, 256, 511] {
+            for n in [14, 16, 17, 31, 33, 64] {
+                for window in [1, 7, 70, 1000] {
+                    let visible = causal(n, keys, window);
+                    let scene = Scene::random(&mut random, d, keys, keys, visible);
+                    check(&scene, "causal");
+                }
+                // Some see nothing, whole groups too, and all begin and end elsewhere.
+                let visible = (0..n).map(|i| {
+                    let start = (i * 37 % keys).min(keys - 1);
+                    let seen = if i / 16 == 1 {
+                        0
+                    } else {
+                        i * 11 % (keys - start + 1)
+                    };
+                    start..start + seen
+                });
+                let mut scene = Scene::random(&mut random, d, keys, keys, visible.collect());
+                check(&scene, "here and there");
+                scene.queries[3 * d] = f32::NAN;
+                scene.queries[13 * d + 1] = f32::INFINITY;
+                scene.steps[0][keys / 2] = f32::NEG_INFINITY;
+                scene.steps[1][keys / 3] = f32::NAN;
+                check(&scene, "not finite");
+            }
+        }
+    }
+}
+
 /// Sums of the longest heads that a configuration can ask for fit 32 bits, and as few bits are given up
 /// as that takes.
 #[test]

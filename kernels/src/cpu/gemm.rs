@@ -93,7 +93,8 @@ impl Kernels {
         self.panels_a_call
     }
 
-    /// Bytes that a thread keeps once it has called [`Kernels::gemm_packed`] with many tokens.
+    /// Bytes that a thread keeps once it has called [`Kernels::gemm_packed`] with many tokens, and
+    /// [`Kernels::attend`] with many queries.
     #[must_use]
     pub fn scratch_bytes(&self) -> usize {
         self.scratch_bytes

@@ -1,6 +1,7 @@
 //! Kernels for AMX: Xeons since Sapphire Rapids (2023). The table of AVX-512, with the packed GEMMs of many
-//! tokens in tiles.
+//! tokens, and the attention of many queries over a cache of bytes, in tiles.
 
+mod attention;
 mod packed;
 pub(super) mod tile;
 
@@ -14,7 +15,8 @@ pub(super) fn table() -> Option<&'static Kernels> {
         gemm_q8: packed::gemm_q8,
         panels_a_call: packed::PANELS,
         few_tokens: Some((packed::fewest, Isa::Avx512)),
-        scratch_bytes: packed::SCRATCH_BYTES,
+        scratch_bytes: packed::SCRATCH_BYTES + attention::SCRATCH_BYTES,
+        attend_i8: attention::attend,
         ..super::avx512::KERNELS
     };
     let available = is_x86_feature_detected!("avx512vbmi") && tile::available();

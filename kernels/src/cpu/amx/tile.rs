@@ -51,6 +51,30 @@ fn permitted() -> bool {
 /// Rows of a tile.
 pub(in crate::cpu) const ROWS: usize = 16;
 
+/// Halves, two bytes each, in a row.
+pub(in crate::cpu) const HALVES: usize = 32;
+
+/// A row of a tile in memory.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+pub(in crate::cpu) struct Line<T>(pub T);
+
+/// A tile of bf16, as bits: of the left factor `[rows][32]`, of the right one `[16][columns][2]`, where two that are summed
+/// lie side by side.
+pub(in crate::cpu) type Halves = [Line<[u16; HALVES]>; ROWS];
+/// The same of bytes: `[rows][64]` and `[16][columns][4]`.
+pub(in crate::cpu) type Bytes = [Line<[u8; 2 * HALVES]>; ROWS];
+/// A tile of sums, `[rows][columns]`.
+pub(in crate::cpu) type Floats = [Line<[f32; ROWS]>; ROWS];
+/// The same of bytes.
+pub(in crate::cpu) type Integers = [Line<[i32; ROWS]>; ROWS];
+
+const _: () = assert!(size_of::<Halves>() == 1024 && size_of::<Bytes>() == 1024);
+const _: () = assert!(size_of::<Floats>() == 1024 && size_of::<Integers>() == 1024);
+
+pub(in crate::cpu) const NO_HALVES: Halves = [Line([0; HALVES]); ROWS];
+pub(in crate::cpu) const NO_FLOATS: Floats = [Line([0.0; ROWS]); ROWS];
+
 /// The shape of the eight registers as `ldtilecfg` reads it.
 #[repr(C, align(64))]
 struct Shape {
@@ -90,6 +114,73 @@ impl Tiles {
         // SAFETY: the CPU has the instruction, which reads the 64 bytes of a valid shape.
         unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const SHAPE, options(nostack, readonly)) };
         Self(())
+    }
+
+    /// Zeros in register `TO`.
+    #[inline(always)]
+    pub(in crate::cpu) fn zero<const TO: usize>(&self) {
+        // SAFETY: the register is there and this thread's; it is used in `asm!` only.
+        unsafe { asm!("tilezero tmm{}", const TO, options(nostack, nomem, preserves_flags)) };
+    }
+
+    /// A tile to register `TO`.
+    #[inline(always)]
+    pub(in crate::cpu) fn load<const TO: usize>(&self, from: &Bytes) {
+        // SAFETY: as above; 16 rows of 64 bytes, one after the other, are read.
+        unsafe {
+            asm!(
+                "tileloadd tmm{to}, [{from} + {row}]",
+                to = const TO,
+                from = in(reg) from.as_ptr(),
+                row = in(reg) size_of_val(&from[0]),
+                options(nostack, readonly, preserves_flags),
+            );
+        }
+    }
+
+    /// Register `FROM` to a tile.
+    #[inline(always)]
+    pub(in crate::cpu) fn store<const FROM: usize>(&self, to: &mut Integers) {
+        // SAFETY: as above; 16 rows of 64 bytes, one after the other, are written.
+        unsafe {
+            asm!(
+                "tilestored [{to} + {row}], tmm{from}",
+                from = const FROM,
+                to = in(reg) to.as_mut_ptr(),
+                row = in(reg) size_of_val(&to[0]),
+                options(nostack, preserves_flags),
+            );
+        }
+    }
+
+    /// Adds the products of register `X`, signed bytes, and `W`, signed bytes, to register `TO`, of 32-bit integers.
+    #[inline(always)]
+    pub(in crate::cpu) fn add_signed<const TO: usize, const X: usize, const W: usize>(&self) {
+        // SAFETY: as above.
+        unsafe {
+            asm!(
+                "tdpbssd tmm{to}, tmm{x}, tmm{w}",
+                to = const TO,
+                x = const X,
+                w = const W,
+                options(nostack, nomem, preserves_flags),
+            );
+        }
+    }
+
+    /// The same where the bytes of `X` have no sign.
+    #[inline(always)]
+    pub(in crate::cpu) fn add_unsigned<const TO: usize, const X: usize, const W: usize>(&self) {
+        // SAFETY: as above.
+        unsafe {
+            asm!(
+                "tdpbusd tmm{to}, tmm{x}, tmm{w}",
+                to = const TO,
+                x = const X,
+                w = const W,
+                options(nostack, nomem, preserves_flags),
+            );
+        }
     }
 }
 

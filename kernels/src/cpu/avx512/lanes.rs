@@ -7,7 +7,7 @@ use phidias_quant::{bf16, f16};
 use std::arch::x86_64::*;
 
 #[derive(Clone, Copy)]
-pub(super) struct Zmm(__m512);
+pub(in crate::cpu) struct Zmm(pub(in crate::cpu) __m512);
 
 /// An expression of AVX-512 F intrinsics, for sums also BW and VNNI, each load and store inside an array of sixteen.
 macro_rules! avx512 {

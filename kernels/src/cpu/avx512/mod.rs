@@ -1,6 +1,6 @@
 //! Kernels for AVX-512 with VNNI: servers since Ice Lake (2019) and Zen 4 (2022), desktops since Zen 4.
 
-mod lanes;
+pub(super) mod lanes;
 pub(super) mod packed;
 
 use crate::cpu::avx2::{Ymm2, Ymm2Sums};

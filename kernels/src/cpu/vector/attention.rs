@@ -90,7 +90,7 @@ fn score_rows<L: Lanes, T: Load, const Q: usize, const P: usize>(
 
 /// Turns the scores of one query into weights: the largest score, and the sum of the exponentials.
 #[inline(always)]
-pub(super) fn softmax<L: Lanes>(row: &mut [f32], seen: &Range<usize>) -> (f32, f32) {
+pub(in crate::cpu) fn softmax<L: Lanes>(row: &mut [f32], seen: &Range<usize>) -> (f32, f32) {
     let (row, _) = row.as_chunks_mut::<LANES>();
     let panels = seen.start / LANES..seen.end.div_ceil(LANES);
     // The lanes of a panel that the query sees.
@@ -434,7 +434,7 @@ fn groups<
 
 /// From the first key that one of the queries sees to the last.
 #[inline(always)]
-pub(super) fn hull(visible: &[Range<usize>]) -> Option<Range<usize>> {
+pub(in crate::cpu) fn hull(visible: &[Range<usize>]) -> Option<Range<usize>> {
     let seen = || visible.iter().filter(|r| !r.is_empty());
     let (start, end) = (seen().map(|r| r.start).min(), seen().map(|r| r.end).max());
     Some(start?..end?)

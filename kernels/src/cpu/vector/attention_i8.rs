@@ -74,7 +74,7 @@ fn narrow<L: Lanes>(values: &[[f32; LANES]], step: f32, out: &mut [i16]) {
 
 /// A query as integers, padded to whole sixteens; the step of them.
 #[inline(always)]
-fn quantize<L: Lanes>(query: &[f32], out: &mut [i16]) -> f32 {
+pub(in crate::cpu) fn quantize<L: Lanes>(query: &[f32], out: &mut [i16]) -> f32 {
     let (chunks, rest) = query.as_chunks::<LANES>();
     let (out, out_rest) = out.split_at_mut(chunks.len() * LANES);
     let rest = [padded(rest)];
@@ -216,7 +216,7 @@ fn scores<S: Sums, One: Sums, const SQ: usize, const P: usize, const P1: usize>(
 /// Turns the weights of one query on `panels` into integers, after the steps of the values have been
 /// multiplied into them; the step of them.
 #[inline(always)]
-fn weigh<L: Lanes>(
+pub(in crate::cpu) fn weigh<L: Lanes>(
     row: &mut [f32],
     seen: &Range<usize>,
     steps: &[f32],
