@@ -6,10 +6,12 @@
 //! where a CPU has that and not the other.
 
 macro_rules! vnni {
-    ($(#[$attribute:meta])* $name:ident, $features:literal, $dot:ident) => {
+    ($(#[$attribute:meta])* $name:ident, $features:literal, $dot:ident, $encoding:literal) => {
         $(#[$attribute])*
         pub(in crate::cpu) mod $name {
-            use crate::cpu::avx2::packed::{HALF, PARTS, four, half_line, nibbles, one_by_one};
+            use crate::cpu::avx2::packed::{
+                HALF, PARTS, add_products, four, four_tokens, half_line, nibbles, nibbles_of,
+            };
             use phidias_quant::BLOCK;
             use phidias_quant::packed::LINE;
             use std::arch::x86_64::*;
@@ -44,6 +46,61 @@ macro_rules! vnni {
                 }
             }
 
+            /// The products of both halves of a panel with a token.
+            macro_rules! product {
+                ($token:literal, $at:literal, $s0:literal, $s1:literal, $w0:literal, $w1:literal) => {
+                    concat!(
+                        "vpbroadcastd {x}, [{a} + ", $token, " + ", $at, "]\n",
+                        $encoding, " vpdpbusd ", $s0, ", ", $w0, ", {x}\n",
+                        $encoding, " vpdpbusd ", $s1, ", ", $w1, ", {x}\n",
+                    )
+                };
+            }
+
+            #[target_feature(enable = $features)]
+            #[inline]
+            fn four_q4(sums: &mut Sums<4>, lines: &[[u8; LINE]; 4], a: &[[i8; BLOCK]; 4]) {
+                macro_rules! line {
+                    ($line:literal, $low:literal, $high:literal) => {
+                        concat!(
+                            nibbles_of!($line),
+                            four_tokens!(product, $low, "{w0}", "{w1}"),
+                            four_tokens!(product, $high, "{h0}", "{h1}"),
+                        )
+                    };
+                }
+                add_products!(
+                    (sums, lines, a),
+                    concat!(
+                        line!("0", "0", "16"), line!("64", "4", "20"),
+                        line!("128", "8", "24"), line!("192", "12", "28"),
+                    ),
+                    in: mask = _mm256_set1_epi8(15); out: x, w0, w1, h0, h1
+                );
+            }
+
+            #[target_feature(enable = $features)]
+            #[inline]
+            fn four_q8(sums: &mut Sums<4>, lines: &[[u8; LINE]; 8], a: &[[i8; BLOCK]; 4]) {
+                macro_rules! line {
+                    ($line:literal, $at:literal) => {
+                        concat!(
+                            "vmovdqu {w0}, [{lines} + ", $line, "]\n",
+                            "vmovdqu {w1}, [{lines} + ", $line, " + 32]\n",
+                            four_tokens!(product, $at, "{w0}", "{w1}"),
+                        )
+                    };
+                }
+                add_products!(
+                    (sums, lines, a),
+                    concat!(
+                        line!("0", "0"), line!("64", "4"), line!("128", "8"), line!("192", "12"),
+                        line!("256", "16"), line!("320", "20"), line!("384", "24"), line!("448", "28"),
+                    ),
+                    in: ; out: x, w0, w1
+                );
+            }
+
             /// The sums as products scaled by the activations.
             #[target_feature(enable = $features)]
             #[inline]
@@ -67,10 +124,16 @@ macro_rules! vnni {
                 magics: &[f32; T],
             ) -> [[__m256; PARTS]; T] {
                 let mut sums = start(starts);
-                for (g, line) in one_by_one::<T, _>(lines).iter().enumerate() {
-                    let [first, second] = [nibbles(line, 0), nibbles(line, 1)];
-                    add(&mut sums, [first[0], second[0]], a, g % 4);
-                    add(&mut sums, [first[1], second[1]], a, g % 4 + 4);
+                if T == 4
+        && let (Some(sums), Some(a)) = (sums.first_chunk_mut(), a.first_chunk())
+    {
+                    four_q4(sums, lines, a);
+                } else {
+                    for (g, line) in lines.iter().enumerate() {
+                        let [first, second] = [nibbles(line, 0), nibbles(line, 1)];
+                        add(&mut sums, [first[0], second[0]], a, g);
+                        add(&mut sums, [first[1], second[1]], a, g + 4);
+                    }
                 }
                 scaled(&sums, magics)
             }
@@ -84,13 +147,14 @@ macro_rules! vnni {
                 magics: &[f32; T],
             ) -> [[__m256; PARTS]; T] {
                 let mut sums = start(starts);
-                for (g, line) in one_by_one::<T, _>(lines).iter().enumerate() {
-                    add(
-                        &mut sums,
-                        [half_line(line, 0), half_line(line, 1)],
-                        a,
-                        g % 8,
-                    );
+                if T == 4
+        && let (Some(sums), Some(a)) = (sums.first_chunk_mut(), a.first_chunk())
+    {
+                    four_q8(sums, lines, a);
+                } else {
+                    for (g, line) in lines.iter().enumerate() {
+                        add(&mut sums, [half_line(line, 0), half_line(line, 1)], a, g);
+                    }
                 }
                 scaled(&sums, magics)
             }
@@ -100,7 +164,12 @@ macro_rules! vnni {
     };
 }
 
-vnni!(avx_vnni, "avx2,fma,f16c,avxvnni", _mm256_dpbusd_avx_epi32);
+vnni!(
+    avx_vnni,
+    "avx2,fma,f16c,avxvnni",
+    _mm256_dpbusd_avx_epi32,
+    "{{vex}}"
+);
 vnni!(
     #[cfg_attr(
         not(test),
@@ -108,5 +177,6 @@ vnni!(
     )]
     avx512_vnni,
     "avx2,fma,f16c,avx512vnni,avx512vl",
-    _mm256_dpbusd_epi32
+    _mm256_dpbusd_epi32,
+    "{{evex}}"
 );
