@@ -85,10 +85,25 @@ macro_rules! four_tokens {
 }
 pub(in crate::cpu) use four_tokens;
 
-/// The nibbles of the line `$line` bytes from the first one: {w0} and {w1}, and those of the group four further on {h0}
-/// and {h1}.
+/// Four of the activations of the token `$token` bytes from the first one, in every place of {x}.
+macro_rules! activations_of {
+    ($token:literal, $at:literal) => {
+        concat!("vpbroadcastd {x}, [{a} + ", $token, " + ", $at, "]\n")
+    };
+}
+pub(in crate::cpu) use activations_of;
+
+/// A block of nibbles: of each line {w0} and {w1}, and of the group four further on {h0} and {h1}.
 macro_rules! nibbles_of {
-    ($line:literal) => {
+    ($product:ident) => {
+        concat!(
+            nibbles_of!($product, "0", "0", "16"),
+            nibbles_of!($product, "64", "4", "20"),
+            nibbles_of!($product, "128", "8", "24"),
+            nibbles_of!($product, "192", "12", "28"),
+        )
+    };
+    ($product:ident, $line:literal, $low:literal, $high:literal) => {
         concat!(
             "vmovdqu {w0}, [{lines} + ",
             $line,
@@ -102,10 +117,29 @@ macro_rules! nibbles_of {
             "vpand {w1}, {w1}, {mask}\n",
             "vpand {h0}, {h0}, {mask}\n",
             "vpand {h1}, {h1}, {mask}\n",
+            four_tokens!($product, $low, "{w0}", "{w1}"),
+            four_tokens!($product, $high, "{h0}", "{h1}"),
         )
     };
 }
 pub(in crate::cpu) use nibbles_of;
+
+/// A block of bytes: `$line` of where each line and its activations are.
+macro_rules! bytes_of {
+    ($line:ident) => {
+        concat!(
+            $line!("0", "0"),
+            $line!("64", "4"),
+            $line!("128", "8"),
+            $line!("192", "12"),
+            $line!("256", "16"),
+            $line!("320", "20"),
+            $line!("384", "24"),
+            $line!("448", "28"),
+        )
+    };
+}
+pub(in crate::cpu) use bytes_of;
 
 /// Adds the products of `$lines` with four tokens `$a` to `$sums`: `$text`, with the registers `$in` and `$out` that it
 /// names.
@@ -154,11 +188,7 @@ fn four_q4(sums: &mut Sums<4>, lines: &[[u8; LINE]; 4], a: &[[i8; BLOCK]; 4]) {
     macro_rules! product {
         ($token:literal, $at:literal, $s0:literal, $s1:literal, $w0:literal, $w1:literal) => {
             concat!(
-                "vpbroadcastd {x}, [{a} + ",
-                $token,
-                " + ",
-                $at,
-                "]\n",
+                activations_of!($token, $at),
                 "vpmaddubsw {y}, ",
                 $w0,
                 ", {x}\n",
@@ -178,20 +208,9 @@ fn four_q4(sums: &mut Sums<4>, lines: &[[u8; LINE]; 4], a: &[[i8; BLOCK]; 4]) {
             )
         };
     }
-    macro_rules! line {
-        ($line:literal, $low:literal, $high:literal) => {
-            concat!(
-                nibbles_of!($line),
-                four_tokens!(product, $low, "{w0}", "{w1}"),
-                four_tokens!(product, $high, "{h0}", "{h1}"),
-            )
-        };
-    }
     add_products!(
         (sums, lines, a),
-        concat!(
-            line!("0", "0", "16"), line!("64", "4", "20"), line!("128", "8", "24"), line!("192", "12", "28"),
-        ),
+        nibbles_of!(product),
         in: mask = _mm256_set1_epi8(15); out: x, y, w0, w1, h0, h1
     );
 }
@@ -206,11 +225,7 @@ fn four_q8(sums: &mut Sums<4>, lines: &[[u8; LINE]; 8], a: &[[i8; BLOCK]; 4]) {
             $w0:literal, $w1:literal, $m0:literal, $m1:literal
         ) => {
             concat!(
-                "vpbroadcastd {x}, [{a} + ",
-                $token,
-                " + ",
-                $at,
-                "]\n",
+                activations_of!($token, $at),
                 "vpsignb {y}, {x}, ",
                 $w0,
                 "\n",
@@ -255,10 +270,7 @@ fn four_q8(sums: &mut Sums<4>, lines: &[[u8; LINE]; 8], a: &[[i8; BLOCK]; 4]) {
     }
     add_products!(
         (sums, lines, a),
-        concat!(
-            line!("0", "0"), line!("64", "4"), line!("128", "8"), line!("192", "12"),
-            line!("256", "16"), line!("320", "20"), line!("384", "24"), line!("448", "28"),
-        ),
+        bytes_of!(line),
         in: flip = _mm256_set1_epi8(i8::MIN), one = _mm256_set1_epi16(1); out: x, y, w0, w1, m0, m1
     );
 }

@@ -10,7 +10,7 @@ macro_rules! vnni {
         $(#[$attribute])*
         pub(in crate::cpu) mod $name {
             use crate::cpu::avx2::packed::{
-                HALF, PARTS, add_products, four, four_tokens, half_line, nibbles, nibbles_of,
+                HALF, PARTS, activations_of, add_products, bytes_of, four, four_tokens, half_line, nibbles, nibbles_of,
             };
             use phidias_quant::BLOCK;
             use phidias_quant::packed::LINE;
@@ -50,7 +50,7 @@ macro_rules! vnni {
             macro_rules! product {
                 ($token:literal, $at:literal, $s0:literal, $s1:literal, $w0:literal, $w1:literal) => {
                     concat!(
-                        "vpbroadcastd {x}, [{a} + ", $token, " + ", $at, "]\n",
+                        activations_of!($token, $at),
                         $encoding, " vpdpbusd ", $s0, ", ", $w0, ", {x}\n",
                         $encoding, " vpdpbusd ", $s1, ", ", $w1, ", {x}\n",
                     )
@@ -60,21 +60,9 @@ macro_rules! vnni {
             #[target_feature(enable = $features)]
             #[inline]
             fn four_q4(sums: &mut Sums<4>, lines: &[[u8; LINE]; 4], a: &[[i8; BLOCK]; 4]) {
-                macro_rules! line {
-                    ($line:literal, $low:literal, $high:literal) => {
-                        concat!(
-                            nibbles_of!($line),
-                            four_tokens!(product, $low, "{w0}", "{w1}"),
-                            four_tokens!(product, $high, "{h0}", "{h1}"),
-                        )
-                    };
-                }
                 add_products!(
                     (sums, lines, a),
-                    concat!(
-                        line!("0", "0", "16"), line!("64", "4", "20"),
-                        line!("128", "8", "24"), line!("192", "12", "28"),
-                    ),
+                    nibbles_of!(product),
                     in: mask = _mm256_set1_epi8(15); out: x, w0, w1, h0, h1
                 );
             }
@@ -93,10 +81,7 @@ macro_rules! vnni {
                 }
                 add_products!(
                     (sums, lines, a),
-                    concat!(
-                        line!("0", "0"), line!("64", "4"), line!("128", "8"), line!("192", "12"),
-                        line!("256", "16"), line!("320", "20"), line!("384", "24"), line!("448", "28"),
-                    ),
+                    bytes_of!(line),
                     in: ; out: x, w0, w1
                 );
             }
@@ -125,8 +110,8 @@ macro_rules! vnni {
             ) -> [[__m256; PARTS]; T] {
                 let mut sums = start(starts);
                 if T == 4
-        && let (Some(sums), Some(a)) = (sums.first_chunk_mut(), a.first_chunk())
-    {
+                    && let (Some(sums), Some(a)) = (sums.first_chunk_mut(), a.first_chunk())
+                {
                     four_q4(sums, lines, a);
                 } else {
                     for (g, line) in lines.iter().enumerate() {
@@ -148,8 +133,8 @@ macro_rules! vnni {
             ) -> [[__m256; PARTS]; T] {
                 let mut sums = start(starts);
                 if T == 4
-        && let (Some(sums), Some(a)) = (sums.first_chunk_mut(), a.first_chunk())
-    {
+                    && let (Some(sums), Some(a)) = (sums.first_chunk_mut(), a.first_chunk())
+                {
                     four_q8(sums, lines, a);
                 } else {
                     for (g, line) in lines.iter().enumerate() {

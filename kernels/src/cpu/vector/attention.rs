@@ -19,7 +19,7 @@
 //! ```
 
 use super::{LANES, Lanes, Load, exp_of_negative, padded};
-use crate::cpu::ahead::{Ahead, Asks, LINE, Nobody};
+use crate::cpu::ahead::{Asks, LINE};
 use crate::cpu::attention::{Block, GROUP, Partial, PartialMut, StateMut};
 use std::ops::Range;
 
@@ -349,43 +349,9 @@ fn weighted<
 /// One block of keys for all queries, a group at a time: scores, weights, values, and the merge into
 /// their state. `One` are the lanes for one query. The constants are tile sizes: see [`scores`] for `SQ` and
 /// `P`, [`weighted`] for `VQ`, [`values`] for `C` and `D`; `P1`, `C1` and `D1` are those of one query.
+/// `ahead` is told what is read; it can be for one group only.
 #[inline(always)]
 pub(in crate::cpu) fn attend<
-    L: Lanes,
-    One: Lanes,
-    T: Load,
-    const SQ: usize,
-    const P: usize,
-    const VQ: usize,
-    const C: usize,
-    const D: usize,
-    const P1: usize,
-    const C1: usize,
-    const D1: usize,
->(
-    block: Block<'_, T>,
-    queries: &[f32],
-    visible: &[Range<usize>],
-    state: StateMut<'_>,
-) {
-    if visible.len() > GROUP {
-        groups::<L, One, T, SQ, P, VQ, C, D, P1, C1, D1>(
-            block,
-            queries,
-            visible,
-            state,
-            &mut Nobody,
-        );
-    } else if let Some(seen) = hull(visible) {
-        let spans = block.spans(seen);
-        let ahead = &mut Ahead::new(&spans);
-        groups::<L, One, T, SQ, P, VQ, C, D, P1, C1, D1>(block, queries, visible, state, ahead);
-    }
-}
-
-/// The same, telling `ahead` what is read.
-#[inline(always)]
-fn groups<
     L: Lanes,
     One: Lanes,
     T: Load,

@@ -21,7 +21,7 @@
 
 use super::attention::{hull, merge_group, softmax};
 use super::{LANES, Lanes, Sums, padded};
-use crate::cpu::ahead::{Ahead, Asks, LINE, Nobody, soon};
+use crate::cpu::ahead::{Asks, LINE, soon};
 use crate::cpu::attention::{BlockI8, GROUP, IntegersMut, MOST, StateMut, most_of_query, step};
 use std::ops::Range;
 
@@ -353,47 +353,10 @@ fn values<S: Sums, const Q: usize, const C: usize, const D: usize>(
 
 /// One block of keys for all queries, a group at a time: scores, weights, values, and the merge into
 /// their state. `One` is for one query. The constants are tile sizes: see [`scores`] for `SQ` and `P`,
-/// [`values`] for `C` and `D`, `VQ` queries at a time; `P1`, `C1` and `D1` are those of one query.
+/// [`values`] for `C` and `D`, `VQ` queries at a time; `P1`, `C1` and `D1` are those of one query. `ahead` is told
+/// what is read; it can be for one group only.
 #[inline(always)]
 pub(in crate::cpu) fn attend<
-    S: Sums,
-    One: Sums,
-    const SQ: usize,
-    const P: usize,
-    const VQ: usize,
-    const C: usize,
-    const D: usize,
-    const P1: usize,
-    const C1: usize,
-    const D1: usize,
->(
-    block: BlockI8<'_>,
-    queries: &[f32],
-    visible: &[Range<usize>],
-    state: StateMut<'_>,
-    integers: IntegersMut<'_>,
-) {
-    if visible.len() > GROUP {
-        groups::<S, One, SQ, P, VQ, C, D, P1, C1, D1>(
-            block,
-            queries,
-            visible,
-            state,
-            integers,
-            &mut Nobody,
-        );
-    } else if let Some(seen) = hull(visible) {
-        let spans = block.spans(seen);
-        let ahead = &mut Ahead::new(&spans);
-        groups::<S, One, SQ, P, VQ, C, D, P1, C1, D1>(
-            block, queries, visible, state, integers, ahead,
-        );
-    }
-}
-
-/// The same, telling `ahead` what is read.
-#[inline(always)]
-fn groups<
     S: Sums,
     One: Sums,
     const SQ: usize,

@@ -188,8 +188,9 @@ macro_rules! vector_table {
         attention of bytes: $features_i8:literal,
             $sums:ty, $($tile_i8:literal),+; one query: $one_i8:ty, $($tile1_i8:literal),+
     ) => {
+        use crate::cpu::ahead::{Ahead, Nobody};
         use crate::cpu::attention::{
-            Block, BlockI8, IntegersMut, Partial, PartialMut, StateMut,
+            Block, BlockI8, GROUP, IntegersMut, Partial, PartialMut, StateMut,
         };
         use crate::cpu::vector::{Load, attention, attention_i8, dense, elementwise, quantize};
         use crate::cpu::{Isa, Kernels};
@@ -276,9 +277,16 @@ macro_rules! vector_table {
             visible: &[Range<usize>],
             state: StateMut<'_>,
         ) {
-            attention::attend::<$lanes, $one, T, $($tile),+, $($tile1),+>(
-                block, queries, visible, state,
-            );
+            if visible.len() > GROUP {
+                attention::attend::<$lanes, $one, T, $($tile),+, $($tile1),+>(
+                    block, queries, visible, state, &mut Nobody,
+                );
+            } else if let Some(seen) = attention::hull(visible) {
+                let spans = block.spans(seen);
+                attention::attend::<$lanes, $one, T, $($tile),+, $($tile1),+>(
+                    block, queries, visible, state, &mut Ahead::new(&spans),
+                );
+            }
         }
 
         #[target_feature(enable = $features_i8)]
@@ -289,9 +297,16 @@ macro_rules! vector_table {
             state: StateMut<'_>,
             integers: IntegersMut<'_>,
         ) {
-            attention_i8::attend::<$sums, $one_i8, $($tile_i8),+, $($tile1_i8),+>(
-                block, queries, visible, state, integers,
-            );
+            if visible.len() > GROUP {
+                attention_i8::attend::<$sums, $one_i8, $($tile_i8),+, $($tile1_i8),+>(
+                    block, queries, visible, state, integers, &mut Nobody,
+                );
+            } else if let Some(seen) = attention::hull(visible) {
+                let spans = block.spans(seen);
+                attention_i8::attend::<$sums, $one_i8, $($tile_i8),+, $($tile1_i8),+>(
+                    block, queries, visible, state, integers, &mut Ahead::new(&spans),
+                );
+            }
         }
 
         #[target_feature(enable = $features)]
