@@ -30,7 +30,7 @@
 //!         multiplies with the weights' scales. All results are its results, bit for bit
 //! ```
 
-use super::tile::{Floats, HALVES, Halves, Line, NO_FLOATS, NO_HALVES, ROWS, Tiles};
+use super::tile::{Line, ROWS, Tiles};
 use crate::cpu::avx512::packed as avx512;
 use crate::view::ColsMut;
 use phidias_quant::activations::{Activations, TILE, Tile};
@@ -59,7 +59,13 @@ const PIECE: usize = 8;
 /// Products on their way.
 const STAGES: usize = 4;
 
-const _: () = assert!(ROWS == PANEL_ROWS && ROWS == 2 * TILE && HALVES == BLOCK);
+/// A tile of bf16, as bits, `[tokens][32]` or `[16][rows][2]`.
+type Halves = [Line<[u16; BLOCK]>; ROWS];
+/// Sums or products of 16 tokens and a panel, `[tokens][rows]`.
+type Floats = [Line<[f32; PANEL_ROWS]>; ROWS];
+
+const _: () = assert!(ROWS == PANEL_ROWS && ROWS == 2 * TILE);
+const _: () = assert!(size_of::<Halves>() == 1024 && size_of::<Floats>() == 1024);
 
 /// A piece of a panel.
 #[derive(Clone, Copy)]
@@ -89,6 +95,8 @@ pub(super) const SCRATCH_BYTES: usize = TOKENS / ROWS * size_of::<[Halves; PIECE
     + SIDE_BY_SIDE * (SIDE_BY_SIDE + 1) / 2 * (TOKENS / ROWS) * size_of::<Job>()
     + size_of::<Scratch>();
 
+const NO_HALVES: Halves = [Line([0; BLOCK]); ROWS];
+const NO_FLOATS: Floats = [Line([0.0; PANEL_ROWS]); ROWS];
 /// Where new sums begin.
 static ZERO: Floats = NO_FLOATS;
 

@@ -51,29 +51,18 @@ fn permitted() -> bool {
 /// Rows of a tile.
 pub(in crate::cpu) const ROWS: usize = 16;
 
-/// Halves, two bytes each, in a row.
-pub(in crate::cpu) const HALVES: usize = 32;
-
 /// A row of a tile in memory.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(64))]
 pub(in crate::cpu) struct Line<T>(pub T);
 
-/// A tile of bf16, as bits: of the left factor `[rows][32]`, of the right one `[16][columns][2]`, where two that are summed
-/// lie side by side.
-pub(in crate::cpu) type Halves = [Line<[u16; HALVES]>; ROWS];
-/// The same of bytes: `[rows][64]` and `[16][columns][4]`.
-pub(in crate::cpu) type Bytes = [Line<[u8; 2 * HALVES]>; ROWS];
-/// A tile of sums, `[rows][columns]`.
-pub(in crate::cpu) type Floats = [Line<[f32; ROWS]>; ROWS];
-/// The same of bytes.
+/// A tile of bytes: of the left factor `[rows][64]`, of the right one `[16][columns][4]`, where four that are summed lie
+/// side by side.
+pub(in crate::cpu) type Bytes = [Line<[u8; 64]>; ROWS];
+/// A tile of their sums, `[rows][columns]`.
 pub(in crate::cpu) type Integers = [Line<[i32; ROWS]>; ROWS];
 
-const _: () = assert!(size_of::<Halves>() == 1024 && size_of::<Bytes>() == 1024);
-const _: () = assert!(size_of::<Floats>() == 1024 && size_of::<Integers>() == 1024);
-
-pub(in crate::cpu) const NO_HALVES: Halves = [Line([0; HALVES]); ROWS];
-pub(in crate::cpu) const NO_FLOATS: Floats = [Line([0.0; ROWS]); ROWS];
+const _: () = assert!(size_of::<Bytes>() == 1024 && size_of::<Integers>() == 1024);
 
 /// The shape of the eight registers as `ldtilecfg` reads it.
 #[repr(C, align(64))]

@@ -179,7 +179,7 @@ macro_rules! add_products {
 pub(in crate::cpu) use add_products;
 
 /// A sum for each half of a panel and token.
-type Sums<const T: usize> = [[__m256i; PARTS]; T];
+pub(in crate::cpu) type Sums<const T: usize> = [[__m256i; PARTS]; T];
 
 /// Sums of 16 bits of a block of nibbles.
 #[target_feature(enable = "avx2")]
@@ -285,9 +285,7 @@ fn products_q4<const T: usize>(
     magics: &[f32; T],
 ) -> [[__m256; PARTS]; T] {
     let mut sums: Sums<T> = [[_mm256_setzero_si256(); PARTS]; T];
-    if T == 4
-        && let (Some(sums), Some(a)) = (sums.first_chunk_mut(), a.first_chunk())
-    {
+    if let (Ok(sums), Ok(a)) = ((&mut sums[..]).try_into(), a[..].try_into()) {
         four_q4(sums, lines, a);
     } else {
         for (g, line) in lines.iter().enumerate() {
@@ -330,9 +328,7 @@ fn products_q8<const T: usize>(
     for t in 0..T {
         sums[t] = [_mm256_castps_si256(_mm256_set1_ps(magics[t])); PARTS];
     }
-    if T == 4
-        && let (Some(sums), Some(a)) = (sums.first_chunk_mut(), a.first_chunk())
-    {
+    if let (Ok(sums), Ok(a)) = ((&mut sums[..]).try_into(), a[..].try_into()) {
         four_q8(sums, lines, a);
     } else {
         for (g, line) in lines.iter().enumerate() {

@@ -10,13 +10,11 @@ macro_rules! vnni {
         $(#[$attribute])*
         pub(in crate::cpu) mod $name {
             use crate::cpu::avx2::packed::{
-                HALF, PARTS, activations_of, add_products, bytes_of, four, four_tokens, half_line, nibbles, nibbles_of,
+                HALF, PARTS, Sums, activations_of, add_products, bytes_of, four, four_tokens, half_line, nibbles, nibbles_of,
             };
             use phidias_quant::BLOCK;
             use phidias_quant::packed::LINE;
             use std::arch::x86_64::*;
-
-            type Sums<const T: usize> = [[__m256i; PARTS]; T];
 
             #[target_feature(enable = $features)]
             #[inline]
@@ -109,9 +107,7 @@ macro_rules! vnni {
                 magics: &[f32; T],
             ) -> [[__m256; PARTS]; T] {
                 let mut sums = start(starts);
-                if T == 4
-                    && let (Some(sums), Some(a)) = (sums.first_chunk_mut(), a.first_chunk())
-                {
+                if let (Ok(sums), Ok(a)) = ((&mut sums[..]).try_into(), a[..].try_into()) {
                     four_q4(sums, lines, a);
                 } else {
                     for (g, line) in lines.iter().enumerate() {
@@ -132,9 +128,7 @@ macro_rules! vnni {
                 magics: &[f32; T],
             ) -> [[__m256; PARTS]; T] {
                 let mut sums = start(starts);
-                if T == 4
-                    && let (Some(sums), Some(a)) = (sums.first_chunk_mut(), a.first_chunk())
-                {
+                if let (Ok(sums), Ok(a)) = ((&mut sums[..]).try_into(), a[..].try_into()) {
                     four_q8(sums, lines, a);
                 } else {
                     for (g, line) in lines.iter().enumerate() {

@@ -367,7 +367,7 @@ pub(in crate::cpu) fn attend<
     block: Block<'_, T>,
     queries: &[f32],
     visible: &[Range<usize>],
-    mut state: StateMut<'_>,
+    state: StateMut<'_>,
     ahead: &mut impl Asks,
 ) {
     let d = block.head_dim;
@@ -394,7 +394,11 @@ pub(in crate::cpu) fn attend<
             width,
             ahead,
         );
-        merge_group::<L>(g, visible, &stats, d, &mut state);
+        let rows = state.block.chunks_exact(width);
+        let first = g * GROUP;
+        merge_rows::<L>(
+            visible, &stats, rows, first, state.max, state.sum, state.acc,
+        );
     }
 }
 
@@ -406,30 +410,30 @@ pub(in crate::cpu) fn hull(visible: &[Range<usize>]) -> Option<Range<usize>> {
     Some(start?..end?)
 }
 
-/// Merges what a block gave the queries of group `g` that saw some of it: the largest score and the sum of
-/// exponentials of each, and the values in `state.block`.
+/// Merges what a block gave some queries, as far as they saw some of it: the largest score and the sum of exponentials of
+/// each, and the weighted values, the first `head_dim` of a row. Their states are those from `first` on.
 #[inline(always)]
-pub(super) fn merge_group<L: Lanes>(
-    g: usize,
+pub(in crate::cpu) fn merge_rows<'b, L: Lanes>(
     visible: &[Range<usize>],
-    stats: &[(f32, f32); GROUP],
-    d: usize,
-    state: &mut StateMut<'_>,
+    stats: &[(f32, f32)],
+    rows: impl Iterator<Item = &'b [f32]>,
+    first: usize,
+    max: &mut [f32],
+    sum: &mut [f32],
+    acc: &mut [f32],
 ) {
-    let width = state.block.len() / GROUP;
-    for q in (0..visible.len()).filter(|q| !visible[*q].is_empty()) {
-        let of_block = Partial {
-            max: stats[q].0,
-            sum: stats[q].1,
-            acc: &state.block[q * width..][..d],
-        };
-        let q = g * GROUP + q;
-        let into = PartialMut {
-            max: &mut state.max[q],
-            sum: &mut state.sum[q],
-            acc: &mut state.acc[q * d..][..d],
-        };
-        merge::<L>(of_block, into);
+    let d = acc.len() / max.len();
+    let states = (max.iter_mut().zip(sum)).zip(acc.chunks_exact_mut(d));
+    let blocks = visible.iter().zip(stats).zip(rows);
+    for (((seen, stats), row), ((max, sum), acc)) in blocks.zip(states.skip(first)) {
+        if !seen.is_empty() {
+            let of_block = Partial {
+                max: stats.0,
+                sum: stats.1,
+                acc: &row[..d],
+            };
+            merge::<L>(of_block, PartialMut { max, sum, acc });
+        }
     }
 }
 

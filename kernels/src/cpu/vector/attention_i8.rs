@@ -19,7 +19,7 @@
 //! Exact  sums exactly, floats in the order of the definition, but for the exponential
 //! ```
 
-use super::attention::{hull, merge_group, softmax};
+use super::attention::{hull, merge_rows, softmax};
 use super::{LANES, Lanes, Sums, padded};
 use crate::cpu::ahead::{Asks, LINE, soon};
 use crate::cpu::attention::{BlockI8, GROUP, IntegersMut, MOST, StateMut, most_of_query, step};
@@ -371,7 +371,7 @@ pub(in crate::cpu) fn attend<
     block: BlockI8<'_>,
     queries: &[f32],
     visible: &[Range<usize>],
-    mut state: StateMut<'_>,
+    state: StateMut<'_>,
     integers: IntegersMut<'_>,
     ahead: &mut impl Asks,
 ) {
@@ -430,6 +430,10 @@ pub(in crate::cpu) fn attend<
                 1
             };
         }
-        merge_group::<S::Floats>(g, visible, &stats, d, &mut state);
+        let rows = state.block.chunks_exact(width);
+        let first = g * GROUP;
+        merge_rows::<S::Floats>(
+            visible, &stats, rows, first, state.max, state.sum, state.acc,
+        );
     }
 }
