@@ -31,6 +31,9 @@ use crate::{BLOCK, round};
 /// Rows in a tile; the last one may have fewer.
 pub const TILE: usize = 8;
 
+/// Blocks behind the last one, see [`Rest`].
+const BEHIND: usize = TILE - 1;
+
 /// 1.5 * 2^23: one unit in the last place is 1, with room for 2^22 of them in both directions.
 pub const MAGIC: f32 = 12_582_912.0;
 
@@ -62,6 +65,18 @@ pub struct Tile<'a> {
     /// `[blocks][rows]`
     pub starts: &'a [i32],
     /// `[blocks][rows]`
+    pub magics: &'a [f32],
+}
+
+/// Blocks of [`Activations`] from a tile on, as they lie: `[tiles][blocks][rows of the tile]`. Behind them are
+/// `TILE - 1` that mean nothing, so that what reads [`TILE`] rows at a time may do so in a last tile that has fewer.
+#[derive(Clone, Copy, Debug)]
+pub struct Rest<'a> {
+    /// The bytes.
+    pub quants: &'a [[i8; BLOCK]],
+    /// See the head of the module.
+    pub starts: &'a [i32],
+    /// Likewise.
     pub magics: &'a [f32],
 }
 
@@ -130,7 +145,7 @@ impl Activations {
         self.rows = rows;
         self.zero = zero;
         self.blocks = cols.div_ceil(BLOCK);
-        let blocks = rows * self.blocks;
+        let blocks = rows * self.blocks + BEHIND;
         let lines = (blocks * BLOCK).div_ceil(ALIGN);
         if lines > self.quants.capacity() {
             // Growing would copy what is overwritten anyway, into up to twice the room.
@@ -179,6 +194,21 @@ impl Activations {
         }
     }
 
+    /// Tile `i` and all that lies behind it.
+    /// # Panics
+    /// When there is no such tile.
+    #[must_use]
+    pub fn rest(&self, i: usize) -> Rest<'_> {
+        assert!(i < self.tiles(), "tile {i} of {}", self.tiles());
+        let range = i * TILE * self.blocks..self.rows * self.blocks + BEHIND;
+        let quants: &[i8] = bytemuck::cast_slice(bytes_of(&self.quants));
+        Rest {
+            quants: &quants.as_chunks().0[range.clone()],
+            starts: &self.starts[range.clone()],
+            magics: &self.magics[range],
+        }
+    }
+
     /// The tiles one after the other, each to be filled by [`quantize`] or a faster twin of it.
     pub fn tiles_mut(&mut self) -> impl Iterator<Item = TileMut<'_>> {
         let blocks = self.rows * self.blocks;
@@ -187,8 +217,8 @@ impl Activations {
         let zero = self.zero;
         let quants: &mut [i8] = bytemuck::cast_slice_mut(bytes_of_mut(&mut self.quants));
         (quants[..blocks * BLOCK].chunks_mut(tile * BLOCK))
-            .zip(self.starts.chunks_mut(tile))
-            .zip(self.magics.chunks_mut(tile))
+            .zip(self.starts[..blocks].chunks_mut(tile))
+            .zip(self.magics[..blocks].chunks_mut(tile))
             .map(move |((quants, starts), magics)| TileMut {
                 rows: starts.len() / per_row,
                 zero,

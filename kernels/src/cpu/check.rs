@@ -58,7 +58,7 @@ fn tables() -> impl Iterator<Item = &'static Kernels> {
     });
     let tables = Isa::ALL.into_iter().filter_map(Kernels::for_isa);
     #[cfg(target_arch = "x86_64")]
-    return tables.chain(super::avx2::vnni_twin());
+    return (tables.chain(super::avx2::vnni_twin())).chain(super::avx512::other_table());
     #[cfg(not(target_arch = "x86_64"))]
     tables
 }
@@ -648,14 +648,27 @@ fn gemm_packed_of_panels_together_is_that_of_each_alone() {
 /// bit, for few tokens and many, whatever the scales.
 #[test]
 fn gemm_packed_in_tiles_is_that_of_avx512_bit_for_bit() {
-    let [Some(tiles), Some(plain)] = [Isa::Amx, Isa::Avx512].map(Kernels::for_isa) else {
-        tables().for_each(drop); // says what is skipped
-        return;
-    };
+    match [Isa::Amx, Isa::Avx512].map(Kernels::for_isa) {
+        [Some(tiles), Some(plain)] => gemm_packed_has_the_bits_of(tiles, plain),
+        _ => tables().for_each(drop), // says what is skipped
+    }
+}
+
+/// Nor does it matter whether a block of one panel meets eight tokens, or that of two panels all of them.
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn gemm_packed_of_pairs_of_panels_is_that_of_one_bit_for_bit() {
+    match [Kernels::for_isa(Isa::Avx512), super::avx512::other_table()] {
+        [Some(used), Some(other)] => gemm_packed_has_the_bits_of(used, other),
+        _ => tables().for_each(drop),
+    }
+}
+
+fn gemm_packed_has_the_bits_of(table: &Kernels, another: &Kernels) {
     let check = |w: &Weights, x: &Activations, panels: Range<usize>, what: &str| {
         let (rows, n) = (w.layout.rows(), x.rows());
         let width = (panels.end * PANEL_ROWS).min(rows) - panels.start * PANEL_ROWS;
-        let [got, want] = [tiles, plain].map(|k| {
+        let [got, want] = [table, another].map(|k| {
             let mut y = page_end(&vec![f32::NAN; n * width]);
             let cols = ColsMut::new(&mut y, n, width);
             k.gemm_packed(w.view(), panels.clone(), x, cols);
@@ -684,7 +697,7 @@ fn gemm_packed_in_tiles_is_that_of_avx512_bit_for_bit() {
             }
         }
         // From here on enough tokens for tiles, and in a last tile fewer than it has lines.
-        // More than are converted at once: 512 tokens, 32 panels.
+        // More than are taken at once: 512 tokens, or 128, and 32 panels.
         for (rows, cols, n) in [(33 * 16 + 3, 40, 70), (20, 300, 515), (33, 64, 1041)] {
             let (w, x) = packed_case(
                 &mut random,

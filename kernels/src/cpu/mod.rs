@@ -30,6 +30,8 @@ mod rope;
 mod scalar;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod vector;
+#[cfg(target_arch = "x86_64")]
+mod vendor;
 
 pub use attention::{AttentionState, AttentionTask, Cached, KEY_PANEL, THEN};
 

@@ -75,7 +75,7 @@ macro_rules! by_tokens {
     ($features:literal, $($t:literal)+) => {
         #[target_feature(enable = $features)]
         #[inline]
-        fn gemm<const LINES: usize>(
+        pub(in crate::cpu) fn gemm<const LINES: usize>(
             w: Packed<'_>,
             panels: Range<usize>,
             x: &Activations,

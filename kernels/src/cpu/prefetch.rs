@@ -68,13 +68,7 @@ static HARDWARE: AtomicBool = AtomicBool::new(false);
 
 /// Decides that for this CPU; without it each line is asked for.
 pub(super) fn ask_the_vendor() {
-    let leaf = __cpuid(0);
-    let vendor = [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes);
-    let amd = [*b"AuthenticAMD", *b"HygonGenuine"];
-    HARDWARE.store(
-        amd.iter().any(|name| name == vendor.as_flattened()),
-        Ordering::Relaxed,
-    );
+    HARDWARE.store(super::vendor::is_amd(), Ordering::Relaxed);
 }
 
 /// Decides it for a test.

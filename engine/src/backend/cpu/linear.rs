@@ -203,7 +203,8 @@ impl CpuOps<'_> {
             return PANEL_ROWS;
         }
         let share = rows / PANEL_ROWS / (EACH * self.team.threads());
-        part(self.kernels).min(share).max(1) * PANEL_ROWS
+        // Where a call had better have several, two have more in common than one.
+        part(self.kernels).min(share.max(2)) * PANEL_ROWS
     }
 
     /// Blocks of a row that one thread quantizes: not so few that handing them out takes longer.

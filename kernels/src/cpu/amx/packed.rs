@@ -31,7 +31,7 @@
 //! ```
 
 use super::tile::{Line, ROWS, Tiles};
-use crate::cpu::avx512::packed as avx512;
+use crate::cpu::avx512::{packed as avx512, pairs};
 use crate::view::ColsMut;
 use phidias_quant::activations::{Activations, TILE, Tile};
 use phidias_quant::packed::{PANEL_ROWS, Panel};
@@ -489,8 +489,8 @@ fn gemm<const LINES: usize>(
 ) {
     if x.rows() < fewest(w.layout().format()) {
         return match LINES {
-            4 => avx512::gemm_q4(w, panels, x, y),
-            _ => avx512::gemm_q8(w, panels, x, y),
+            4 => pairs::gemm_q4(w, panels, x, y),
+            _ => pairs::gemm_q8(w, panels, x, y),
         };
     }
     SCRATCH.with_borrow_mut(|scratch| {

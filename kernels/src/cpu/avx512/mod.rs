@@ -2,6 +2,7 @@
 
 pub(super) mod lanes;
 pub(super) mod packed;
+pub(super) mod pairs;
 
 use crate::cpu::avx2::{Ymm2, Ymm2Sums};
 
@@ -16,14 +17,37 @@ super::vector::vector_table!(
         lanes::ZmmSums, 8, 2, 4, 6, 4; one query: Ymm2Sums, 4, 6, 4
 );
 
+/// Where 512 bits are computed in two steps.
+static IN_TWO_STEPS: Kernels = KERNELS;
+
+/// Where they are computed at once.
+static AT_ONCE: Kernels = Kernels {
+    gemm_q4: pairs::gemm_q4,
+    gemm_q8: pairs::gemm_q8,
+    panels_a_call: pairs::PANELS,
+    ..KERNELS
+};
+
 /// The table, if this CPU has the instructions.
 pub(super) fn table() -> Option<&'static Kernels> {
-    static TABLE: Kernels = KERNELS;
     let available = is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512vl")
         && is_x86_feature_detected!("avx512vnni");
     // A few tokens go through kernels of AVX2's features and the 256-bit form of these.
     super::avx2::table().filter(|_| available)?;
-    Some(&TABLE)
+    Some(if super::vendor::computes_512_bits_at_once() {
+        &AT_ONCE
+    } else {
+        &IN_TWO_STEPS
+    })
+}
+
+/// The one that this CPU does not use, for tests.
+#[cfg(test)]
+pub(super) fn other_table() -> Option<&'static Kernels> {
+    let used = table()?;
+    [&AT_ONCE, &IN_TWO_STEPS]
+        .into_iter()
+        .find(|other| !std::ptr::eq(*other, used))
 }
