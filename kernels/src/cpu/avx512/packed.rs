@@ -17,8 +17,9 @@
 //!    to 0.89 in registers of 512 bits, nibbles the same either way; an Intel Xeon of 2024 nibbles at 14.2 GB/s
 //!    instead of 13.2. Where panels are read together so do nibbles with up to four tokens (1.04 to 1.13 of 512 bits)
 //!    and bytes with up to eight (1.06 to 1.15); nibbles with eight lose there (0.8).
+//! 6. More than eight tokens are left to `pairs.rs` on cores that compute 512 bits at once.
 //! Work   64 multiply-adds a vpdpbusd
-//! Limit  many tokens: 8/9 of the vpdpbusd rate, 0.87 was measured; one: memory bandwidth
+//! Limit  many tokens: 8/9 of the vpdpbusd rate, a Zen 4 reaches 0.87; one: memory bandwidth
 //! Exact  integers exactly; f32 with one fused multiply-add a block, where scalar rounds twice
 //! ```
 
