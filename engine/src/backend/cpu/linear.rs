@@ -204,7 +204,8 @@ impl CpuOps<'_> {
         }
         let share = rows / PANEL_ROWS / (EACH * self.team.threads());
         // Where a call had better have several, two have more in common than one.
-        part(self.kernels).min(share.max(2)) * PANEL_ROWS
+        let share = if share > 0 { share.max(2) } else { 1 };
+        part(self.kernels).min(share) * PANEL_ROWS
     }
 
     /// Blocks of a row that one thread quantizes: not so few that handing them out takes longer.
