@@ -75,10 +75,7 @@ macro_rules! product {
 
 /// The same for four tokens.
 macro_rules! products {
-    ($t:tt, $g:literal, $w0:literal, $w1:literal) => {
-        products!(@ $t, $g, $w0, $w1)
-    };
-    (@ [$t0:literal, $t1:literal, $t2:literal, $t3:literal], $g:literal, $w0:literal, $w1:literal) => {
+    ([$t0:literal, $t1:literal, $t2:literal, $t3:literal], $g:literal, $w0:literal, $w1:literal) => {
         concat!(
             product!($t0, $g, "8", "0", "1", $w0, $w1),
             product!($t1, $g, "9", "2", "3", $w0, $w1),
@@ -295,22 +292,16 @@ fn pair<const LINES: usize>(
         let w = [unpack(first.quants), unpack(second.quants)];
         let scales = [scales(first.scales), scales(second.scales)];
         let next = x.blocks() * TILE;
+        let (full, last) = sums.split_at_mut(whole);
         if whole > 0 {
-            pass::<TILE>(
-                &w,
-                &scales,
-                x.rest(tiles.start),
-                b * TILE,
-                next,
-                &mut sums[..whole],
-            );
+            pass::<TILE>(&w, &scales, x.rest(tiles.start), b * TILE, next, full);
         }
         // What is computed of tokens that are not there is not looked at.
-        let last = tiles.end - 1;
+        let rest = x.rest(tiles.end - 1);
         match few {
             0 => {}
-            1..=4 => pass::<4>(&w, &scales, x.rest(last), b * few, next, &mut sums[whole..]),
-            _ => pass::<TILE>(&w, &scales, x.rest(last), b * few, next, &mut sums[whole..]),
+            1..=4 => pass::<4>(&w, &scales, rest, b * few, next, last),
+            _ => pass::<TILE>(&w, &scales, rest, b * few, next, last),
         }
     }
     for (row, sums) in rows.zip(sums.iter().flat_map(|tile| &tile.0)) {
